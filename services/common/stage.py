@@ -1,0 +1,43 @@
+"""A stage: a pure function of artifacts, and what the rest of the system must know to run it.
+
+The same Stage is run by a worker process (inputs fetched from the store, output sealed there) and by the CLI on plain
+folders. `run` reads its inputs and writes into the empty folder `output`; nothing else is read or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel
+
+from services.common.reporter import Reporter
+
+S = TypeVar("S", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Stage(Generic[S]):
+    """One kind of work."""
+
+    kind: str
+    """"conversion", "training", "merging", "evaluation"."""
+    collection: str
+    """Of its jobs, such as "trainingJobs"."""
+    output_kind: str
+    """Of the artifact it makes, such as "adapter"."""
+    output_collection: str
+    """Where that artifact lies, such as "adapters"."""
+    spec: type[S]
+    inputs: Callable[[S], Mapping[str, str]]
+    """spec → {role: artifact name}, such as {"dataset": "datasets/d1", "base_model": "models/m1"}."""
+    run: Callable[[S, Mapping[str, Path], Path, Reporter], Mapping[str, Any]]
+    """(spec, {role: folder}, output folder, reporter) → the manifest's metadata.
+
+    A resumed run gets one more role, "checkpoint". Raises errors of services.common.errors; a SIGTERM to the worker
+    arrives as `Cancelled`, raised in the main thread.
+    """
+    versions: tuple[str, ...] = ()
+    """Packages whose versions belong into the manifest, such as "ms-swift"."""
