@@ -163,7 +163,7 @@ class WorkerLost(FabrictuneError):
     code, reason, exit_code = code_pb2.ABORTED, "WORKER_LOST", 75
 
 
-NEVER_RETRY = frozenset({64, 65, 66, 77, 78, 143})
+NEVER_RETRY = frozenset({64, 65, 66, 77, 78})
 """Exit codes after which another attempt would end the same way."""
 
 

@@ -41,3 +41,5 @@ class Stage(Generic[S]):
     """
     versions: tuple[str, ...] = ()
     """Packages whose versions belong into the manifest, such as "ms-swift"."""
+    verdict: Callable[[Mapping[str, Any]], None] | None = None
+    """Judges the metadata after the output is sealed; raises the error that the job ends with (an evaluation's gate)."""

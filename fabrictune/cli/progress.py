@@ -1,0 +1,98 @@
+"""How a job's progress looks on a terminal: one line that moves, log lines above it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from google.protobuf import json_format
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from fabrictune.cli.context import console, print_json, settings
+from fabrictune.v1 import job_pb2
+
+STYLES = {job_pb2.LogLine.WARNING: "yellow", job_pb2.LogLine.ERROR: "red", job_pb2.LogLine.DEBUG: "dim"}
+
+
+class _Figures(ProgressColumn):
+    """loss, tokens per second, ETA: what the stage knows."""
+
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields.get("figures", "")), style="cyan")
+
+
+def new_progress() -> Progress:
+    """A progress display with our columns. Tasks take a field `figures`."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _Figures(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=False,
+    )
+
+
+def figures_of(progress: job_pb2.Progress) -> str:
+    """The figures of a Progress in one line: "training  loss 0.52  312 tok/s  1.9 GB  ETA 3:10"."""
+    parts = [progress.phase] if progress.phase else []
+    if progress.HasField("loss"):
+        parts.append(f"loss {progress.loss:.3f}")
+    if progress.HasField("eval_loss"):
+        parts.append(f"eval loss {progress.eval_loss:.3f}")
+    if progress.HasField("token_accuracy"):
+        parts.append(f"token acc {progress.token_accuracy:.2f}")
+    if progress.HasField("tokens_per_second"):
+        parts.append(f"{progress.tokens_per_second:.0f} tok/s")
+    if progress.HasField("memory_bytes"):
+        parts.append(f"{progress.memory_bytes / 1e9:.1f} GB")
+    if progress.HasField("eta"):
+        seconds = int(progress.eta.ToSeconds())
+        parts.append(f"ETA {seconds // 60}:{seconds % 60:02d}")
+    return "  ".join(parts)
+
+
+def follow(name: str, events: Iterable[job_pb2.WatchEvent], logs: bool = True) -> job_pb2.Execution:
+    """Show a job's events until it has ended; returns its last state. With --json each event is a line of JSON."""
+    last = job_pb2.Execution()
+    if settings().json:
+        for event in events:
+            print_json(json_format.MessageToDict(event, preserving_proto_field_name=True))
+            if event.WhichOneof("event") == "state":
+                last = event.state
+        return last
+    with new_progress() as display:
+        task = display.add_task(name, total=None, figures="")
+        for event in events:
+            kind = event.WhichOneof("event")
+            if kind == "state":
+                last = event.state
+                show_state(display, task, last)
+            elif kind == "progress":
+                show_progress(display, task, event.progress)
+            elif kind == "log" and logs:
+                print_log(display, event.log)
+            elif kind == "artifact":
+                display.console.print(f"sealed [bold]{event.artifact.name}[/]  sha256:{event.artifact.digest[:12]}")
+    return last
+
+
+def show_progress(display: Progress, task: Any, progress: job_pb2.Progress) -> None:
+    """Move one task's bar."""
+    total = progress.total_steps or None
+    display.update(task, completed=progress.step, total=total, figures=figures_of(progress))
+
+
+def show_state(display: Progress, task: Any, execution: job_pb2.Execution) -> None:
+    """Say a state that is not simply RUNNING."""
+    name = job_pb2.Execution.State.Name(execution.state)
+    if name != "RUNNING":
+        display.update(task, figures=f"{name.lower()}  {execution.message}".strip())
+
+
+def print_log(display: Progress, line: job_pb2.LogLine) -> None:
+    """A worker's line, above the bars."""
+    display.console.print(Text(line.text, style=STYLES.get(line.severity, "")))

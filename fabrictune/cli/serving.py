@@ -1,0 +1,154 @@
+"""`fabrictune deploy`, `undeploy`, `deployments`, `chat`, `agentfabric`: using what was made."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fabrictune.cli.context import console, print_json, print_message, print_rows, settings, to_dict
+from fabrictune.cli.stages import read_spec
+from fabrictune.client import Client
+from fabrictune.errors import ApiError, from_status
+from fabrictune.v1 import inference_pb2
+
+State = inference_pb2.Revision
+agentfabric = typer.Typer(name="agentfabric", help="Point ModelScope's AgentFabric at a deployment.", no_args_is_help=True)
+Name = Annotated[str, typer.Argument(help="Such as deployments/quickstart; the only one there is when absent.")]
+
+
+def deploy(
+    model: Annotated[str, typer.Argument(help="models/ID, or a model's folder (served here, in the foreground).")],
+    deployment: Annotated[str, typer.Option("--as", help="The deployment's id; the model's when absent.")] = "",
+    port: Annotated[int, typer.Option(help="For a folder: the HTTP port; 0 takes a free one.")] = 8000,
+    spec_file: Annotated[Path | None, typer.Option("--spec", help="YAML: dtype, max_model_len, engine_args, …")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything; start nothing.")] = False,
+) -> None:
+    """Serve a model behind an OpenAI-compatible address, once it has passed the parity probe."""
+    if Path(model).is_dir():
+        from fabrictune import local
+
+        local.deploy_folder(Path(model), port)
+        return
+    spec = {**read_spec(spec_file), "model": model}
+    with settings().connect() as client:
+        made = client.inference.deploy(deployment or model.rpartition("/")[2], spec, validate_only=dry_run)
+        if dry_run:
+            print_message(made)
+            return
+        ready = _wait_ready(client, made.name)
+    if settings().json:
+        print_json(to_dict(ready))
+    else:
+        console.print(f"[green]✓[/] {ready.name} answers at {ready.address} as model {ready.served_model!r}", highlight=False)
+
+
+def undeploy(name: Name) -> None:
+    """Stop a deployment and forget it. Its models stay."""
+    with settings().connect() as client:
+        client.inference.delete(name)
+
+
+def deployments() -> None:
+    """What is served, and by which revision."""
+    with settings().connect() as client:
+        found = client.inference.list()
+    if settings().json:
+        print_json([to_dict(d) for d in found])
+        return
+    rows = [
+        {
+            "name": d.name,
+            "revision": r.name.rpartition("/")[2],
+            "state": State.State.Name(r.state),
+            "traffic": f"{d.traffic[r.name.rpartition('/')[2]]} %" if r.name.rpartition("/")[2] in d.traffic else "",
+            "model": r.spec.model,
+            "address": d.address,
+        }
+        for d in found
+        for r in d.revisions
+    ]
+    columns = {"name": "NAME", "revision": "REVISION", "state": "STATE", "traffic": "TRAFFIC", "model": "MODEL", "address": "ADDRESS"}
+    print_rows(rows, columns, "nothing is deployed")
+
+
+def chat(
+    name: Name = "",
+    message: Annotated[str, typer.Option("--message", "-m", help="One message instead of a conversation.")] = "",
+    system: Annotated[str, typer.Option(help="The system prompt.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="At most so many tokens an answer.")] = 300,
+) -> None:
+    """Talk to a deployment. Ctrl-D ends the conversation."""
+    with settings().connect() as client:
+        deployment = name or _only(client)
+        messages = [{"role": "system", "content": system}] if system else []
+        if message:
+            answer = _answer(client, deployment, [*messages, {"role": "user", "content": message}], max_tokens)
+            if settings().json:
+                print_json({"answer": answer})
+            return
+        console.print(f"[dim]{deployment}; Ctrl-D ends[/]")
+        while True:
+            try:
+                said = console.input("[bold cyan]you[/] ")
+            except EOFError:
+                return
+            messages.append({"role": "user", "content": said})
+            messages.append({"role": "assistant", "content": _answer(client, deployment, messages, max_tokens)})
+
+
+@agentfabric.command("config")
+def print_model_config(name: Name = "") -> None:
+    """Print the entry for AgentFabric's config/model_config.json."""
+    with settings().connect() as client:
+        deployment = client.inference.get(name or _only(client))
+    print_json(model_config(deployment))
+
+
+def model_config(deployment: inference_pb2.Deployment) -> dict[str, Any]:
+    """AgentFabric's entry for a deployment. Source: modelscope-agent 0.7.1, apps/agentfabric/config/model_config.json."""
+    return {
+        deployment.served_model: {
+            "type": "openai",
+            "model": deployment.served_model,
+            "api_base": deployment.address,
+            "is_chat": True,
+            "is_function_call": False,
+            "support_stream": True,
+        }
+    }
+
+
+def _wait_ready(client: Client, name: str) -> inference_pb2.Deployment:
+    """Wait for a deployment's first traffic. Raises ApiError when its revision fails."""
+    with console.status(f"{name}: starting") as status:
+        while True:
+            deployment = client.inference.get(name)
+            for revision in deployment.revisions:
+                if revision.state == State.FAILED:
+                    raise from_status(revision.error)
+                status.update(f"{name}: {State.State.Name(revision.state).lower()}  {revision.message}")
+            if deployment.traffic:
+                return deployment
+            time.sleep(0.5)
+
+
+def _answer(client: Client, deployment: str, messages: list[Any], max_tokens: int) -> str:
+    text = ""
+    for piece in client.inference.generate(deployment, messages, max_tokens=max_tokens, temperature=0.0):
+        text += piece.text
+        if not settings().json:
+            console.print(piece.text, end="", markup=False, highlight=False, soft_wrap=True)
+    if not settings().json:
+        console.print()
+    return text
+
+
+def _only(client: Client) -> str:
+    found = [d.name for d in client.inference.list()]
+    if len(found) != 1:
+        what = "nothing is deployed" if not found else f"there are {', '.join(found)}; name one"
+        raise ApiError(what, "INVALID_ARGUMENT")
+    return found[0]

@@ -1,0 +1,192 @@
+"""`fabrictune convert`, `train`, `merge`, `evaluate`: one stage, as a job on a server or, with --output, right here.
+
+With `--output DIR` nothing but folders is read and written and no server is needed. Without it the command starts a job
+on the endpoint and follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from fabrictune.cli.artifacts import push_with_bar
+from fabrictune.cli.context import console, print_json, print_message, settings
+from fabrictune.cli.jobs import raise_failure
+from fabrictune.cli.progress import follow
+from fabrictune.client import Jobs
+from fabrictune.errors import ApiError
+from fabrictune.rows import push_rows
+
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write into this new folder, in this process, without a server.")]
+JobId = Annotated[str, typer.Option("--id", help="The job's id, and that of what it makes; made up when absent.")]
+SpecFile = Annotated[Path | None, typer.Option("--spec", help="YAML with the stage's spec; the other options win over it.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; start nothing.")]
+Detach = Annotated[bool, typer.Option("--detach", "-d", help="Start the job and return.")]
+
+
+def convert(
+    sources: Annotated[list[str], typer.Argument(help="Rows: .jsonl files, folders of them, or datasets/ID.")],
+    output: Output = None,
+    job_id: JobId = "",
+    layout: Annotated[str, typer.Option(help="split (results return in the user turn), inline, or both.")] = "",
+    distractors: Annotated[str, typer.Option(help="MIN:MAX tools of other rows added to each prompt.")] = "",
+    seed: Annotated[int | None, typer.Option(help="Of the order, the split and the distractors.")] = None,
+    spec_file: SpecFile = None,
+    dry_run: DryRun = False,
+    detach: Detach = False,
+) -> None:
+    """Turn ms_agent rows into training rows in AgentFabric's prompt form.
+
+    Every row is converted or refused by name (rejects.jsonl); tools are split, so that none is in two parts.
+    """
+    spec = read_spec(spec_file)
+    spec["sources"] = [{"uri": s, **({"layout": layout} if layout else {})} for s in sources]
+    if distractors:
+        spec["distractors"] = _parse_range(distractors)
+    if seed is not None:
+        spec["seed"] = seed
+    if output is not None:
+        paths = {f"sources/{i}": Path(s) for i, s in enumerate(sources)}
+        _run_here("conversion", spec, paths, output)
+        return
+    with settings().connect() as client:
+        spec["sources"] = [{**s, "uri": push_rows(client, s["uri"], push_with_bar)} for s in spec["sources"]]
+        _start(client.conversion, spec, job_id, dry_run, detach)
+
+
+def train(
+    dataset: Annotated[str, typer.Argument(help="datasets/ID, or a folder with train.jsonl.")],
+    model: Annotated[str, typer.Option("--model", help="The base model: models/ID, or a folder.")],
+    preset: Annotated[str, typer.Option(help="A named set of ms-swift arguments.")] = "",
+    argument: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: an ms-swift argument that overrides the preset's.")] = None,
+    output: Output = None,
+    job_id: JobId = "",
+    spec_file: SpecFile = None,
+    dry_run: DryRun = False,
+    detach: Detach = False,
+) -> None:
+    """Fine-tune a base model with ms-swift; the result is an adapter with its loss curve."""
+    spec = read_spec(spec_file)
+    if preset:
+        spec["preset"] = preset
+    if argument:
+        spec["arguments"] = {**spec.get("arguments", {}), **dict(_parse_setting(a) for a in argument)}
+    if output is not None:
+        spec |= {"dataset": "datasets/local", "base_model": "models/local"}
+        _run_here("training", spec, {"dataset": Path(dataset), "base_model": Path(model)}, output)
+        return
+    spec |= {"dataset": dataset, "base_model": model}
+    with settings().connect() as client:
+        _start(client.training, spec, job_id, dry_run, detach)
+
+
+def merge(
+    model: Annotated[str, typer.Option("--model", help="The base model: models/ID, or a folder.")],
+    adapter: Annotated[str, typer.Option("--adapter", help="adapters/ID, or a folder.")],
+    engine: Annotated[str, typer.Option(help="stream (no torch, bounded memory) or peft.")] = "",
+    output: Output = None,
+    job_id: JobId = "",
+    dry_run: DryRun = False,
+    detach: Detach = False,
+) -> None:
+    """Merge an adapter into its base model."""
+    spec: dict[str, Any] = {"engine": engine} if engine else {}
+    if output is not None:
+        spec |= {"base_model": "models/local", "adapter": "adapters/local"}
+        _run_here("merging", spec, {"base_model": Path(model), "adapter": Path(adapter)}, output)
+        return
+    with settings().connect() as client:
+        _start(client.merging, spec | {"base_model": model, "adapter": adapter}, job_id, dry_run, detach)
+
+
+def evaluate(
+    dataset: Annotated[str, typer.Argument(help="datasets/ID, or a folder with test.jsonl and tools.jsonl.")],
+    address: Annotated[str, typer.Option(help="An OpenAI-compatible address, such as http://127.0.0.1:8480/v1.")] = "",
+    model: Annotated[str, typer.Option("--model", help="What to send as model to that address.")] = "",
+    revision: Annotated[str, typer.Option(help="deployments/ID/revisions/ID instead of an address.")] = "",
+    baseline: Annotated[str, typer.Option(help="reports/ID, or a report's folder, to compare with.")] = "",
+    label: Annotated[str, typer.Option(help="Column name in the report.")] = "",
+    limit: Annotated[int, typer.Option(help="At most so many prompts; 0 takes all.")] = 0,
+    output: Output = None,
+    job_id: JobId = "",
+    spec_file: SpecFile = None,
+    dry_run: DryRun = False,
+    detach: Detach = False,
+) -> None:
+    """Ask a served model the held-out prompts and score its tool calls."""
+    spec = read_spec(spec_file)
+    target = {"label": label, "revision": revision, "address": address, "model": model}
+    spec["target"] = {**spec.get("target", {}), **{k: v for k, v in target.items() if v}}
+    if limit:
+        spec["limit"] = limit
+    if output is not None:
+        paths = {"dataset": Path(dataset)}
+        spec["dataset"] = "datasets/local"
+        if baseline:
+            paths["baseline"], spec["baseline"] = Path(baseline), "reports/local"
+        _run_here("evaluation", spec, paths, output)
+        return
+    spec |= {"dataset": dataset, **({"baseline": baseline} if baseline else {})}
+    with settings().connect() as client:
+        _start(client.evaluation, spec, job_id, dry_run, detach)
+
+
+def read_spec(file: Path | None) -> dict[str, Any]:
+    """A YAML mapping, or {} without a file. Raises ApiError."""
+    if file is None:
+        return {}
+    try:
+        read = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ApiError(f"{file} cannot be read: {error.strerror}", "NOT_FOUND") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ApiError(f"{file} is not YAML: {error}", "INVALID_ARGUMENT") from None
+    if not isinstance(read, dict):
+        raise ApiError(f"{file} must hold a mapping, such as `training: …`", "INVALID_ARGUMENT")
+    return read
+
+
+def _start(api: Jobs, spec: Mapping[str, Any], job_id: str, dry_run: bool, detach: bool) -> None:
+    job = api.create(spec, job_id, validate_only=dry_run)
+    if dry_run:
+        print_message(job.plan)
+        return
+    if detach:
+        print_message(job)
+        return
+    execution = follow(job.name, api.watch(job.name))
+    raise_failure(job.name, execution)
+    if settings().json:
+        print_message(api.get(job.name))
+    else:
+        console.print(f"[green]✓[/] {job.name} made [bold]{api.get(job.name).output}[/]", highlight=False)
+
+
+def _run_here(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, Path], output: Path) -> None:
+    from fabrictune import local
+
+    metadata = local.run_stage(kind, spec, inputs, output)
+    if settings().json:
+        print_json({"output": str(output), "metadata": metadata})
+    else:
+        console.print(f"[green]✓[/] wrote [bold]{output}[/]", highlight=False)
+
+
+def _parse_range(text: str) -> dict[str, int]:
+    low, _, high = text.partition(":")
+    if not (low.isdigit() and (high or low).isdigit()):
+        raise ApiError(f"--distractors {text!r} must look like 0:3", "INVALID_ARGUMENT")
+    return {"min": int(low), "max": int(high or low)}
+
+
+def _parse_setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ApiError(f"--set {text!r} must look like learning_rate=1e-4", "INVALID_ARGUMENT")
+    return key.replace("-", "_"), yaml.safe_load(value)
+
+

@@ -1,0 +1,356 @@
+"""The client library: one `Client` for all services of an endpoint.
+
+    with Client() as client:                       # FABRICTUNE_ENDPOINT, or the `fabrictune up` of this folder
+        job = client.training.create({"dataset": "datasets/d1", "base_model": "models/m1"})
+        for event in client.training.watch(job.name): ...
+
+Specs are plain dicts in the API's own field names; answers are protobuf messages. Errors are `ApiError`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+from google.protobuf import json_format
+
+from fabrictune.errors import ApiError, from_rpc, from_status
+from fabrictune.v1 import (
+    artifact_pb2,
+    artifact_pb2_grpc,
+    conversion_pb2,
+    conversion_pb2_grpc,
+    evaluation_pb2,
+    evaluation_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    job_pb2,
+    merging_pb2,
+    merging_pb2_grpc,
+    pipeline_pb2,
+    pipeline_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+)
+
+DEFAULT_ENDPOINT = "127.0.0.1:8470"
+DEADLINE_SECONDS = 60.0
+SUCCEEDED, FAILED, CANCELLED = job_pb2.Execution.SUCCEEDED, job_pb2.Execution.FAILED, job_pb2.Execution.CANCELLED
+ENDED = (SUCCEEDED, FAILED, CANCELLED)
+# Only UNAVAILABLE is tried again: the call has not been begun.
+SERVICE_CONFIG = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{}],
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.2s",
+                    "maxBackoff": "2s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
+
+
+class Kind(NamedTuple):
+    """One kind of job: its generated module, stub, resource and collection."""
+
+    messages: Any
+    stub: Any
+    resource: str
+    collection: str
+
+
+KINDS: Mapping[str, Kind] = {
+    "conversion": Kind(conversion_pb2, conversion_pb2_grpc.ConversionServiceStub, "ConversionJob", "conversionJobs"),
+    "training": Kind(training_pb2, training_pb2_grpc.TrainingServiceStub, "TrainingJob", "trainingJobs"),
+    "merging": Kind(merging_pb2, merging_pb2_grpc.MergingServiceStub, "MergeJob", "mergeJobs"),
+    "evaluation": Kind(evaluation_pb2, evaluation_pb2_grpc.EvaluationServiceStub, "EvaluationJob", "evaluationJobs"),
+    "pipeline": Kind(pipeline_pb2, pipeline_pb2_grpc.PipelineServiceStub, "PipelineRun", "pipelineRuns"),
+}
+
+
+class Client:
+    """A connection to a fabrictune server. Thread-safe. Close it, or use it in a `with`."""
+
+    def __init__(self, endpoint: str = "", token: str = "", ca_file: Path | None = None, timeout: float = DEADLINE_SECONDS) -> None:
+        self.endpoint = endpoint or find_endpoint()
+        self._channel = grpc.intercept_channel(
+            _open_channel(self.endpoint, ca_file), _Deadline(timeout), _Bearer(token or os.environ.get("FABRICTUNE_TOKEN", ""))
+        )
+        self.conversion = Jobs(self, "conversion")
+        self.training = Jobs(self, "training")
+        self.merging = Jobs(self, "merging")
+        self.evaluation = Jobs(self, "evaluation")
+        self.pipelines = Jobs(self, "pipeline")
+        self.artifacts = Artifacts(self)
+        self.inference = Inference(self)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def jobs_of(self, name: str) -> Jobs:
+        """The API of the job that `name` names. Raises ApiError when it names none."""
+        for api in (self.conversion, self.training, self.merging, self.evaluation, self.pipelines):
+            if name.startswith(api.kind.collection + "/"):
+                return api
+        known = ", ".join(k.collection for k in KINDS.values())
+        raise ApiError(f"{name!r} names no job: it must begin with one of {known}", "INVALID_ARGUMENT")
+
+    def call(self, method: Any, request: Any) -> Any:
+        """Call a stub's method. Raises ApiError."""
+        try:
+            return method(request)
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.endpoint) from None
+
+    def stream(self, method: Any, request: Any, seconds: float | None = None) -> Iterator[Any]:
+        """Call a streaming method, at most for so many seconds. Raises ApiError."""
+        answers = method(request, timeout=seconds)
+        try:
+            yield from answers
+        except grpc.RpcError as error:
+            if seconds is not None and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                return
+            raise from_rpc(error, self.endpoint) from None
+        finally:
+            answers.cancel()
+
+    def stub(self, stub: Any) -> Any:
+        """A generated stub on this connection."""
+        return stub(self._channel)
+
+
+class Jobs:
+    """Jobs of one kind."""
+
+    def __init__(self, client: Client, kind: str) -> None:
+        self.kind, self._client = KINDS[kind], client
+        self._stub = client.stub(self.kind.stub)
+        self._field = "".join(f"_{c.lower()}" if c.isupper() else c for c in self.kind.resource).lstrip("_")
+
+    def create(
+        self, spec: Mapping[str, Any], job_id: str = "", output: str = "", request_id: str = "", validate_only: bool = False
+    ) -> Any:
+        """Start a job; with validate_only, return its plan instead. Raises ApiError naming every bad field."""
+        resource = getattr(self.kind.messages, self.kind.resource)()
+        try:
+            json_format.ParseDict(dict(spec), resource.spec)
+        except json_format.ParseError as error:
+            raise ApiError(f"the spec is wrong: {error}", "INVALID_ARGUMENT") from None
+        resource.spec.SetInParent()
+        if output:
+            resource.output = output
+        fields = {self._field: resource, f"{self._field}_id": job_id, "request_id": request_id, "validate_only": validate_only}
+        return self._call("Create", **fields)
+
+    def get(self, name: str) -> Any:
+        """One job."""
+        return self._call("Get", name=name)
+
+    def list(self) -> Iterator[Any]:
+        """All jobs, page by page."""
+        token = ""
+        plural = f"{self._field}s"
+        while True:
+            request = getattr(self.kind.messages, f"List{self.kind.resource}sRequest")(page_token=token)
+            page = self._client.call(getattr(self._stub, f"List{self.kind.resource}s"), request)
+            yield from getattr(page, plural)
+            token = page.next_page_token
+            if not token:
+                return
+
+    def cancel(self, name: str) -> Any:
+        """Ask it to stop."""
+        return self._call("Cancel", name=name)
+
+    def delete(self, name: str) -> None:
+        """Forget an ended job."""
+        self._call("Delete", name=name)
+
+    def resume(self, name: str) -> Any:
+        """Begin a failed or cancelled training job again, from its newest checkpoint."""
+        return self._call("Resume", name=name)
+
+    def watch(self, name: str, resume_token: str = "", seconds: float | None = None) -> Iterator[job_pb2.WatchEvent]:
+        """Events until the job has ended, or for so many seconds."""
+        request = getattr(self.kind.messages, f"Watch{self.kind.resource}Request")(name=name, resume_token=resume_token)
+        yield from self._client.stream(getattr(self._stub, f"Watch{self.kind.resource}"), request, seconds)
+
+    def wait(self, name: str) -> Any:
+        """The job once it has succeeded. Raises ApiError when it fails or is cancelled."""
+        for _ in self.watch(name):
+            continue
+        job = self.get(name)
+        if job.execution.state == CANCELLED:
+            raise ApiError(f"{name} was cancelled", "CANCELLED")
+        if job.execution.state == FAILED:
+            raise from_status(job.execution.error)
+        return job
+
+    def _call(self, verb: str, **fields: Any) -> Any:
+        method = f"{verb}{self.kind.resource}"
+        return self._client.call(getattr(self._stub, method), getattr(self.kind.messages, f"{method}Request")(**fields))
+
+
+class Artifacts:
+    """Datasets, models, adapters and reports."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._stub = client.stub(artifact_pb2_grpc.ArtifactServiceStub)
+
+    def get(self, name: str) -> artifact_pb2.Artifact:
+        """One artifact."""
+        return self._client.call(self._stub.GetArtifact, artifact_pb2.GetArtifactRequest(name=name))
+
+    def list(self, collection: str) -> Iterator[artifact_pb2.Artifact]:
+        """All artifacts of a collection, page by page."""
+        token = ""
+        while True:
+            request = artifact_pb2.ListArtifactsRequest(collection=collection, page_token=token)
+            page = self._client.call(self._stub.ListArtifacts, request)
+            yield from page.artifacts
+            token = page.next_page_token
+            if not token:
+                return
+
+    def delete(self, name: str) -> None:
+        """Delete an artifact."""
+        self._client.call(self._stub.DeleteArtifact, artifact_pb2.DeleteArtifactRequest(name=name))
+
+    def lineage(self, name: str) -> list[artifact_pb2.Artifact]:
+        """The artifact and all that it was made from, breadth first."""
+        return list(self._client.call(self._stub.GetLineage, artifact_pb2.GetLineageRequest(name=name)).artifacts)
+
+    def begin_download(self, name: str) -> artifact_pb2.Download:
+        """Signed addresses of an artifact's files."""
+        return self._client.call(self._stub.CreateDownload, artifact_pb2.CreateDownloadRequest(name=name))
+
+    def begin_upload(self, request: artifact_pb2.CreateUploadRequest) -> artifact_pb2.Upload:
+        """Signed addresses to send files to."""
+        return self._client.call(self._stub.CreateUpload, request)
+
+    def seal(self, upload_id: str) -> artifact_pb2.Artifact:
+        """Make an uploaded artifact exist."""
+        return self._client.call(self._stub.SealUpload, artifact_pb2.SealUploadRequest(upload_id=upload_id))
+
+
+class Inference:
+    """Deployments and their revisions."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._stub = client.stub(inference_pb2_grpc.InferenceServiceStub)
+
+    def deploy(self, deployment_id: str, spec: Mapping[str, Any], validate_only: bool = False) -> inference_pb2.Deployment:
+        """Make a deployment with a first revision."""
+        wanted = inference_pb2.Deployment()
+        try:
+            json_format.ParseDict(dict(spec), wanted.spec)
+        except json_format.ParseError as error:
+            raise ApiError(f"the revision's spec is wrong: {error}", "INVALID_ARGUMENT") from None
+        request = inference_pb2.CreateDeploymentRequest(
+            deployment=wanted, deployment_id=deployment_id, validate_only=validate_only
+        )
+        return self._client.call(self._stub.CreateDeployment, request)
+
+    def get(self, name: str) -> inference_pb2.Deployment:
+        """One deployment."""
+        return self._client.call(self._stub.GetDeployment, inference_pb2.GetDeploymentRequest(name=name))
+
+    def list(self) -> list[inference_pb2.Deployment]:
+        """All deployments."""
+        return list(self._client.call(self._stub.ListDeployments, inference_pb2.ListDeploymentsRequest()).deployments)
+
+    def delete(self, name: str) -> None:
+        """Stop a deployment and forget it."""
+        self._client.call(self._stub.DeleteDeployment, inference_pb2.DeleteDeploymentRequest(name=name))
+
+    def update_traffic(self, name: str, traffic: Mapping[str, int]) -> inference_pb2.Deployment:
+        """Move traffic between ready revisions."""
+        return self._client.call(self._stub.UpdateTraffic, inference_pb2.UpdateTrafficRequest(name=name, traffic=traffic))
+
+    def watch(self, name: str) -> Iterator[inference_pb2.Deployment]:
+        """The deployment now, and at every change."""
+        request = inference_pb2.WatchDeploymentRequest(name=name)
+        for event in self._client.stream(self._stub.WatchDeployment, request):
+            yield event.deployment
+
+    def generate(
+        self, deployment: str, messages: list[Mapping[str, str]], **sampling: Any
+    ) -> Iterator[inference_pb2.GenerateResponse]:
+        """Answer a conversation in pieces. sampling: temperature, top_p, max_tokens, stop, seed."""
+        request = inference_pb2.GenerateRequest(
+            deployment=deployment,
+            messages=[inference_pb2.Message(**m) for m in messages],
+            sampling=inference_pb2.Sampling(**sampling),
+        )
+        yield from self._client.stream(self._stub.Generate, request)
+
+
+def find_endpoint() -> str:
+    """FABRICTUNE_ENDPOINT, else the address of the `fabrictune up` of this folder, else the default."""
+    named = os.environ.get("FABRICTUNE_ENDPOINT", "")
+    return named or str(read_up_file().get("endpoint", DEFAULT_ENDPOINT))
+
+
+def read_up_file(data_dir: Path | None = None) -> dict[str, Any]:
+    """What a running `fabrictune up` says of itself: {pid, endpoint, gateway, metrics, s3}; {} when there is none."""
+    folder = data_dir or Path(os.environ.get("FABRICTUNE_DATA_DIR", ".fabrictune"))
+    try:
+        return dict(json.loads((folder / "up.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _open_channel(endpoint: str, ca_file: Path | None) -> grpc.Channel:
+    ca_file = ca_file or (Path(os.environ["FABRICTUNE_CA_FILE"]) if os.environ.get("FABRICTUNE_CA_FILE") else None)
+    options = [("grpc.service_config", SERVICE_CONFIG), ("grpc.max_receive_message_length", 16 * 2**20)]
+    address = endpoint.removeprefix("https://").removeprefix("http://")
+    if endpoint.startswith("https://") or ca_file is not None:
+        try:
+            roots = ca_file.read_bytes() if ca_file else None
+        except OSError as error:
+            raise ApiError(f"the CA file {ca_file} cannot be read: {error.strerror}", "INVALID_ARGUMENT") from None
+        return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots), options=options)
+    return grpc.insecure_channel(address, options=options)
+
+
+class _Deadline(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]  # grpc ships no types
+    """A default deadline for unary calls; a service config's `timeout` would not reach the server."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(details._replace(timeout=details.timeout or self._seconds), request)
+
+
+class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc]
+    """Sends the token with each call."""
+
+    def __init__(self, token: str) -> None:
+        self._metadata = [("authorization", f"Bearer {token}")] if token else []
+
+    def _send(self, continuation: Any, details: Any, request: Any) -> Any:
+        metadata = [*(details.metadata or []), *self._metadata]
+        return continuation(details._replace(metadata=metadata), request)
+
+    intercept_unary_unary = _send
+    intercept_unary_stream = _send

@@ -1,0 +1,90 @@
+"""Everything on one machine: the `up` command's servers, stages on plain folders, base models.
+
+The only module of this package that reaches for `services/`, and only when it is called: the client alone does not need
+them. A clone has them; an installed wheel does not, and says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fabrictune.errors import ApiError
+
+EMBEDDED_MODELS: Mapping[str, str] = {"models/smollm2-135m-instruct": "smollm2-135m-instruct"}
+"""Base models that come with the set-up: artifact name → what `fabrictune models import` takes."""
+
+
+def serve(announce: bool) -> None:
+    """Run all services until told to stop; `announce` prints where they are."""
+    _services("services.up").serve(announce)
+
+
+def end_leftovers(data_dir: Path) -> int:
+    """End processes that a killed `fabrictune up` of this folder has left; returns how many."""
+    return int(_services("services.up").end_leftovers(data_dir))
+
+
+def run_stage(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
+    """Run a stage on folders, in this process; returns its metadata. The output folder appears whole or not at all."""
+    from pydantic import ValidationError
+
+    stage = _services(f"services.{kind}.worker").STAGE
+    try:
+        parsed = stage.spec.model_validate(spec)
+    except ValidationError as error:
+        from services.common.jobs import violations_of
+
+        found = [(v.field, v.description) for v in violations_of(error, "spec")]
+        raise ApiError(f"the {kind} cannot be done", "INVALID_ARGUMENT", violations=found) from None
+    for role, path in inputs.items():
+        if not path.exists():
+            raise ApiError(f"{role}: there is nothing at {path}", "NOT_FOUND")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ApiError(f"{output} exists and is not empty; choose another folder", "ALREADY_EXISTS")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        metadata = _services("services.common.here").run(stage, parsed, inputs, draft)
+        if output.exists():
+            output.rmdir()
+        draft.chmod(0o755)
+        draft.rename(output)
+        if stage.verdict is not None:
+            stage.verdict(metadata)
+        return dict(metadata)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def deploy_folder(model: Path, port: int) -> None:
+    """Serve a model folder in the foreground until Ctrl-C."""
+    _services("services.up").serve_model(model, port)
+
+
+@contextmanager
+def prepared_model(source: str) -> Iterator[tuple[Path, dict[str, object]]]:
+    """A base model as a folder ready to push, and its metadata. source: see `fabrictune models import --help`."""
+    importer = _services("services.common.base_models")
+    with tempfile.TemporaryDirectory(prefix="fabrictune-model-") as scratch:
+        yield importer.prepare(source, Path(scratch))
+
+
+def _services(module: str) -> Any:
+    clone = Path(__file__).resolve().parent.parent
+    if (clone / "services").is_dir() and str(clone) not in sys.path:
+        sys.path.insert(0, str(clone))
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == "services":
+            text = "this needs the services, which the client package does not contain: run it from a clone of the project"
+        else:
+            text = f"{module} needs the package {error.name}, which is not installed here: run `make setup`"
+        raise ApiError(text, "FAILED_PRECONDITION") from None

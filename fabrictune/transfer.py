@@ -1,0 +1,123 @@
+"""Artifacts between a folder and the object store, by the signed addresses that a server hands out.
+
+Files stream: nothing is held in memory. A download goes to a hidden folder beside its target, goes on where it stopped,
+is checked against the manifest's hashes, and is renamed at the end, so a half folder is never taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+
+from fabrictune.client import Client
+from fabrictune.errors import ApiError
+from fabrictune.v1 import artifact_pb2
+
+CHUNK = 1 << 20
+OnBytes = Callable[[int], None]
+
+
+def pull(client: Client, name: str, folder: Path, on_bytes: OnBytes = lambda _: None) -> artifact_pb2.Artifact:
+    """Download an artifact into a new folder. Raises ApiError (DATA_LOSS when a hash differs, ALREADY_EXISTS)."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ApiError(f"{folder} exists and is not empty; choose another folder", "ALREADY_EXISTS")
+    download = client.artifacts.begin_download(name)
+    needed, free = download.artifact.size_bytes, shutil.disk_usage(_nearest(folder)).free
+    if needed > free:
+        raise ApiError(f"{name} is {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free at {folder}", "RESOURCE_EXHAUSTED")
+    draft = folder.with_name(f".{folder.name}.part")
+    with httpx.Client(timeout=60) as http:
+        for file in download.artifact.files:
+            target = (draft / file.path).resolve()
+            if not target.is_relative_to(draft.resolve()):
+                raise ApiError(f"{name} has a file outside of its folder: {file.path!r}", "DATA_LOSS")
+            _pull_file(http, download.addresses[file.path], target, file, on_bytes)
+    if folder.exists():
+        folder.rmdir()
+    draft.mkdir(parents=True, exist_ok=True)
+    draft.rename(folder)
+    return download.artifact
+
+
+def push(
+    client: Client, folder: Path, name: str, kind: str, metadata: dict[str, object] | None = None, on_bytes: OnBytes = lambda _: None
+) -> artifact_pb2.Artifact:
+    """Upload a folder, or one file, as an artifact. Sending the same files again returns the one that is there."""
+    files = dict(_scan(folder))
+    if not files:
+        raise ApiError(f"{folder} has no files", "INVALID_ARGUMENT")
+    request = artifact_pb2.CreateUploadRequest(name=name, kind=kind)
+    for path, file in files.items():
+        request.files.add(path=path, size_bytes=file.stat().st_size, sha256=_sha256(file))
+    request.metadata.update(metadata or {})
+    upload = client.artifacts.begin_upload(request)
+    if upload.HasField("existing"):
+        return upload.existing
+    with httpx.Client(timeout=None) as http:
+        for path, file in files.items():
+            headers = {"content-length": str(file.stat().st_size)}
+            answer = http.put(upload.addresses[path], content=_read(file, on_bytes), headers=headers)
+            if answer.status_code >= 300:
+                raise ApiError(f"the object store refused {path}: HTTP {answer.status_code} {answer.text[:200]}", "UNAVAILABLE")
+    return client.artifacts.seal(upload.upload_id)
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below a folder, or of one file."""
+    return sum(file.stat().st_size for _, file in _scan(folder))
+
+
+def _pull_file(http: httpx.Client, address: str, target: Path, file: artifact_pb2.ArtifactFile, on_bytes: OnBytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    have = target.stat().st_size if target.exists() else 0
+    if have > file.size_bytes:
+        target.unlink()
+        have = 0
+    on_bytes(have)
+    if have < file.size_bytes or file.size_bytes == 0:
+        headers = {"range": f"bytes={have}-"} if have else {}
+        try:
+            with http.stream("GET", address, headers=headers) as answer, target.open("ab" if have else "wb") as out:
+                if answer.status_code >= 300:
+                    answer.read()
+                    raise ApiError(f"the object store refused {file.path}: HTTP {answer.status_code}", "UNAVAILABLE")
+                for chunk in answer.iter_bytes(CHUNK):
+                    out.write(chunk)
+                    on_bytes(len(chunk))
+        except httpx.HTTPError as error:
+            raise ApiError(f"the download of {file.path} broke off ({error}); run it again to go on", "UNAVAILABLE") from None
+    if _sha256(target) != file.sha256:
+        target.unlink()
+        raise ApiError(f"{file.path} is not what the manifest says (sha256 differs); it was thrown away", "DATA_LOSS")
+
+
+def _scan(folder: Path) -> Iterator[tuple[str, Path]]:
+    if folder.is_file():
+        yield folder.name, folder
+        return
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file != folder / "manifest.json":
+            yield file.relative_to(folder).as_posix(), file
+
+
+def _read(file: Path, on_bytes: OnBytes) -> Iterator[bytes]:
+    with file.open("rb") as data:
+        while chunk := data.read(CHUNK):
+            on_bytes(len(chunk))
+            yield chunk
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def _nearest(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,242 @@
+"""Artifacts: a folder in the object store plus a manifest that is written last. Without it the artifact does not exist.
+
+    {name}/manifest.json           put with If-None-Match: of two attempts one wins
+    {name}/{attempt}/{file}        the winner's files; the manifest names the attempt
+
+Every download is checked against the manifest's hashes; a difference is DATA_LOSS, never a warning.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from services.common.errors import AlreadyExists, DataLoss, InvalidData, InvalidSpec, NotFound, ResourceExhausted
+from services.common.resources import ID_PATTERN
+from services.common.store import Store
+from services.common.transfer import download, upload
+
+COLLECTIONS = ("datasets", "models", "adapters", "reports", "checkpoints")
+NAME = re.compile(rf"({'|'.join(COLLECTIONS[:-1])})/{ID_PATTERN}|checkpoints/[A-Za-z0-9-]+/step-\d+")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of an artifact."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is: `manifest.json`."""
+
+    name: str
+    kind: str
+    files: tuple[File, ...]
+    digest: str
+    """sha256 of the sorted file list."""
+    attempt: str
+    """The folder below the name in which the files lie."""
+    created_by: Mapping[str, Any] = field(default_factory=dict)
+    """{job, spec, digest, inputs: [{name, digest}], versions}"""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    create_time: float = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(f.size for f in self.files)
+
+
+class Artifacts:
+    """The artifacts of a store. cache: a folder of this machine that all its processes share."""
+
+    def __init__(self, store: Store, cache: Path) -> None:
+        self._store, self._cache = store, cache
+
+    def get(self, name: str) -> Manifest:
+        """The manifest. Raises NotFound, InvalidSpec (no artifact's name), DataLoss."""
+        check_name(name)
+        stored = self._store.get_json(f"{name}/manifest.json")
+        if stored is None:
+            raise NotFound(f"there is no artifact {name}", {"name": name})
+        return _parse(name, stored)
+
+    def names(self, prefix: str) -> list[str]:
+        """Names below a prefix, in order."""
+        folders = self._store.list_folders(prefix)
+        return [n for f in folders if self._store.get_json(f"{(n := prefix + f)}/manifest.json") is not None]
+
+    def list(self, collection: str, page_size: int = 50, page_token: str = "") -> tuple[list[Manifest], str]:
+        """A page of manifests by id, and the next page's token."""
+        if collection not in COLLECTIONS[:-1]:
+            raise InvalidSpec(f"{collection!r} is no collection; there are {', '.join(COLLECTIONS[:-1])}")
+        size = min(page_size or 50, 1000)
+        after = f"{collection}/{page_token}/" if page_token else ""
+        ids = self._store.list_folders(f"{collection}/", start_after=after, limit=size + 1)
+        found = [self._store.get_json(f"{collection}/{i}/manifest.json") for i in ids[:size]]
+        manifests = [_parse(f"{collection}/{i}", stored) for i, stored in zip(ids, found, strict=False) if stored is not None]
+        return manifests, ids[size - 1] if len(ids) > size else ""
+
+    def delete(self, name: str) -> None:
+        """Delete an artifact, the manifest first. Raises NotFound."""
+        self.get(name)
+        self._store.delete(f"{name}/manifest.json")
+        for key in list(self._store.list_keys(f"{name}/")):
+            self._store.delete(key)
+
+    def lineage(self, name: str) -> list[Manifest]:
+        """The artifact and what it was made from, breadth first; what has been deleted since is left out."""
+        found, queue, seen = [], [name], {name}
+        while queue:
+            try:
+                manifest = self.get(queue.pop(0))
+            except NotFound:
+                if not found:
+                    raise
+                continue
+            found.append(manifest)
+            inputs = [str(i["name"]) for i in manifest.created_by.get("inputs", ())]
+            queue += [i for i in inputs if i not in seen]
+            seen.update(inputs)
+        return found
+
+    def publish(
+        self,
+        folder: Path,
+        name: str,
+        kind: str,
+        created_by: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        on_bytes: OnBytes = lambda _: None,
+    ) -> Manifest:
+        """Upload a folder and seal it. The same files under the same name: the artifact that is there.
+
+        Raises AlreadyExists (other files), InvalidData (no files, pickled weights), errors of the store.
+        """
+        paths = list_files(folder)
+        check_files(name, kind, [p.relative_to(folder).as_posix() for p in paths])
+        attempt = new_attempt()
+        files = []
+        for path in paths:
+            relative = path.relative_to(folder).as_posix()
+            sha256 = upload(self._store, path, f"{name}/{attempt}/{relative}", on_bytes)
+            files.append(File(relative, path.stat().st_size, sha256))
+        return self.seal(name, kind, attempt, files, created_by or {}, metadata or {})
+
+    def seal(
+        self, name: str, kind: str, attempt: str, files: Sequence[File], created_by: Mapping[str, Any], metadata: Mapping[str, Any]
+    ) -> Manifest:
+        """Write the manifest of an attempt whose files are there. Raises AlreadyExists."""
+        files = tuple(sorted(files, key=lambda f: f.path))
+        manifest = Manifest(name, kind, files, digest_of_files(files), attempt, created_by, metadata, round(time.time(), 3))
+        if self._store.put_json(f"{name}/manifest.json", _plain(manifest), only_if_absent=True):
+            return manifest
+        there = self.get(name)
+        for file in files:
+            self._store.delete(f"{name}/{attempt}/{file.path}")
+        if there.digest == manifest.digest or (created_by.get("digest") and created_by["digest"] == there.created_by.get("digest")):
+            return there
+        raise AlreadyExists(f"{name} exists with other files; take another id, or delete it", {"name": name})
+
+    def fetch(self, name: str, folder: Path, on_bytes: OnBytes = lambda _: None) -> Manifest:
+        """Download into a new folder; goes on where an interrupted one stopped. Raises DataLoss, ResourceExhausted."""
+        manifest = self.get(name)
+        draft = folder.with_name(f".{folder.name}.part")
+        draft.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(draft).free
+        if manifest.size > free:
+            raise ResourceExhausted(f"{name} is {manifest.size / 1e6:.0f} MB; {folder.parent} has {free / 1e6:.0f} MB free")
+        for file in manifest.files:
+            download(self._store, f"{name}/{manifest.attempt}/{file.path}", draft / file.path, file.size, file.sha256, on_bytes)
+        draft.rename(folder)
+        return manifest
+
+    def cached(self, name: str, digest: str = "") -> Path:
+        """The artifact's folder on this machine, read-only by agreement; fetched once for all processes.
+
+        Raises DataLoss when the artifact is not the one with `digest` any more.
+        """
+        manifest = self.get(name)
+        if digest and manifest.digest != digest:
+            raise DataLoss(f"{name} has changed since the job was accepted: digest {manifest.digest[:12]}, expected {digest[:12]}")
+        folder = self._cache / manifest.digest
+        self._cache.mkdir(parents=True, exist_ok=True)
+        with _lock(self._cache / f"{manifest.digest}.lock"):
+            if not folder.exists():
+                self.fetch(name, folder)
+        return folder
+
+
+def check_name(name: str) -> None:
+    """Raises InvalidSpec when `name` cannot be an artifact's."""
+    if not NAME.fullmatch(name):
+        raise InvalidSpec(f"{name!r} is no artifact's name; it looks like datasets/an-id (also models, adapters, reports)")
+
+
+def check_files(name: str, kind: str, paths: Sequence[str]) -> None:
+    """Refuse what may not be in an artifact. Raises InvalidSpec, InvalidData naming all that is wrong."""
+    check_name(name)
+    if not paths:
+        raise InvalidData(f"{name} would have no files")
+    outside = [p for p in paths if PurePosixPath(p).is_absolute() or ".." in PurePosixPath(p).parts or p == "manifest.json"]
+    if outside:
+        raise InvalidData(f"{name} may not have a file called {outside[0]!r}")
+    pickled = [p for p in paths if p.lower().endswith(PICKLES)]
+    if kind in ("model", "adapter") and pickled:
+        raise InvalidData(f"{name} has pickled weights ({', '.join(pickled[:3])}); only safetensors are taken")
+    if kind == "model" and not any(p.endswith(".safetensors") for p in paths):
+        raise InvalidData(f"{name} has no .safetensors weights")
+
+
+def list_files(folder: Path) -> list[Path]:
+    """All files below a folder, in order."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
+
+
+def digest_of_files(files: Sequence[File]) -> str:
+    """sha256 of the sorted file list, lower-case hex."""
+    listed = sorted([f.path, f.size, f.sha256] for f in files)
+    return hashlib.sha256(json.dumps(listed, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+
+
+def new_attempt() -> str:
+    """A folder name for an upload that nobody else uses."""
+    return f"files-{int(time.time())}-{secrets.token_hex(4)}"
+
+
+def _parse(name: str, stored: Mapping[str, Any]) -> Manifest:
+    try:
+        files = tuple(File(**f) for f in stored["files"])
+        manifest = Manifest(**{**stored, "files": files})
+    except (KeyError, TypeError) as error:
+        raise DataLoss(f"the manifest of {name} cannot be read: {error}") from None
+    if manifest.digest != digest_of_files(files):
+        raise DataLoss(f"the manifest of {name} was changed: its digest does not fit its files")
+    return manifest
+
+
+def _plain(manifest: Manifest) -> dict[str, Any]:
+    return {**asdict(manifest), "files": [asdict(f) for f in manifest.files]}
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    with file.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,79 @@
+"""Settings of servers and workers, from the environment (`FABRICTUNE_…`). This table is the manual.
+
+Secrets come from the environment or from files only, never from arguments. A worker reads the same settings as the
+server that started it: the local cluster hands its own environment on, Kubernetes mounts the same Secret.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services.common.errors import InvalidSpec, Violation
+
+
+class StoreConfig(BaseSettings):
+    """The object store: FABRICTUNE_S3_…"""
+
+    model_config = SettingsConfigDict(env_prefix="FABRICTUNE_S3_", frozen=True)
+
+    endpoint: str = Field("", description="such as http://127.0.0.1:8333; https turns TLS on")
+    bucket: str = "fabrictune"
+    region: str = "us-east-1"
+    access_key: str = ""
+    secret_key: SecretStr = SecretStr("")
+    path_style: bool = Field(True, description="false addresses buckets as host names")
+    ca_file: Path | None = Field(None, description="a certificate authority for the store's TLS")
+
+
+class ServerConfig(BaseSettings):
+    """A gRPC server: FABRICTUNE_…"""
+
+    model_config = SettingsConfigDict(env_prefix="FABRICTUNE_", frozen=True)
+
+    host: str = Field("127.0.0.1", description="beyond loopback TLS files and tokens are needed, or `insecure`")
+    port: int = Field(8470, ge=0, le=65535, description="0 takes a free one")
+    gateway_port: int = Field(8480, ge=0, le=65535, description="HTTP address of the inference gateway")
+    metrics_port: int = Field(8490, ge=0, le=65535, description="Prometheus metrics, on loopback or the pod's address")
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tokens_file: Path | None = Field(None, description="YAML: a list of {name, role, sha256} API keys")
+    oidc_issuer: str = Field("", description="accept JWTs of this issuer")
+    oidc_audience: str = "fabrictune"
+    oidc_roles_claim: str = "fabrictune_role"
+    insecure: bool = Field(False, description="serve beyond loopback without TLS or tokens, knowing what that means")
+    drain_seconds: float = Field(10, ge=0, description="how long calls in flight may take after SIGTERM")
+    data_dir: Path = Field(Path(".fabrictune"), description="cache, scratch and, on one machine, everything else")
+    log_format: str = Field("json", pattern="^(json|console)$")
+    log_level: str = "INFO"
+    endpoint: str = Field("", description="where the other services are, for the pipeline; its own server when empty")
+    gateway_url: str = Field("", description="where evaluation reaches the gateway; its own when empty")
+    max_concurrent_jobs: int = Field(1, ge=1, description="jobs that the local cluster runs side by side")
+
+
+def load(kind: type[BaseSettings]) -> BaseSettings:
+    """Settings of one kind. Raises InvalidSpec naming every variable that is wrong."""
+    try:
+        return kind()
+    except ValidationError as error:
+        prefix = str(kind.model_config.get("env_prefix", ""))
+        violations = [
+            Violation(prefix + "_".join(str(part) for part in e["loc"]).upper(), e["msg"]) for e in error.errors()
+        ]
+        raise InvalidSpec("the environment has settings that cannot be used", violations=violations) from None
+
+
+def load_store() -> StoreConfig:
+    """The store's settings. Raises InvalidSpec."""
+    config = load(StoreConfig)
+    assert isinstance(config, StoreConfig)
+    return config
+
+
+def load_server() -> ServerConfig:
+    """The server's settings. Raises InvalidSpec."""
+    config = load(ServerConfig)
+    assert isinstance(config, ServerConfig)
+    return config

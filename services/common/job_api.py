@@ -1,0 +1,110 @@
+"""Between protobuf and Jobs: what the Create, Get, List, Cancel, Delete and Watch of every kind of job have in common."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from google.protobuf import empty_pb2, json_format
+from google.protobuf.message import Message
+
+from fabrictune.v1 import job_pb2
+from services.common.clusters import Cluster, Workload
+from services.common.errors import InvalidSpec
+from services.common.job_state import JobView, execution_of, progress_message
+from services.common.jobs import Event, Jobs
+
+
+class CreateRequest(Protocol):
+    """What all Create requests carry beside the resource and its id."""
+
+    request_id: str
+    validate_only: bool
+
+
+class JobApi:
+    """The RPCs of one kind of job. resource: its message class, such as TrainingJob."""
+
+    def __init__(self, jobs: Jobs, cluster: Cluster, resource: type[Any]) -> None:
+        self._jobs, self._cluster, self._resource = jobs, cluster, resource
+
+    async def create(self, job: Any, job_id: str, request: CreateRequest) -> Any:
+        """Accept a job, or, with validate_only, return its plan."""
+        if not job.HasField("spec"):
+            raise InvalidSpec("the request carries no spec")
+        view, workload = await self._jobs.create(
+            spec_dict(job.spec),
+            job_id=job_id,
+            request_id=request.request_id,
+            output=job.output,
+            labels=dict(job.labels),
+            validate_only=request.validate_only,
+        )
+        message = self._message(view)
+        if request.validate_only:
+            message.ClearField("execution")
+            message.plan.CopyFrom(plan_message(workload, self._cluster))
+        return message
+
+    async def get(self, name: str) -> Any:
+        """One job."""
+        return self._message(await self._jobs.get(name))
+
+    async def list(self, request: Any, response: Any, field: str) -> Any:
+        """A page of jobs, put into `response.field`."""
+        views, token = await self._jobs.list(request.page_size, request.page_token)
+        getattr(response, field).extend(self._message(view) for view in views)
+        response.next_page_token = token
+        return response
+
+    async def cancel(self, name: str) -> Any:
+        """Ask it to stop."""
+        return self._message(await self._jobs.cancel(name))
+
+    async def delete(self, name: str) -> empty_pb2.Empty:
+        """Forget it."""
+        await self._jobs.delete(name)
+        return empty_pb2.Empty()
+
+    async def resume(self, name: str) -> Any:
+        """Begin it again."""
+        return self._message(await self._jobs.resume(name))
+
+    async def watch(self, request: Any) -> AsyncIterator[job_pb2.WatchEvent]:
+        """Events of a job."""
+        async for event in self._jobs.watch(request.name, request.resume_token):
+            yield event_message(event)
+
+    def _message(self, view: JobView) -> Any:
+        record = view.record
+        message = self._resource(name=record.name, output=record.output, labels=dict(record.labels))
+        json_format.ParseDict(dict(record.spec), message.spec)
+        message.execution.CopyFrom(execution_of(view))
+        return message
+
+
+def spec_dict(spec: Message) -> dict[str, Any]:
+    """A spec as the dict that its pydantic model reads; fields that were not set are absent."""
+    return json_format.MessageToDict(spec, preserving_proto_field_name=True)
+
+
+def plan_message(workload: Workload, cluster: Cluster) -> job_pb2.Plan:
+    """The printable plan of a workload."""
+    command = job_pb2.Command(argv=workload.argv, env=dict(workload.env))
+    return job_pb2.Plan(commands=[command], manifest=cluster.render(workload), digest=workload.digest)
+
+
+def event_message(event: Event) -> job_pb2.WatchEvent:
+    """The protobuf form of an event."""
+    message = job_pb2.WatchEvent(resume_token=event.token)
+    message.time.FromMilliseconds(int(event.time * 1000))
+    if event.state is not None:
+        message.state.CopyFrom(event.state)
+    elif event.progress is not None:
+        message.progress.CopyFrom(progress_message(event.progress))
+    elif event.log is not None:
+        message.log.severity = job_pb2.LogLine.Severity.Value(str(event.log["severity"]))
+        message.log.text = str(event.log["text"])
+    elif event.artifact is not None:
+        message.artifact.CopyFrom(job_pb2.ArtifactEvent(**event.artifact))
+    return message

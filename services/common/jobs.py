@@ -1,0 +1,310 @@
+"""Jobs of one kind: accepted into the store, run by a cluster, remembered by the store.
+
+    {job}/job.json         what was asked for; written once (If-None-Match), then the workload is created
+    {job}/cancel.json      somebody asked it to stop
+    {job}/attempts/NNNN    a worker began; it took the number by writing it first
+    {job}/progress.json    the newest progress
+    {job}/outcome.json     how it ended; written once, by the worker or, when that has gone, by the server
+    events/{job}/…         see services.common.events
+
+A server holds nothing else, so any of them can be killed at any time. A job whose workload the cluster has forgotten
+and that has no outcome is begun again: a stage is a pure function, and an artifact that exists ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+import secrets
+import sys
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from fabrictune.v1 import job_pb2
+from services.common import metrics
+from services.common.artifacts import Artifacts
+from services.common.clusters import Cluster, Phase, Workload, WorkloadStatus
+from services.common.errors import AlreadyExists, FailedPrecondition, InvalidSpec, NotFound, Violation
+from services.common.events import read_events
+from services.common.job_state import ENDED, JobRecord, JobView, execution_of, outcome_of
+from services.common.logs import get_logger
+from services.common.resources import ID_PATTERN, Resources
+from services.common.stage import Stage
+from services.common.store import Store
+
+WATCH_SECONDS = 0.5
+RETRIES = 2
+"""More attempts for a worker that was lost or says "try again" (exit code 75)."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event of a watch. Exactly one of the last four is set."""
+
+    token: str
+    time: float
+    state: job_pb2.Execution | None = None
+    progress: Mapping[str, Any] | None = None
+    log: Mapping[str, Any] | None = None
+    artifact: Mapping[str, Any] | None = None
+
+
+class Jobs:
+    """The jobs of one stage."""
+
+    def __init__(self, stage: Stage[Any], store: Store, artifacts: Artifacts, cluster: Cluster) -> None:
+        self._stage, self._store, self._artifacts, self._cluster = stage, store, artifacts, cluster
+        self._log = get_logger(stage.kind)
+
+    async def create(
+        self,
+        spec: Mapping[str, Any],
+        *,
+        job_id: str = "",
+        request_id: str = "",
+        output: str = "",
+        labels: Mapping[str, str] | None = None,
+        validate_only: bool = False,
+    ) -> tuple[JobView, Workload]:
+        """Accept a job and hand it to the cluster. The same id or request_id with the same spec: the job that is there.
+
+        Raises InvalidSpec, NotFound (inputs), AlreadyExists (reason REQUEST_ID_REUSED), FailedPrecondition (cluster).
+        """
+        record = await self._plan(spec, job_id or _make_id(self._stage.kind, request_id), request_id, output, labels or {})
+        workload = render_workload(self._stage, record)
+        if validate_only:
+            return JobView(record), workload
+        key = f"{record.name}/job.json"
+        if not await asyncio.to_thread(self._store.put_json, key, _plain(record), only_if_absent=True):
+            there = await self._record(record.name)
+            if (there.digest, there.output) != (record.digest, record.output):
+                raise AlreadyExists(
+                    f"{record.name} exists with another spec; take another id, or delete it",
+                    {"name": record.name},
+                    reason_override="REQUEST_ID_REUSED",
+                )
+            record = there
+        else:
+            metrics.jobs_started.labels(self._stage.kind).inc()
+        view = await self.get(record.name)
+        if view.outcome is None and view.status is None:
+            status = await self._cluster.create(workload)
+            view = replace(view, status=status)
+        return view, workload
+
+    async def get(self, name: str) -> JobView:
+        """All that is known of a job. Raises NotFound."""
+        record = await self._record(name)
+        # The cluster first: a worker writes its outcome before it ends.
+        status = await self._cluster.get(workload_name(self._stage.kind, record.id))
+        return await self._settle(await asyncio.to_thread(self._read_view, record, status))
+
+    async def list(self, page_size: int, page_token: str) -> tuple[list[JobView], str]:
+        """A page of jobs by id, and the next page's token ("" at the end)."""
+        size = min(page_size or 50, 1000)
+        ids = await asyncio.to_thread(self._ids, page_token, size + 1)
+        views = [await self.get(f"{self._stage.collection}/{i}") for i in ids[:size]]
+        return views, ids[size - 1] if len(ids) > size else ""
+
+    async def cancel(self, name: str) -> JobView:
+        """Ask it to stop. One that has ended stays as it is. Raises NotFound."""
+        view = await self.get(name)
+        if view.outcome is None:
+            cancel = {"time": _now()}
+            await asyncio.to_thread(self._store.put_json, f"{name}/cancel.json", cancel)
+            await self._cluster.stop(workload_name(self._stage.kind, view.record.id))
+            view = await self.get(name)
+        return view
+
+    async def delete(self, name: str) -> None:
+        """Forget an ended job and its events. Raises NotFound, FailedPrecondition while it runs."""
+        view = await self.get(name)
+        if view.outcome is None:
+            raise FailedPrecondition(f"{name} has not ended; cancel it first")
+        await self._cluster.delete(workload_name(self._stage.kind, view.record.id))
+        # The record goes last: until then the job can be seen, and deleted again.
+        await asyncio.to_thread(self._delete_all, [f"events/{name}/", f"{name}/"], f"{name}/job.json")
+
+    async def resume(self, name: str) -> JobView:
+        """Begin a failed or cancelled job again; its worker goes on from what the last attempt has kept."""
+        view = await self.get(name)
+        if view.outcome is None or view.outcome["state"] == "SUCCEEDED":
+            state = job_pb2.Execution.State.Name(execution_of(view).state)
+            raise FailedPrecondition(f"{name} is {state}; only a failed or cancelled job can be resumed")
+        await self._cluster.delete(workload_name(self._stage.kind, view.record.id))
+        for part in ("cancel.json", "outcome.json"):
+            await asyncio.to_thread(self._store.delete, f"{name}/{part}")
+        await self._cluster.create(render_workload(self._stage, view.record))
+        return await self.get(name)
+
+    async def watch(self, name: str, token: str = "") -> AsyncIterator[Event]:
+        """The present state, then events after `token`, until the job has ended and all has been told."""
+        last: bytes | None = None
+        while True:
+            view = await self.get(name)
+            execution = execution_of(view)
+            bare = job_pb2.Execution()
+            bare.CopyFrom(execution)
+            bare.ClearField("progress")
+            if (seen := bare.SerializeToString(deterministic=True)) != last:
+                first, last = last is None, seen
+                if first or execution.state not in ENDED:
+                    yield Event(token, _now(), state=execution)
+            for token, event in await asyncio.to_thread(lambda t=token: list(read_events(self._store, name, t))):
+                parts = {k: v for k, v in event.items() if k in ("progress", "log", "artifact")}
+                yield Event(token, float(event["time"]), **parts)
+            if execution.state in ENDED:
+                yield Event(token, _now(), state=execution)
+                return
+            await asyncio.sleep(WATCH_SECONDS)
+
+    async def reconcile(self) -> None:
+        """Begin again what has neither an outcome nor a workload. Called when a server starts."""
+        token = ""
+        while True:
+            ids = await asyncio.to_thread(self._ids, token, 1000)
+            for job_id in ids:
+                view = await self.get(f"{self._stage.collection}/{job_id}")
+                if view.outcome is None and view.status is None:
+                    self._log.info("begun again", job=view.record.name)
+                    await self._cluster.create(render_workload(self._stage, view.record))
+            if len(ids) < 1000:
+                return
+            token = ids[-1]
+
+    async def settle_ended(self) -> None:
+        """Write down the outcomes of workloads that end without one, for ever. Run it as a task."""
+        prefix = f"{self._stage.kind}-"
+        async for status in self._cluster.watch():
+            if status.kind != self._stage.kind or status.phase not in (Phase.SUCCEEDED, Phase.FAILED):
+                continue
+            try:
+                view = await self.get(f"{self._stage.collection}/{status.name.removeprefix(prefix)}")
+            except NotFound:
+                continue
+            if view.outcome:
+                metrics.jobs_ended.labels(self._stage.kind, view.outcome["state"]).inc()
+
+    async def _plan(
+        self, spec: Mapping[str, Any], job_id: str, request_id: str, output: str, labels: Mapping[str, str]
+    ) -> JobRecord:
+        stage, found = self._stage, []
+        if not re.fullmatch(ID_PATTERN, job_id):
+            found.append(Violation("id", f"{job_id!r} must match {ID_PATTERN}"))
+        output = output or f"{stage.output_collection}/{job_id}"
+        if not re.fullmatch(f"{stage.output_collection}/{ID_PATTERN}", output):
+            found.append(Violation("output", f"{output!r} must look like {stage.output_collection}/an-id"))
+        try:
+            parsed = stage.spec.model_validate(spec)
+        except ValidationError as error:
+            found += violations_of(error, "spec")
+        if found:
+            raise InvalidSpec(f"the {stage.kind} job cannot be accepted", violations=found)
+        plain = parsed.model_dump(mode="json", exclude_unset=True)
+        inputs = await asyncio.to_thread(self._resolve_inputs, parsed)
+        digest = digest_of({"kind": stage.kind, "spec": plain, "inputs": [i["digest"] for i in inputs]})
+        name = f"{stage.collection}/{job_id}"
+        return JobRecord(name, plain, output, digest, tuple(inputs), request_id, dict(labels), _now())
+
+    def _resolve_inputs(self, spec: BaseModel) -> list[dict[str, str]]:
+        inputs, found = [], []
+        for role, name in self._stage.inputs(spec).items():
+            try:
+                inputs.append({"role": role, "name": name, "digest": self._artifacts.get(name).digest})
+            except (NotFound, InvalidSpec) as error:
+                found.append(Violation(f"spec.{role}", error.message))
+        if found:
+            raise NotFound(f"the {self._stage.kind} job's inputs do not exist", violations=found)
+        return inputs
+
+    async def _record(self, name: str) -> JobRecord:
+        if not re.fullmatch(f"{self._stage.collection}/{ID_PATTERN}", name):
+            raise InvalidSpec(f"{name!r} is no job's name; it looks like {self._stage.collection}/an-id")
+        stored = await asyncio.to_thread(self._store.get_json, f"{name}/job.json")
+        if stored is None:
+            raise NotFound(f"there is no {name}", {"name": name})
+        return JobRecord(**{**stored, "inputs": tuple(stored["inputs"])})
+
+    def _read_view(self, record: JobRecord, status: WorkloadStatus | None) -> JobView:
+        keys = {k.removeprefix(f"{record.name}/") for k in self._store.list_keys(f"{record.name}/")}
+        read = {n: self._store.get_json(f"{record.name}/{n}.json") for n in ("outcome", "progress") if f"{n}.json" in keys}
+        begun = [self._store.get_json(f"{record.name}/{k}") or {} for k in sorted(keys) if k.startswith("attempts/")]
+        times = tuple(float(b.get("time", 0)) for b in begun)
+        return JobView(record, read.get("outcome"), "cancel.json" in keys, times, read.get("progress"), status)
+
+    async def _settle(self, view: JobView) -> JobView:
+        outcome = outcome_of(view)
+        if outcome is None:
+            return view
+        key = f"{view.record.name}/outcome.json"
+        await asyncio.to_thread(self._store.put_json, key, outcome, only_if_absent=True)
+        return replace(view, outcome=await asyncio.to_thread(self._store.get_json, key) or outcome)
+
+    def _ids(self, after: str, limit: int) -> list[str]:
+        prefix = f"{self._stage.collection}/"
+        return self._store.list_folders(prefix, start_after=f"{prefix}{after}/" if after else "", limit=limit)
+
+    def _delete_all(self, prefixes: list[str], last: str) -> None:
+        for prefix in prefixes:
+            for key in list(self._store.list_keys(prefix)):
+                if key != last:
+                    self._store.delete(key)
+        self._store.delete(last)
+
+
+def render_workload(stage: Stage[Any], record: JobRecord) -> Workload:
+    """The workload that does a job; a pure function of the record."""
+    resources = Resources.model_validate(record.spec.get("resources", {}))
+    return Workload(
+        kind=stage.kind,
+        name=workload_name(stage.kind, record.id),
+        argv=(sys.executable, "-m", f"services.{stage.kind}.worker"),
+        env={"FABRICTUNE_JOB": record.name},
+        digest=record.digest,
+        labels=record.labels,
+        gpus=resources.gpus,
+        nodes=resources.nodes,
+        cpu=resources.cpu,
+        memory=resources.memory,
+        queue_timeout_seconds=resources.queue_timeout,
+        run_timeout_seconds=resources.run_timeout,
+        retries=RETRIES,
+    )
+
+
+def workload_name(kind: str, job_id: str) -> str:
+    """The workload of a job: a DNS label, the same whoever asks."""
+    return f"{kind}-{job_id}"
+
+
+def digest_of(value: Any) -> str:
+    """sha256 over the canonical JSON of a value, lower-case hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+
+
+def violations_of(error: ValidationError, prefix: str) -> list[Violation]:
+    """pydantic's findings as field violations, `prefix.a[0].b`."""
+    found = []
+    for item in error.errors():
+        path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in item["loc"])
+        found.append(Violation(f"{prefix}{path}", item["msg"].removeprefix("Value error, ")))
+    return found
+
+
+def _make_id(kind: str, request_id: str) -> str:
+    tail = hashlib.sha256(request_id.encode()).hexdigest()[:16] if request_id else secrets.token_hex(5)
+    return f"{kind[:5].rstrip('-')}-{tail}"
+
+
+def _plain(record: JobRecord) -> dict[str, Any]:
+    return {**asdict(record), "inputs": [dict(i) for i in record.inputs]}
+
+
+def _now() -> float:
+    return round(datetime.now(UTC).timestamp(), 3)

@@ -1,0 +1,92 @@
+"""Files to and from the object store: streamed, in parallel parts, hashed on the way, with bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import urllib3
+
+from services.common.errors import DataLoss, Unavailable
+from services.common.store import Store
+
+PART = 16 << 20
+"""Bytes of a part; memory is at most PART × (THREADS + 1)."""
+THREADS = 3
+CHUNK = 1 << 20
+OnBytes = Callable[[int], None]
+
+
+class _Hashed(io.RawIOBase):
+    """A file that hashes what is read from it."""
+
+    def __init__(self, data: BinaryIO, on_bytes: OnBytes) -> None:
+        self._data, self._on_bytes, self.sha256 = data, on_bytes, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        chunk = self._data.read(size)
+        self.sha256.update(chunk)
+        self._on_bytes(len(chunk))
+        return chunk
+
+
+def upload(store: Store, file: Path, key: str, on_bytes: OnBytes) -> str:
+    """Send a file; returns its sha256, lower-case hex. Raises errors of the store."""
+    size = file.stat().st_size
+    with file.open("rb") as data:
+        hashed = _Hashed(data, on_bytes)
+        store.put_stream(key, hashed, size, PART, THREADS)
+        return hashed.sha256.hexdigest()
+
+
+def download(store: Store, key: str, file: Path, size: int, sha256: str, on_bytes: OnBytes) -> None:
+    """Fetch an object into a file, going on with the parts that are missing. Raises DataLoss when its hash differs."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    notes = file.with_name(file.name + ".parts")
+    done = set(json.loads(notes.read_text())) if notes.exists() and file.exists() else set()
+    if not (file.exists() and not notes.exists() and file.stat().st_size == size):
+        address = store.presign("GET", key)
+        with file.open("r+b" if file.exists() else "w+b") as out:
+            out.truncate(size)
+            missing = [p for p in range((size + PART - 1) // PART) if p not in done]
+            with ThreadPoolExecutor(THREADS) as pool:
+                jobs = [pool.submit(_fetch_part, store, address, key, out.fileno(), p, size, on_bytes) for p in missing]
+                for part, job in zip(missing, jobs, strict=True):
+                    job.result()
+                    done.add(part)
+                    notes.write_text(json.dumps(sorted(done)))
+    with file.open("rb") as data:
+        found = hashlib.file_digest(data, "sha256").hexdigest()
+    notes.unlink(missing_ok=True)
+    if found != sha256:
+        file.unlink()
+        raise DataLoss(f"{key} is not what its manifest says: sha256 {found[:12]}, expected {sha256[:12]}; it was thrown away")
+
+
+def _fetch_part(store: Store, address: str, key: str, descriptor: int, part: int, size: int, on_bytes: OnBytes) -> None:
+    begin, end = part * PART, min((part + 1) * PART, size)
+    try:
+        answer = store.http.request(
+            "GET", address, headers={"Range": f"bytes={begin}-{end - 1}"}, preload_content=False, retries=urllib3.Retry(3)
+        )
+        try:
+            if answer.status >= 300:
+                raise DataLoss(f"{key} is named by its manifest, but the object store says HTTP {answer.status}")
+            at = begin
+            for chunk in answer.stream(CHUNK):
+                at += os.pwrite(descriptor, chunk, at)
+                on_bytes(len(chunk))
+        finally:
+            answer.release_conn()
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise Unavailable(f"the download of {key} broke off ({type(error).__name__}); it goes on there next time") from None
+    if at != end:
+        raise Unavailable(f"the download of {key} broke off at byte {at} of {size}")
+
+

@@ -1,0 +1,215 @@
+"""The process that does one job: fetch inputs, run the stage, seal the output, write the outcome.
+
+Exit codes: 0 done, 64/65/78 never retry, 75 try again, 143 told to stop. A failure's google.rpc.Status is also left where
+the pod's termination message goes. A SIGTERM without a request to cancel (a drain, a spot machine taken back, `fabrictune
+up` stopped) writes no outcome: whoever starts the next attempt goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import json_format
+from google.rpc import status_pb2
+from pydantic import ValidationError
+
+from services.common.artifacts import Artifacts, Manifest
+from services.common.config import load_server, load_store
+from services.common.errors import Cancelled, FabrictuneError, InvalidSpec, NotFound
+from services.common.events import EventWriter
+from services.common.job_state import JobRecord
+from services.common.reporter import Progress
+from services.common.stage import Stage
+from services.common.store import Store, open_store
+
+CHECKPOINTS_KEPT = 2
+
+
+class _StoredReporter(EventWriter):
+    """An EventWriter that also keeps checkpoints."""
+
+    def __init__(self, store: Store, artifacts: Artifacts, record: JobRecord, attempt: int) -> None:
+        super().__init__(store, record.name, attempt)
+        self._artifacts, self._record = artifacts, record
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """Seal the folder as a checkpoint of this job; the newest CHECKPOINTS_KEPT stay."""
+        name = f"checkpoints/{self._record.name.replace('/', '-')}/step-{step:08d}"
+        self._artifacts.publish(folder, name, "checkpoint", created_by={"job": self._record.name}, metadata={"step": step})
+        self.log(f"checkpoint of step {step} is kept")
+        for old in checkpoints_of(self._artifacts, self._record.name)[:-CHECKPOINTS_KEPT]:
+            self._artifacts.delete(old)
+
+
+def checkpoints_of(artifacts: Artifacts, job: str) -> list[str]:
+    """Names of a job's complete checkpoints, oldest first."""
+    return artifacts.names(f"checkpoints/{job.replace('/', '-')}/")
+
+
+def main(stage: Stage[Any]) -> None:
+    """Do the job that FABRICTUNE_JOB names, then exit."""
+    signal.signal(signal.SIGTERM, _raise_cancelled)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on a terminal is for `fabrictune up`, which sends SIGTERM
+    code, status = 70, status_pb2.Status()
+    try:
+        code, status = _do_job(stage, os.environ.get("FABRICTUNE_JOB", ""))
+    except FabrictuneError as error:
+        code, status = error.exit_code, error.to_status()
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    _leave_word(code, status)
+    sys.stderr.flush()
+    os._exit(code)  # threads of libraries must not keep a finished job alive
+
+
+def _do_job(stage: Stage[Any], name: str) -> tuple[int, status_pb2.Status]:
+    store = open_store(load_store())
+    data_dir = load_server().data_dir.absolute()
+    artifacts = Artifacts(store, data_dir / "cache")
+    stored = store.get_json(f"{name}/job.json")
+    if stored is None:
+        raise NotFound(f"FABRICTUNE_JOB names {name!r}, but the object store has no such job")
+    record = JobRecord(**{**stored, "inputs": tuple(stored["inputs"])})
+    if store.get_json(f"{name}/outcome.json") is not None:
+        return 0, status_pb2.Status()
+    attempt = claim_attempt(store, name)
+    begin = time.time()
+    events = _StoredReporter(store, artifacts, record, attempt)
+    error: FabrictuneError | None = None
+    try:
+        manifest = _existing(artifacts, record) or _run_stage(stage, record, artifacts, events, data_dir)
+        events.artifact(manifest.name, manifest.digest)
+        if stage.verdict is not None:
+            stage.verdict(manifest.metadata)
+    except FabrictuneError as raised:
+        error = raised
+    except Exception as unknown:  # the process's rim
+        events.log("".join(traceback.format_exception(unknown)), "ERROR")
+        error = FabrictuneError(f"the {stage.kind} worker broke: {type(unknown).__name__}: {unknown}. Its log has the trace")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the last words are short; let them be said
+    if error is not None:
+        cancelled = isinstance(error, Cancelled)
+        events.log(str(error) or type(error).__name__, "INFO" if cancelled else "ERROR")
+    _close(events)
+    outcome = _outcome(store, name, error, attempt, begin)
+    if outcome is not None:
+        store.put_json(f"{name}/outcome.json", outcome, only_if_absent=True)
+    return (0, status_pb2.Status()) if error is None else (error.exit_code, error.to_status())
+
+
+def _run_stage(
+    stage: Stage[Any], record: JobRecord, artifacts: Artifacts, events: EventWriter, data_dir: Path
+) -> Manifest:
+    try:
+        spec = stage.spec.model_validate(record.spec)
+    except ValidationError as error:
+        raise InvalidSpec(f"{record.name} was accepted by another version of fabrictune: {error}") from None
+    events.progress(Progress(unit="inputs", step=0, total_steps=len(record.inputs), phase="downloading"))
+    folders = {i["role"]: artifacts.cached(i["name"], i["digest"]) for i in record.inputs}
+    kept = checkpoints_of(artifacts, record.name)
+    if kept:
+        events.log(f"goes on from {kept[-1]}")
+        folders["checkpoint"] = artifacts.cached(kept[-1])
+    with _scratch(data_dir, record) as output:
+        metadata = stage.run(spec, folders, output, events)
+        events.progress(Progress(unit="files", step=0, phase="uploading"))
+        return artifacts.publish(
+            output, record.output, stage.output_kind, created_by=provenance(stage, record), metadata=dict(metadata)
+        )
+
+
+def provenance(stage: Stage[Any], record: JobRecord) -> dict[str, Any]:
+    """What the manifest of a job's output says of its making."""
+    return {
+        "job": record.name,
+        "spec": dict(record.spec),
+        "digest": record.digest,
+        "inputs": [{"name": i["name"], "digest": i["digest"]} for i in record.inputs],
+        "versions": versions(("fabrictune", *stage.versions)),
+    }
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Installed versions of packages; those that are absent are left out."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _existing(artifacts: Artifacts, record: JobRecord) -> Manifest | None:
+    try:
+        manifest = artifacts.get(record.output)
+    except NotFound:
+        return None
+    return manifest if manifest.created_by.get("digest") == record.digest else None
+
+
+def claim_attempt(store: Store, name: str) -> int:
+    """The number of the attempt that begins now, from 1; it is taken by writing it, so no two workers share one."""
+    number = 1
+    while not store.put_json(f"{name}/attempts/{number:04d}", {"time": time.time()}, only_if_absent=True):
+        number += 1
+    return number
+
+
+def _outcome(
+    store: Store, name: str, error: FabrictuneError | None, attempt: int, begin: float
+) -> Mapping[str, Any] | None:
+    told = {"attempt": attempt, "start_time": begin, "end_time": time.time()}
+    if error is None:
+        return {"state": "SUCCEEDED", **told}
+    if isinstance(error, Cancelled):
+        asked = store.get_json(f"{name}/cancel.json") is not None
+        return {"state": "CANCELLED", **told} if asked else None
+    if error.exit_code == 75:
+        return None  # another attempt may do better; the cluster counts them, the server writes the last word
+    return {"state": "FAILED", "error": json_format.MessageToDict(error.to_status()), **told}
+
+
+@contextmanager
+def _scratch(data_dir: Path, record: JobRecord) -> Iterator[Path]:
+    work = data_dir / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{record.id}-", dir=work))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _close(events: EventWriter) -> None:
+    for wait in (0, 1, 2, 4, 8):
+        time.sleep(wait)
+        try:
+            events.close()
+        except FabrictuneError:
+            continue
+        return
+
+
+def _leave_word(code: int, status: status_pb2.Status) -> None:
+    file = os.environ.get("FABRICTUNE_TERMINATION_LOG", "/dev/termination-log")
+    word = json.dumps({"exit_code": code, "status": json_format.MessageToDict(status)}, ensure_ascii=False)
+    try:
+        Path(file).write_text(word[:4096] if len(word) <= 4096 else json.dumps({"exit_code": code}))
+    except OSError:
+        return  # not in a pod and nobody asked for it
+
+
+def _raise_cancelled(_number: int, _frame: object) -> None:
+    raise Cancelled("told to stop")

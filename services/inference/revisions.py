@@ -1,0 +1,128 @@
+"""Deployments and revisions as values: what is remembered of them (plain JSON) and which state may follow which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+from services.common.errors import FabrictuneError, FailedPrecondition, InvalidSpec, Violation
+from services.inference.spec import RevisionSpec
+
+
+class State(Enum):
+    """Mirrors fabrictune.v1.Revision.State by name."""
+
+    PENDING = "PENDING"
+    """Waits for its model and a place to run."""
+    LOADING = "LOADING"
+    PROBING = "PROBING"
+    READY = "READY"
+    DRAINING = "DRAINING"
+    STOPPED = "STOPPED"
+    FAILED = "FAILED"
+
+
+FOLLOWS: Mapping[State, frozenset[State]] = {
+    State.PENDING: frozenset({State.LOADING, State.FAILED, State.STOPPED}),
+    State.LOADING: frozenset({State.PROBING, State.READY, State.FAILED, State.STOPPED, State.PENDING}),  # READY: adopted
+    State.PROBING: frozenset({State.READY, State.FAILED, State.STOPPED, State.PENDING}),
+    State.READY: frozenset({State.DRAINING, State.PENDING, State.FAILED}),  # PENDING: its engine crashed
+    State.DRAINING: frozenset({State.STOPPED}),
+    State.STOPPED: frozenset({State.PENDING}),  # created once more
+    State.FAILED: frozenset({State.PENDING, State.STOPPED}),
+}
+"""Which state may follow which."""
+
+COMING = frozenset({State.PENDING, State.LOADING, State.PROBING})
+"""On the way to READY: requests for it wait."""
+
+
+@dataclass
+class Revision:
+    """What is remembered of a revision; times are seconds since 1970, 0 when they have not come."""
+
+    deployment: str
+    revision: str
+    spec: RevisionSpec
+    state: State = State.PENDING
+    message: str = ""
+    error: dict[str, Any] = field(default_factory=dict)
+    """google.rpc.Status as JSON; empty when all is well."""
+    parity: dict[str, Any] = field(default_factory=dict)
+    """ParityResult; empty until it was probed."""
+    take_traffic: bool = False
+    """It takes all traffic as soon as it is ready."""
+    create_time: float = 0
+    ready_time: float = 0
+    restarts: int = 0
+    """Times that its engine crashed and was started again since it was last well for a while."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long each step of the last start took: fetch, load, reference, probe."""
+
+    @property
+    def name(self) -> str:
+        """The resource name."""
+        return f"deployments/{self.deployment}/revisions/{self.revision}"
+
+    @property
+    def served_model(self) -> str:
+        """What clients send as "model" to reach this very revision."""
+        return f"{self.deployment}@{self.revision}"
+
+
+@dataclass
+class Deployment:
+    """What is remembered of a deployment."""
+
+    id: str
+    traffic: dict[str, int] = field(default_factory=dict)
+    revisions: dict[str, Revision] = field(default_factory=dict)
+    create_time: float = 0
+
+
+def move(revision: Revision, state: State, message: str = "", error: FabrictuneError | None = None) -> None:
+    """Change a revision's state. Raises FailedPrecondition when that state cannot follow."""
+    from google.protobuf import json_format
+
+    if state not in FOLLOWS[revision.state]:
+        raise FailedPrecondition(f"{revision.name} is {revision.state.value} and cannot become {state.value}")
+    revision.state, revision.message = state, error.message if error else message
+    revision.error = json_format.MessageToDict(error.to_status()) if error else {}
+
+
+def check_traffic(deployment: Deployment, traffic: Mapping[str, int]) -> None:
+    """Raises InvalidSpec (percentages, unknown revisions) or FailedPrecondition (one is not READY)."""
+    bad = [Violation(f"traffic.{r}", "must be from 0 to 100") for r, part in traffic.items() if not 0 <= part <= 100]
+    bad += [Violation(f"traffic.{r}", "there is no such revision") for r in traffic if r not in deployment.revisions]
+    if traffic and sum(traffic.values()) != 100:
+        bad.append(Violation("traffic", f"the parts add up to {sum(traffic.values())}, not to 100"))
+    if bad:
+        raise InvalidSpec(f"this traffic cannot be given to deployments/{deployment.id}", violations=bad)
+    for revision_id, part in traffic.items():
+        revision = deployment.revisions[revision_id]
+        if part and revision.state is not State.READY:
+            raise FailedPrecondition(f"{revision.name} is {revision.state.value}, not READY, and cannot take traffic")
+
+
+def to_json(deployment: Deployment) -> dict[str, Any]:
+    """Plain JSON for the store."""
+    plain = asdict(deployment)
+    for revision_id, revision in deployment.revisions.items():
+        plain["revisions"][revision_id] |= {"spec": revision.spec.model_dump(mode="json"), "state": revision.state.value}
+    return plain
+
+
+def from_json(plain: Mapping[str, Any]) -> Deployment:
+    """A deployment from the store; fields of a later version are passed over."""
+    known = {f.name for f in fields(Revision)}
+    revisions = {
+        revision_id: Revision(**{
+            **{k: v for k, v in r.items() if k in known},
+            "spec": RevisionSpec.model_validate(r["spec"]),
+            "state": State(r["state"]),
+        })
+        for revision_id, r in plain["revisions"].items()
+    }  # fmt: skip
+    return Deployment(plain["id"], dict(plain["traffic"]), revisions, plain["create_time"])

@@ -1,0 +1,483 @@
+"""Brings revisions up and down: fetch the model, start the engine, compare it with the reference, let it take traffic.
+
+One task drives each revision from PENDING to READY and watches its engine from then on; a crashed engine is started
+again with growing pauses. Every change is saved before others see it, so a restarted service goes on where it was: an
+engine that still runs is adopted as it is. A revision that has lost its traffic stays warm for a while, so that going
+back to it needs no loading.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+
+from services.common.clusters import Cluster, Phase, Workload
+from services.common.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    FabrictuneError,
+    FailedPrecondition,
+    NotFound,
+    Unavailable,
+    WorkerLost,
+)
+from services.common.logs import get_logger
+from services.inference import parity
+from services.inference.engine import (
+    Hardware,
+    engine_name,
+    explain_failure,
+    reference_dtype,
+    render_engine,
+    weight_bytes,
+)
+from services.inference.reference import Reference, run_reference
+from services.inference.revisions import COMING, Deployment, Revision, State, check_traffic, move
+from services.inference.routes import RouteTable, Target
+from services.inference.spec import RevisionSpec
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on this machine, verified."""
+
+    folder: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """How a rollout reaches what is stored. All may raise errors of services.common.errors."""
+
+    fetch_model: Callable[[str], Awaitable[Model]]
+    """By "models/{id}"."""
+    fetch_reference: Callable[[str, str], Awaitable[Reference | None]]
+    """By model digest and dtype; None when there is none of this version."""
+    store_reference: Callable[[Reference], Awaitable[None]]
+    save: Callable[[Deployment], Awaitable[None]]
+    forget: Callable[[str], Awaitable[None]]
+    """By deployment id: it was deleted."""
+    read_log: Callable[[str], Awaitable[str]]
+    """The end of a workload's log, "" when there is none."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Times in seconds."""
+
+    start: float = 900
+    """From the engine's start until it answers."""
+    drain: float = 300
+    """What is in flight may take this long once a revision is to stop."""
+    keep_warm: float = 300
+    """How long a revision without traffic that once had some stays ready for a rollback."""
+    restarts: int = 5
+    """Crashes in a row after which a revision has failed."""
+    first_pause: float = 1
+    """Before the first restart; it doubles each time, up to a minute."""
+    calm: float = 600
+    """Having been READY for so long forgives earlier crashes."""
+    poll: float = 0.25
+
+
+@dataclass
+class _Driver:
+    task: asyncio.Task[None]
+    warm: asyncio.Task[None] | None = None
+
+
+@dataclass
+class Rollout:
+    """All deployments of one inference service. Use `restore` once, then the rest; `close` at the end."""
+
+    cluster: Cluster
+    routes: RouteTable
+    artifacts: Artifacts
+    hardware: Hardware
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        """Nothing runs yet."""
+        self._deployments: dict[str, Deployment] = {}
+        self._drivers: dict[tuple[str, str], _Driver] = {}
+        self._addresses: dict[str, str] = {}
+        self._watchers: set[asyncio.Queue[Deployment]] = set()
+        self._saving = asyncio.Lock()
+        self._reference_lock = asyncio.Lock()
+        self._session: aiohttp.ClientSession | None = None
+        self._log = get_logger("rollout")
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """For requests to engines; `generate` uses it too."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=5), connector=aiohttp.TCPConnector(limit=0)
+            )
+        return self._session
+
+    async def restore(self, deployments: Iterable[Deployment]) -> None:
+        """Go on with what an earlier process left; engines that still run are adopted, others started again."""
+        for deployment in deployments:
+            self._deployments[deployment.id] = deployment
+            for revision in deployment.revisions.values():
+                if revision.state is State.DRAINING:
+                    await self.cluster.delete(engine_name(deployment.id, revision.revision))
+                    move(revision, State.STOPPED)
+                elif revision.state in COMING or revision.state is State.READY:
+                    adopt = revision.state is State.READY
+                    revision.state = State.PENDING
+                    self._drive(revision, adopt)
+            await self._publish(deployment)
+
+    async def close(self) -> None:
+        """Stop driving. Engines are left as they are: the cluster ends them, or the next process adopts them."""
+        tasks = [t for d in self._drivers.values() for t in (d.task, d.warm) if t]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._session:
+            await self._session.close()
+
+    def get(self, deployment: str) -> Deployment:
+        """By id. Raises NotFound."""
+        if deployment not in self._deployments:
+            known = ", ".join(sorted(self._deployments)) or "none"
+            raise NotFound(f"there is no deployments/{deployment}; there are: {known}")
+        return self._deployments[deployment]
+
+    def get_revision(self, deployment: str, revision: str) -> Revision:
+        """By ids. Raises NotFound."""
+        there = self.get(deployment).revisions
+        if revision not in there:
+            raise NotFound(f"deployments/{deployment} has no revision {revision}; it has: {', '.join(sorted(there)) or 'none'}")
+        return there[revision]
+
+    def list(self) -> list[Deployment]:
+        """All, by id."""
+        return [self._deployments[name] for name in sorted(self._deployments)]
+
+    async def create(self, deployment: str) -> Deployment:
+        """A deployment without revisions, or the one that is there."""
+        if deployment not in self._deployments:
+            self._deployments[deployment] = Deployment(deployment, create_time=time.time())
+            await self._publish(self._deployments[deployment])
+        return self._deployments[deployment]
+
+    async def create_revision(self, deployment: str, revision: str, spec: RevisionSpec, take_traffic: bool = False) -> Revision:
+        """Start a revision. The same id and spec: the one there is, started again if it had stopped or failed.
+
+        Raises AlreadyExists when the id has another spec. Returns at once; see `watch` and `wait`.
+        """
+        owner = await self.create(deployment)
+        known = owner.revisions.get(revision)
+        if known is not None and known.spec != spec:
+            raise AlreadyExists(f"{known.name} exists with another spec; take another revision id")
+        if known is not None and known.state not in (State.STOPPED, State.FAILED):
+            return known
+        made = known or Revision(deployment, revision, spec, create_time=time.time())
+        if known is not None:
+            move(made, State.PENDING)
+            made.restarts, made.parity = 0, {}
+        made.take_traffic = take_traffic
+        owner.revisions[revision] = made
+        await self._publish(owner)
+        self._drive(made)
+        return made
+
+    async def wait(self, deployment: str, revision: str) -> Revision:
+        """Until it is READY, STOPPED or FAILED. Raises NotFound when it is deleted meanwhile."""
+        async for _ in self.watch(deployment):
+            found = self.get_revision(deployment, revision)
+            if found.state not in COMING:
+                return found
+        raise NotFound(f"deployments/{deployment} was deleted")
+
+    async def watch(self, deployment: str) -> AsyncIterator[Deployment]:
+        """The present state, then each change, until it is deleted. Raises NotFound."""
+        queue: asyncio.Queue[Deployment] = asyncio.Queue()
+        self._watchers.add(queue)
+        try:
+            yield self.get(deployment)
+            while deployment in self._deployments:
+                changed = await queue.get()
+                if changed.id == deployment and deployment in self._deployments:
+                    yield changed
+        finally:
+            self._watchers.discard(queue)
+
+    async def set_traffic(self, deployment: str, traffic: Mapping[str, int]) -> Deployment:
+        """Move traffic in one step; what is in flight ends where it began. Raises InvalidSpec, FailedPrecondition."""
+        owner = self.get(deployment)
+        check_traffic(owner, traffic)
+        before = owner.traffic
+        owner.traffic = {r: part for r, part in traffic.items() if part}
+        for revision in owner.revisions.values():
+            revision.take_traffic = False
+        await self._publish(owner)
+        for revision_id in before.keys() - owner.traffic.keys():
+            driver = self._drivers.get((deployment, revision_id))
+            if driver is not None:
+                driver.warm = asyncio.create_task(self._cool(deployment, revision_id))
+        for revision_id in owner.traffic:
+            driver = self._drivers.get((deployment, revision_id))
+            if driver is not None and driver.warm is not None:
+                driver.warm.cancel()
+                driver.warm = None
+        return owner
+
+    async def stop_revision(self, deployment: str, revision: str) -> None:
+        """Drain and stop it; it is remembered. Raises FailedPrecondition when it takes traffic."""
+        owner, found = self.get(deployment), self.get_revision(deployment, revision)
+        if owner.traffic.get(revision):
+            raise FailedPrecondition(f"{found.name} takes {owner.traffic[revision]} % of the traffic; move that first")
+        await self._stop(owner, found)
+
+    async def delete_revision(self, deployment: str, revision: str) -> None:
+        """Drain, stop and forget it. Raises FailedPrecondition when it takes traffic."""
+        await self.stop_revision(deployment, revision)
+        owner = self.get(deployment)
+        owner.revisions.pop(revision, None)
+        await self._publish(owner)
+
+    async def delete(self, deployment: str) -> None:
+        """Drain and stop all its revisions and forget it."""
+        owner = self.get(deployment)
+        owner.traffic = {}
+        await self._publish(owner)
+        await asyncio.gather(*(self._stop(owner, r) for r in owner.revisions.values()))
+        self._deployments.pop(deployment, None)
+        self.routes.remove(deployment)
+        await self.artifacts.forget(deployment)
+        self._tell(owner)
+
+    # One task a revision runs what is below.
+
+    def _drive(self, revision: Revision, adopt: bool = False) -> None:
+        task = asyncio.create_task(self._run(revision, adopt), name=revision.name)
+        self._drivers[revision.deployment, revision.revision] = _Driver(task)
+
+    async def _run(self, revision: Revision, adopt: bool) -> None:
+        owner = self._deployments[revision.deployment]
+        name = engine_name(revision.deployment, revision.revision)
+        try:
+            while True:
+                try:
+                    address = await self._bring_up(owner, revision, adopt)
+                except (WorkerLost, Unavailable) as error:
+                    if not revision.restarts:
+                        raise  # the first start: it would end the same way again
+                    lost = error.message
+                else:
+                    if revision.take_traffic:
+                        await self.set_traffic(owner.id, {revision.revision: 100})
+                    since = time.monotonic()
+                    lost = await self._watch_engine(name)
+                    revision.restarts *= time.monotonic() - since < self.limits.calm
+                adopt = False
+                revision.restarts += 1
+                if revision.restarts > self.limits.restarts:
+                    raise WorkerLost(f"the engine crashed {revision.restarts} times in a row. {lost}")
+                pause = min(self.limits.first_pause * 2 ** (revision.restarts - 1), 60)
+                self._log.warning("engine lost", revision=revision.name, restarts=revision.restarts, pause=pause)
+                move(revision, State.PENDING, f"the engine crashed; it is started again in {pause:.0f} s. {lost}")
+                await self._publish(owner)
+                await self.cluster.delete(name)
+                await asyncio.sleep(pause)
+        except FabrictuneError as error:
+            await self._fail(owner, revision, error)
+        except Exception:  # noqa: BLE001 - the rim of this task: without it the revision would stay LOADING for ever
+            self._log.exception("driving a revision failed", revision=revision.name)
+            await self._fail(owner, revision, FabrictuneError("internal error; the server's log says more"))
+
+    async def _fail(self, owner: Deployment, revision: Revision, error: FabrictuneError) -> None:
+        self._log.warning("revision failed", revision=revision.name, error=error.message)
+        self._addresses.pop(revision.name, None)
+        move(revision, State.FAILED, error=error)
+        await self._publish(owner)
+        await self.cluster.delete(engine_name(revision.deployment, revision.revision))
+
+    async def _bring_up(self, owner: Deployment, revision: Revision, adopt: bool) -> str:
+        """From PENDING to READY; returns the engine's address."""
+        clock = time.monotonic()
+        spec = revision.spec
+        model = await self.artifacts.fetch_model(spec.model)
+        work = render_engine(revision.deployment, revision.revision, spec, model.folder, self.hardware)
+        revision.seconds = {"fetch": round(time.monotonic() - clock, 2)}
+        clock = time.monotonic()
+        adopted = adopt and await self._runs_already(work)
+        await self._start(work)
+        move(revision, State.LOADING, "the engine loads the model")
+        await self._publish(owner)
+        if adopted:
+            address = await self._healthy(work)
+        else:
+            # Importing vLLM takes one core for most of the start; the reference is computed on the other meanwhile,
+            # unless both copies of the weights would not fit into memory.
+            small = 4 * weight_bytes(model.folder) < self.hardware.memory_bytes / 2
+            if small:
+                address, reference = await _both(
+                    self._timed(revision, "load", self._healthy(work)),
+                    self._timed(revision, "reference", self._reference(model, spec)),
+                )
+            else:
+                address = await self._timed(revision, "load", self._healthy(work))
+                reference = await self._timed(revision, "reference", self._reference(model, spec))
+            move(revision, State.PROBING, "the engine is compared with the reference")
+            await self._publish(owner)
+            await self._timed(revision, "probe", self._probe(revision, work, address, reference))
+        move(revision, State.READY)
+        revision.ready_time = time.time()
+        self._addresses[revision.name] = address
+        self._log.info("ready", revision=revision.name, seconds=revision.seconds)
+        await self._publish(owner)
+        return address
+
+    async def _runs_already(self, work: Workload) -> bool:
+        status = await self.cluster.get(work.name)
+        return status is not None and status.phase is Phase.RUNNING and status.digest == work.digest and not status.stopping
+
+    async def _start(self, work: Workload) -> None:
+        status = await self.cluster.get(work.name)
+        stale = status is not None and (status.digest != work.digest or status.phase in (Phase.SUCCEEDED, Phase.FAILED))
+        if stale:
+            await self.cluster.delete(work.name)
+        await self.cluster.create(work)
+
+    async def _healthy(self, work: Workload) -> str:
+        """The engine's address once it answers. Raises WorkerLost (it ended), DeadlineExceeded; both with its log's end."""
+        deadline = time.monotonic() + self.limits.start
+        while time.monotonic() < deadline:
+            status = await self.cluster.get(work.name)
+            if status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
+                raise WorkerLost(f"the engine ended while it started. {await self._last_words(work.name)}")
+            if status.address and await self._answers(status.address + work.health_path):
+                return status.address
+            await asyncio.sleep(self.limits.poll)
+        raise DeadlineExceeded(
+            f"the engine did not answer within {self.limits.start:.0f} s of its start. {await self._last_words(work.name)}"
+        )
+
+    async def _answers(self, url: str) -> bool:
+        try:
+            async with self.session.get(url, timeout=aiohttp.ClientTimeout(total=5)) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def _watch_engine(self, name: str) -> str:
+        """Until the engine has gone; returns why."""
+        while True:
+            status = await self.cluster.get(name)
+            if status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
+                return await self._last_words(name)
+            await asyncio.sleep(self.limits.poll)
+
+    async def _last_words(self, name: str) -> str:
+        log = (await self.artifacts.read_log(name)).strip()
+        advice = explain_failure(log)
+        end = "\n".join(log.splitlines()[-15:])
+        return (f"{advice[0].upper()}{advice[1:]}. " if advice else "") + (f"The end of its log:\n{end}" if end else "It left no log")
+
+    async def _reference(self, model: Model, spec: RevisionSpec) -> Reference:
+        """The stored reference, or a new one; never two computations at a time."""
+        dtype = reference_dtype(model.folder, self.hardware)
+        async with self._reference_lock:
+            known = await self.artifacts.fetch_reference(model.digest, dtype)
+            if known is not None:
+                return known
+            with tempfile.TemporaryDirectory(prefix="fabrictune-reference-") as scratch:
+                trusted = any(a.replace("_", "-") == "--trust-remote-code" for a in spec.engine_args)
+                made = await run_reference(model.folder, model.digest, dtype, Path(scratch) / "reference.json", trusted)
+            await self.artifacts.store_reference(made)
+            return made
+
+    async def _probe(self, revision: Revision, work: Workload, address: str, reference: Reference) -> None:
+        dtype, length = (work.argv[work.argv.index(flag) + 1] for flag in ("--dtype", "--max-model-len"))
+        wanted = revision.spec.parity
+        result = await parity.probe(self.session, address, revision.deployment, reference, dtype, wanted, int(length))
+        revision.parity = asdict(result)
+        parity.check(result, wanted)
+        await self._smoke(revision, address)
+
+    async def _smoke(self, revision: Revision, address: str) -> None:
+        """One chat answer of one token: the chat template is there and sampling works. Raises FailedPrecondition."""
+        body = {"model": revision.deployment, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 1}
+        try:
+            async with self.session.post(f"{address}/v1/chat/completions", json=body) as response:
+                if response.status != 200:
+                    raise FailedPrecondition(
+                        f"the engine refuses a chat (HTTP {response.status}): {(await response.text())[:500]}. A model needs a "
+                        "chat template (chat_template.jinja beside its tokenizer)",
+                        reason_override="SMOKE_TEST_FAILED",
+                    )
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Unavailable(f"the engine went away during its first chat: {error!r}") from None
+
+    async def _timed(self, revision: Revision, step: str, work: Coroutine[Any, Any, _T]) -> _T:
+        clock = time.monotonic()
+        result = await work
+        revision.seconds[step] = round(time.monotonic() - clock, 2)
+        return result
+
+    async def _cool(self, deployment: str, revision: str) -> None:
+        await asyncio.sleep(self.limits.keep_warm)
+        await self.stop_revision(deployment, revision)
+
+    async def _stop(self, owner: Deployment, revision: Revision) -> None:
+        driver = self._drivers.pop((owner.id, revision.revision), None)
+        tasks = [t for t in ((driver.task, driver.warm) if driver else ()) if t and t is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if revision.state is State.READY:
+            move(revision, State.DRAINING, "finishes what it has begun")
+            await self._publish(owner)
+            if not await self.routes.drained(owner.id, revision.revision, self.limits.drain):
+                self._log.warning("answers are cut off", revision=revision.name, after_seconds=self.limits.drain)
+        await self.cluster.delete(engine_name(owner.id, revision.revision))
+        self._addresses.pop(revision.name, None)
+        if revision.state not in (State.STOPPED, State.FAILED):
+            move(revision, State.STOPPED)
+            await self._publish(owner)
+
+    async def _publish(self, deployment: Deployment) -> None:
+        """Save it, then let the gateway and the watchers see it."""
+        async with self._saving:
+            await self.artifacts.save(deployment)
+        if self._deployments.get(deployment.id) is deployment:
+            targets = {r.revision: self._target(r) for r in deployment.revisions.values()}
+            self.routes.put(deployment.id, targets, deployment.traffic)
+        self._tell(deployment)
+
+    def _target(self, revision: Revision) -> Target:
+        ready = revision.state is State.READY
+        return Target(
+            revision.deployment, revision.revision, served_name=revision.deployment,
+            address=self._addresses.get(revision.name, "") if ready else "", ready=ready, loading=revision.state in COMING,
+        )  # fmt: skip
+
+    def _tell(self, deployment: Deployment) -> None:
+        for queue in self._watchers:
+            queue.put_nowait(deployment)
+
+
+async def _both(first: Coroutine[Any, Any, _T], second: Coroutine[Any, Any, _U]) -> tuple[_T, _U]:
+    """Run both; the first failure cancels the other one and is raised as it is."""
+    one, two = asyncio.create_task(first), asyncio.create_task(second)
+    try:
+        return await asyncio.gather(one, two)
+    finally:
+        for task in (one, two):
+            task.cancel()
+        await asyncio.gather(one, two, return_exceptions=True)

@@ -1,0 +1,150 @@
+"""Presets: named sets of ms-swift arguments, kept as YAML in recipes/, and which arguments a spec may set.
+
+Nothing here imports ms-swift: the server checks specs where neither it nor torch is installed, so the names that
+`swift sft` knows are a checked-in list.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from services.common.errors import InvalidSpec, Violation
+
+SWIFT_VERSION = "4.6.0"
+_RECIPES = Path(__file__).parent / "recipes"
+
+CONTROLLED: Mapping[str, str] = {
+    # argument → why a spec may not set it
+    "model": "it comes from base_model",
+    "model_revision": "it comes from base_model",
+    "adapters": "it comes from the checkpoint that a job resumes from",
+    "dataset": "it comes from dataset",
+    "val_dataset": "it is the dataset's validation.jsonl",
+    "cached_dataset": "it comes from dataset",
+    "cached_val_dataset": "it comes from dataset",
+    "split_dataset_ratio": "conversion makes the validation split, by tool",
+    "dataset_shuffle": "the order of rows must be the same in each attempt",
+    "strict": "rows are never dropped in silence",
+    "truncation_strategy": "rows that are too long are left out and named; a cut row would teach a cut call",
+    "lazy_tokenize": "rows that are too long are found before the first step",
+    "streaming": "rows that are too long are found before the first step",
+    "output_dir": "the adapter artifact is the output",
+    "add_version": "the adapter artifact is the output",
+    "overwrite_output_dir": "the adapter artifact is the output",
+    "create_checkpoint_symlink": "the adapter artifact is the output",
+    "logging_dir": "the adapter artifact is the output",
+    "resume_from_checkpoint": "use Resume",
+    "resume_only_model": "use Resume",
+    "ignore_data_skip": "a resumed job must see the rows in the same order",
+    "save_only_model": "a checkpoint without the optimizer cannot be resumed",
+    "save_safetensors": "weights are always safetensors",
+    "safe_serialization": "weights are always safetensors",
+    "load_best_model_at_end": "use checkpoint: best",
+    "seed": "use spec.seed",
+    "data_seed": "use spec.seed",
+    "gradient_accumulation_steps": "it follows from effective_batch_size; set that",
+    "external_plugins": "it would run code that is in no artifact",
+    "custom_register_path": "it would run code that is in no artifact",
+    "custom_dataset_info": "it would run code that is in no artifact",
+    "deepspeed": "it is not installed in the training image",
+    "push_to_hub": "an adapter goes to the object store",
+    "hub_token": "secrets do not belong into a spec",
+    "swanlab_token": "secrets do not belong into a spec",
+    "disable_tqdm": "progress is typed",
+    "logging_nan_inf_filter": "a NaN loss must be seen",
+    "include_num_input_tokens_seen": "tokens/s is computed from it",
+}
+"""Arguments of `swift sft` that fabrictune sets itself or refuses."""
+
+OWN = ("effective_batch_size", "trust_remote_code")
+"""Keys of `arguments` that are fabrictune's, not ms-swift's."""
+
+ADAPTER_TUNERS = frozenset({"lora"})
+"""tuner_type values whose result is a peft adapter that merging understands."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named recipe."""
+
+    name: str
+    description: str
+    arguments: Mapping[str, Any]
+    effective_batch_size: int | None = None
+    """Rows for each optimizer step over all GPUs; None: whatever the arguments give."""
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that exist, sorted."""
+    return sorted(file.stem for file in _RECIPES.glob("*.yaml"))
+
+
+@cache
+def load_preset(name: str) -> Preset:
+    """The preset `name`. Raises KeyError; ask preset_names() first."""
+    if name not in preset_names():
+        raise KeyError(name)
+    values = yaml.safe_load((_RECIPES / f"{name}.yaml").read_text())
+    return Preset(name, values["description"], values["arguments"], values.get("effective_batch_size"))
+
+
+@cache
+def swift_argument_names() -> frozenset[str]:
+    """Long names, without dashes, that `swift sft` of SWIFT_VERSION accepts."""
+    lines = (_RECIPES / f"ms-swift-{SWIFT_VERSION}.txt").read_text().splitlines()
+    return frozenset(line for line in lines if line and not line.startswith("#"))
+
+
+def check_preset(name: str) -> list[Violation]:
+    """What is wrong with a preset's name."""
+    if name in preset_names():
+        return []
+    return [Violation("spec.preset", f"there is no preset {name!r}; there are {', '.join(preset_names())}")]
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> list[Violation]:
+    """What is wrong with a spec's `arguments`, all of it."""
+    found = []
+    for key, value in arguments.items():
+        field = f"spec.arguments.{key}"
+        if key in CONTROLLED:
+            found.append(Violation(field, f"fabrictune sets this itself: {CONTROLLED[key]}"))
+        elif key in OWN:
+            continue
+        elif key not in swift_argument_names():
+            near = difflib.get_close_matches(key, [*swift_argument_names(), *OWN], 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            found.append(Violation(field, f"ms-swift {SWIFT_VERSION} has no argument of this name{hint}"))
+        elif not isinstance(value, str | int | float | bool | list | dict):
+            found.append(Violation(field, f"{value!r} cannot be passed on a command line; leave the key out instead"))
+        elif key == "tuner_type" and value not in ADAPTER_TUNERS:
+            found.append(Violation(field, f"{value!r} makes no adapter that can be merged; use lora (use_dora, use_rslora are LoRA too)"))
+    size = arguments.get("effective_batch_size", 1)
+    if isinstance(size, bool) or not isinstance(size, int | float) or size < 1 or size != int(size):
+        found.append(Violation("spec.arguments.effective_batch_size", f"{size!r} is not a whole number of rows above 0"))
+    if not isinstance(arguments.get("trust_remote_code", False), bool):
+        found.append(Violation("spec.arguments.trust_remote_code", "must be true or false"))
+    return found
+
+
+def fit_accumulation(batch: int, per_device: int, world_size: int) -> int:
+    """Gradient accumulation steps so that per_device × accumulation × world_size = batch. Raises InvalidSpec."""
+    if batch % (per_device * world_size) == 0:
+        return batch // (per_device * world_size)
+    worlds = [str(w) for w in range(1, batch + 1) if batch % (per_device * w) == 0]
+    sizes = [str(p) for p in range(1, batch + 1) if batch % (p * world_size) == 0]
+    hints = [f"{world_size} GPUs fit a batch that is a multiple of {world_size * per_device}"]
+    if sizes:
+        hints.append(f"with {world_size} GPUs, per_device_train_batch_size can be {', '.join(sizes)}")
+    if worlds:
+        hints.append(f"with per_device_train_batch_size {per_device}, GPUs over all nodes can be {', '.join(worlds)}")
+    text = f"{batch} rows a step cannot be made of {per_device} rows × {world_size} GPUs × whole accumulation steps: "
+    violation = Violation("spec.arguments.effective_batch_size", text + "; ".join(hints))
+    raise InvalidSpec("the effective batch size does not fit the GPUs", violations=[violation])

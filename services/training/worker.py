@@ -1,0 +1,248 @@
+"""The training stage: a dataset and a base model become a LoRA adapter.
+
+Everything that can be wrong with the inputs is said before ms-swift starts (it takes half a minute to import); the
+child's own files stay in a folder that is gone when the stage ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from services.common.errors import Cancelled, FabrictuneError, FailedPrecondition, InvalidData
+from services.common.reporter import Progress, Reporter
+from services.common.stage import Stage
+from services.training.checkpoints import check_resumable, choose, restore_best
+from services.training.plot import plot_loss
+from services.training.presets import load_preset
+from services.training.rows import Row, certainly_too_long, read_rows
+from services.training.spec import Spec
+from services.training.supervise import Trained, run_child
+from services.training.swift import Command, Family, Hardware, Paths, infer_family, plan_arguments, plan_sft, seed_of
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "qwen.tiktoken"),
+)
+_NAMED = 1000
+"""Refused rows that are named in the metadata; beyond it they are counted only."""
+
+
+def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter) -> dict[str, Any]:
+    """Train and leave an adapter in `output`. inputs: dataset, base_model, and checkpoint to go on from.
+
+    Raises InvalidSpec, InvalidData, FailedPrecondition before the start; ResourceExhausted and others after it; and
+    Cancelled once a last checkpoint is kept.
+    """
+    dataset, model, checkpoint = inputs["dataset"], inputs["base_model"], inputs.get("checkpoint")
+    preset, hardware = load_preset(spec.preset), hardware_here(spec)
+    family = check_model(model, trusted=bool(spec.arguments.get("trust_remote_code", False)))
+    reporter.progress(Progress(unit="rows", step=0, phase="checking the rows"))
+    train, validation = read_rows(dataset / "train.jsonl"), read_rows(dataset / "validation.jsonl")
+    max_length = plan_arguments(spec, preset, hardware).get("max_length")
+    check_rows(train, model, max_length, reporter)
+
+    work = (output / ".work").absolute()
+    work.mkdir()
+    try:
+        _lay_out(dataset, work, checkpoint, bool(validation))
+        paths = Paths(model.absolute(), work, checkpoint.absolute() if checkpoint else None, bool(validation))
+        command = plan_sft(spec, preset, paths, hardware, family)
+        reporter.progress(Progress(unit="steps", step=0, phase="loading"))
+        trained = _train(command, work, train, max_length, reporter)
+        refused = account_for_rows(train, trained.rows["train"], work, "train", reporter)
+        metadata = _leave_adapter(spec, model, work, checkpoint, trained, output, command)
+        return {**metadata, "rows": len(train), "rows_trained": trained.rows["train"], "rows_refused": refused[:_NAMED]}
+    finally:
+        _keep_log(work, output)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def hardware_here(spec: Spec) -> Hardware:
+    """What the spec asks for, and this process's place in it (an Indexed Job's environment, or torchrun's names).
+
+    Raises FailedPrecondition when fewer GPUs are here than asked for.
+    """
+    gpus, nodes = spec.resources.gpus, spec.resources.nodes
+    seen = count_gpus()
+    if gpus > seen:
+        raise FailedPrecondition(f"spec.resources.gpus asks for {gpus} GPUs on a node, and {seen} can be seen here")
+    rank = int(os.environ.get("NODE_RANK", os.environ.get("JOB_COMPLETION_INDEX", "0")))
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = int(os.environ.get("MASTER_PORT", "29500" if nodes > 1 else str(_free_port())))
+    threads = max(len(os.sched_getaffinity(0)) // max(gpus, 1), 1)
+    return Hardware(gpus, nodes, rank if nodes > 1 else 0, address, port, threads)
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves, without loading CUDA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = Path("/proc/driver/nvidia/gpus")
+    present = len(list(devices.iterdir())) if devices.is_dir() else 0
+    if visible is None:
+        return present
+    return min(len([device for device in visible.split(",") if device.strip() not in ("", "-1")]), present)
+
+
+def check_model(model: Path, trusted: bool) -> Family | None:
+    """What ms-swift has to be told about a model. Raises InvalidData for a folder that cannot or must not be trained."""
+    try:
+        config = json.loads((model / "config.json").read_text())
+    except FileNotFoundError:
+        raise InvalidData(f"the base model {model} has no config.json; import it with `fabrictune models import`") from None
+    except ValueError as error:
+        raise InvalidData(f"the base model's config.json cannot be read: {error}") from None
+    if not any(model.glob("*.safetensors")):
+        raise InvalidData("the base model has no .safetensors file; weights in other formats are not read, for pickles can run code")
+    if not any((model / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken")):
+        raise InvalidData("the base model has no tokenizer (tokenizer.json, tokenizer.model, vocab.json)")
+    if "auto_map" in config and not trusted:
+        raise FailedPrecondition(
+            "the base model comes with Python code of its own (auto_map in config.json), which training would run; "
+            "set spec.arguments.trust_remote_code: true if you trust it"
+        )
+    return infer_family(config, _chat_template(model))
+
+
+def check_rows(train: Sequence[Row], model: Path, max_length: int | None, reporter: Reporter) -> None:
+    """Refuse a dataset with nothing to train on; warn of rows that will be left out."""
+    if not train:
+        raise InvalidData("train.jsonl has no row; conversion's rejects.jsonl and report.json say where they went")
+    if max_length is None:
+        return
+    long = certainly_too_long(train, model, max_length)
+    if len(long) == len(train):
+        raise InvalidData(f"all {len(train)} rows are longer than max_length {max_length}; set spec.arguments.max_length higher")
+    if long:
+        ids = ", ".join(row.id for row in long[:3])
+        most = "most rows will" if 2 * len(long) > len(train) else "they will"
+        reporter.log(
+            f"{len(long)} of {len(train)} rows are longer than max_length {max_length} ({ids}, …): {most} be left out; "
+            "set spec.arguments.max_length higher to keep them",
+            "WARNING",
+        )
+
+
+def account_for_rows(rows: Sequence[Row], trained: int, work: Path, split: str, reporter: Reporter) -> list[str]:
+    """Ids of the rows that ms-swift refused for their length. Raises FabrictuneError when others are missing."""
+    refused = refused_ids(rows, work)
+    if trained + len(refused) != len(rows):
+        raise FabrictuneError(
+            f"{len(rows)} rows of {split}.jsonl went in, ms-swift trains {trained} and refused {len(refused)}: "
+            f"{len(rows) - trained - len(refused)} are unaccounted for; train.log may say why"
+        )
+    if refused:
+        reporter.log(f"{len(refused)} rows longer than max_length were left out: {', '.join(refused[:5])}", "WARNING")
+    return refused
+
+
+def refused_ids(rows: Sequence[Row], work: Path) -> list[str]:
+    """Ids of the rows that the plugin named as too long, in the order of the dataset. Equal rows are refused together."""
+    file = work / "refused.jsonl"
+    if not file.exists():
+        return []
+    named = {json.loads(line)["row"] for line in file.read_text().splitlines()}
+    return [row.id for row in rows if row.fingerprint in named]
+
+
+def _train(command: Command, work: Path, rows: Sequence[Row], max_length: int | None, reporter: Reporter) -> Trained:
+    try:
+        return run_child(command, work, reporter)
+    except Cancelled:
+        raise
+    except FabrictuneError:
+        if len(refused_ids(rows, work)) == len(rows):
+            raise InvalidData(
+                f"all {len(rows)} rows are longer than max_length {max_length}; set spec.arguments.max_length higher"
+            ) from None
+        raise
+
+
+def _lay_out(dataset: Path, work: Path, checkpoint: Path | None, validation: bool) -> None:
+    (work / "run").mkdir()
+    (work / "held").mkdir()
+    for name in ("train.jsonl", *(["validation.jsonl"] if validation else [])):
+        (work / name).symlink_to((dataset / name).absolute())
+    if checkpoint is not None:
+        check_resumable(checkpoint)
+        restore_best(checkpoint, work / "run")
+
+
+def _leave_adapter(
+    spec: Spec, model: Path, work: Path, checkpoint: Path | None, trained: Trained, output: Path, command: Command
+) -> dict[str, Any]:
+    step, folder = choose(work / "run", checkpoint, spec.checkpoint, trained.newest_checkpoint)
+    shutil.copyfile(folder / "adapter_model.safetensors", output / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = spec.base_model  # a path of this machine means nothing elsewhere
+    (output / "adapter_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    for name in _TOKENIZER_FILES:
+        if (model / name).exists():
+            shutil.copyfile(model / name, output / name)
+    with (output / "metrics.jsonl").open("w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in trained.records)
+    plot_loss(trained.records, output / "loss.png", f"{spec.base_model} on {spec.dataset}, {spec.preset}")
+    local = {str(model.absolute()): spec.base_model, **({str(checkpoint.absolute()): "checkpoint"} if checkpoint else {})}
+    argv = ["python", *(local.get(word, word) for word in command.argv[1:])]
+    (output / "training_args.json").write_text(json.dumps({"preset": spec.preset, "argv": argv}, indent=2) + "\n")
+    return _metadata(spec, step, trained)
+
+
+def _metadata(spec: Spec, step: int, trained: Trained) -> dict[str, Any]:
+    figures: dict[str, Any] = {"loss": None, "eval_loss": None}
+    for record in trained.records:
+        figures.update({name: record[name] for name in figures if name in record})
+    return {
+        "base_model": spec.base_model,
+        "preset": spec.preset,
+        "seed": seed_of(spec),
+        "step": step,
+        "total_steps": trained.rows["max_steps"],
+        "tokens": trained.tokens,
+        "computing_seconds": round(trained.computing_seconds, 3),
+        **{name: value for name, value in figures.items() if value is not None},
+    }
+
+
+def _keep_log(work: Path, output: Path) -> None:
+    if (work / "train.log").exists():
+        shutil.copyfile(work / "train.log", output / "train.log")
+
+
+def _chat_template(model: Path) -> str:
+    if (model / "chat_template.jinja").exists():
+        return (model / "chat_template.jinja").read_text()
+    try:
+        config = json.loads((model / "tokenizer_config.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return ""
+    template = config.get("chat_template") or ""
+    return template if isinstance(template, str) else json.dumps(template, ensure_ascii=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+STAGE = Stage(
+    kind="training",
+    collection="trainingJobs",
+    output_kind="adapter",
+    output_collection="adapters",
+    spec=Spec,
+    inputs=lambda spec: {"dataset": spec.dataset, "base_model": spec.base_model},
+    run=run,
+    versions=("ms-swift", "torch", "transformers", "peft"),
+)
+
+if __name__ == "__main__":
+    from services.common.worker import main
+
+    main(STAGE)
