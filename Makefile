@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 ##@ First
 
 .PHONY: run
-run: setup proto ## Set up, start everything here, carry the example from rows to a served model, and chat with it
+run: setup ## Set up, start everything here, carry the example from rows to a served model, and chat with it
 	$(BIN)/fabrictune run $(RUN) --up
 
 .PHONY: stop
@@ -23,22 +23,25 @@ stop: ## Stop what `make run` left running
 	@if [ -x $(BIN)/fabrictune ]; then $(BIN)/fabrictune down; else echo "Nothing is set up here, so nothing runs."; fi
 
 .PHONY: setup
-setup: ## Make .venv from the lock (ENGINE=cpu|cuda overrides what is found, PYTHON=… names a Python 3.11)
+setup: environment $(API) ## Make .venv from the lock (ENGINE=cpu|cuda overrides what is found, PYTHON=… names a Python 3.11)
+
+.PHONY: environment
+environment:
 	@if [ -z "$(PYTHON)" ]; then echo "setup: no Python found; Python 3.11 is needed (Debian 12: apt-get install python3.11 python3.11-venv)" >&2; exit 1; fi
 	@$(PYTHON) scripts/setup.py
 
 .PHONY: test
-test: setup proto ## Run every test: real gRPC, a real S3 server, a real (tiny) training, a real vLLM (minutes)
+test: setup ## Run every test: real gRPC, a real S3 server, a real (tiny) training, a real vLLM (minutes)
 	$(BIN)/pytest --durations=15
 
 ##@ While you work
 
 .PHONY: test-fast
-test-fast: setup proto ## Run the tests that take seconds
+test-fast: setup ## Run the tests that take seconds
 	$(BIN)/pytest -m "not slow and not heavy" -n 2 --dist loadgroup
 
 .PHONY: lint
-lint: setup proto ## ruff, mypy --strict, who may import whom (import-linter), buf lint, buf breaking
+lint: setup ## ruff, mypy --strict, who may import whom (import-linter), buf lint, buf breaking
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -51,9 +54,9 @@ format: setup ## Let ruff fix and format the code
 	$(BIN)/ruff format .
 
 .PHONY: proto
-proto: $(API) ## Generate fabrictune/v1 from protos/ (only when they changed)
+proto: setup ## Generate fabrictune/v1 from protos/ (only when they changed; `make setup` does it too)
 
-$(API): $(wildcard protos/fabrictune/v1/*.proto) scripts/protos.py | setup
+$(API): $(wildcard protos/fabrictune/v1/*.proto) scripts/protos.py | environment
 	@$(BIN)/python scripts/protos.py generate
 	@touch $@
 	@echo "proto: generated fabrictune/v1"
@@ -67,7 +70,7 @@ fresh: setup ## Fail when a file in git that is made from others is stale
 	$(BIN)/python scripts/lock.py --check
 
 .PHONY: bench
-bench: setup proto ## Measure speed and memory (bench/), and print tables
+bench: setup ## Measure speed and memory (bench/), and print tables
 	$(BIN)/python -m bench
 
 ##@ Now and then

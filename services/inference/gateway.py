@@ -42,7 +42,11 @@ HTTP_ERRORS: Mapping[int, tuple[int, str]] = {
 }
 """google.rpc.Code → HTTP status and OpenAI's error type; anything else is a 500."""
 
-requests_ended = Counter("fabrictune_gateway_requests_total", "Requests answered", ["deployment", "code"], registry=REGISTRY)
+DEPLOYMENT = web.RequestKey("deployment", str)
+
+requests_ended = Counter(
+    "fabrictune_gateway_requests_total", "Requests answered", ["deployment", "code"], registry=REGISTRY
+)
 
 
 class Gateway:
@@ -70,7 +74,9 @@ class Gateway:
         app.router.add_post("/v1/completions", self._proxy)
         # No limit of time: an answer may take minutes. A dead engine is noticed by its closed connection.
         self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5), connector=aiohttp.TCPConnector(limit=0), auto_decompress=False
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+            connector=aiohttp.TCPConnector(limit=0),
+            auto_decompress=False,
         )
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=DRAIN_SECONDS)
         await self._runner.setup()
@@ -107,7 +113,7 @@ class Gateway:
         body = read_body(raw)
         model = body["model"]
         async with self._routes.hold(model, self._wait_seconds) as target:
-            request["deployment"] = target.deployment
+            request[DEPLOYMENT] = target.deployment
             renamed = model != target.served_name
             sent = orjson.dumps({**body, "model": target.served_name}) if renamed else raw
             return await self._forward(request, target, sent, model if renamed else "")
@@ -138,11 +144,15 @@ class Gateway:
                 await response.write_eof(_rename(rest, target.served_name, rename) if rest else b"")
                 return response
         except aiohttp.ClientConnectorError:
-            raise Unavailable(f"the engine of revision {target.revision} does not answer; it is started again") from None
+            raise Unavailable(
+                f"the engine of revision {target.revision} does not answer; it is started again"
+            ) from None
         except (aiohttp.ClientError, TimeoutError) as error:
             if request.transport is None or request.transport.is_closing():
                 raise  # it was the client who went away
-            self._log.warning("engine died in mid-answer", deployment=target.deployment, revision=target.revision, error=repr(error))
+            self._log.warning(
+                "engine died in mid-answer", deployment=target.deployment, revision=target.revision, error=repr(error)
+            )
             lost = EngineLost(f"the engine of revision {target.revision} ended in the middle of the answer; ask again")
             if response is None:
                 raise lost from None
@@ -161,7 +171,7 @@ class Gateway:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         response = await self._answer(request, handler)
-        requests_ended.labels(str(request.get("deployment", "")), str(response.status)).inc()
+        requests_ended.labels(str(request.get(DEPLOYMENT, "")), str(response.status)).inc()
         return response
 
     async def _answer(
@@ -175,7 +185,7 @@ class Gateway:
             text = f"the request's body is larger than {self._max_body_bytes} bytes"
             return _json(error_body(InvalidData(text)), status=413)
         except web.HTTPException as error:
-            text = f"{request.method} {request.path} is not served here; /v1/models, /v1/chat/completions and /v1/completions are"
+            text = f"{request.method} {request.path} is not served here; /v1/models, /v1/completions and /v1/chat/completions are"
             return _json(error_body(InvalidData(text)), status=error.status)
 
 
@@ -232,7 +242,10 @@ def _is_stream(upstream: aiohttp.ClientResponse) -> bool:
 
 
 def _response_headers(upstream: aiohttp.ClientResponse, target: Target) -> dict[str, str]:
-    headers = {"Content-Type": upstream.headers.get("Content-Type", "application/json"), "X-Fabrictune-Revision": target.revision}
+    headers = {
+        "Content-Type": upstream.headers.get("Content-Type", "application/json"),
+        "X-Fabrictune-Revision": target.revision,
+    }
     headers |= {name: upstream.headers[name] for name in ("X-Request-Id", "Retry-After") if name in upstream.headers}
     if _is_stream(upstream):
         headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -1,11 +1,11 @@
-"""A conversation's answer in pieces, for the gRPC side: the same routes and engines as the gateway's, without HTTP between.
+"""A conversation's answer in pieces, for the gRPC side: the gateway's routes and engines, without its HTTP between.
 
 Closing the generator (or cancelling the task that runs it) closes the connection to the engine, which then stops.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class Piece:
 async def generate(
     routes: RouteTable, session: aiohttp.ClientSession, model: str, messages: Sequence[Mapping[str, Any]],
     sampling: Mapping[str, Any], wait_seconds: float = 120.0,
-) -> AsyncIterator[Piece]:  # fmt: skip
+) -> AsyncGenerator[Piece, None]:  # fmt: skip
     """Stream an answer. model: as the gateway takes it; sampling: OpenAI's names.
 
     Raises NotFound, Unavailable (none is ready), InvalidData (the engine refuses it), WorkerLost (it died meanwhile).
@@ -61,7 +61,9 @@ async def generate(
                     if usage := event.get("usage"):
                         yield Piece("", reason, int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
         except aiohttp.ClientConnectorError:
-            raise Unavailable(f"the engine of revision {target.revision} does not answer; it is started again") from None
+            raise Unavailable(
+                f"the engine of revision {target.revision} does not answer; it is started again"
+            ) from None
         except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError):
             ended = False
         if not ended:

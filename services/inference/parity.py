@@ -49,7 +49,7 @@ async def probe(
     session: aiohttp.ClientSession, address: str, served_name: str, reference: Reference, engine_dtype: str,
     parity: Parity, max_model_len: int = 0,
 ) -> ParityResult:  # fmt: skip
-    """Ask the engine and compare. max_model_len: texts are cut to fit (0: unknown). Raises FailedPrecondition, Unavailable."""
+    """Ask the engine and compare. max_model_len: texts are cut to it if > 0. Raises FailedPrecondition, Unavailable."""
     texts, asked = [], []
     for text in reference.sequences:
         cut = cut_text(text, max_model_len - 1) if max_model_len else text
@@ -73,7 +73,12 @@ def compare(
         positions += len(got.top)
     mean = difference / positions
     return ParityResult(
-        positions, agreed / positions, mean if math.isfinite(mean) else math.inf, tolerance, reference_dtype, engine_dtype
+        positions,
+        agreed / positions,
+        mean if math.isfinite(mean) else math.inf,
+        tolerance,
+        reference_dtype,
+        engine_dtype,
     )
 
 
@@ -82,10 +87,10 @@ def check(result: ParityResult, parity: Parity) -> None:
     if result.agreement >= parity.min_agreement and result.mean_logprob_difference <= result.tolerance:
         return
     raise _failed(
-        f"the engine ({result.engine_dtype}) does not compute what the model says: its top token agrees with the reference's "
-        f"({result.reference_dtype}) at {result.agreement:.2%} of {result.positions} positions (at least "
-        f"{parity.min_agreement:.2%} wanted), and log-probabilities differ by {result.mean_logprob_difference:.4f} nats on "
-        f"average (at most {result.tolerance:g} allowed). It takes no traffic. Set dtype: float32, take out engine_args "
+        f"the engine ({result.engine_dtype}) does not compute what the model says: its top token agrees with the "
+        f"reference's ({result.reference_dtype}) at {result.agreement:.2%} of {result.positions} positions (at least "
+        f"{parity.min_agreement:.2%} wanted), log-probabilities differ by {result.mean_logprob_difference:.4f} nats on "
+        f"average (at most {result.tolerance:g} allowed). It takes no traffic. Set dtype float32, take out engine_args "
         "that change the computation (compilation, quantization), or, if the difference is meant, loosen spec.parity",
         {"agreement": f"{result.agreement:.6f}", "mean_logprob_difference": f"{result.mean_logprob_difference:.6f}"},
     )
@@ -94,7 +99,9 @@ def check(result: ParityResult, parity: Parity) -> None:
 def cut_text(text: ForcedText, length: int) -> ForcedText:
     """The first `length` tokens: what is said of a position depends only on what stands before it."""
     n = max(2, length)
-    return ForcedText(text.tokens[:n], text.top[: n - 1], text.second[: n - 1], text.margin[: n - 1], text.logprobs[: n - 1])
+    return ForcedText(
+        text.tokens[:n], text.top[: n - 1], text.second[: n - 1], text.margin[: n - 1], text.logprobs[: n - 1]
+    )
 
 
 async def _ask(session: aiohttp.ClientSession, address: str, served_name: str, text: ForcedText) -> EngineText:
@@ -113,7 +120,9 @@ async def _ask(session: aiohttp.ClientSession, address: str, served_name: str, t
 def read_engine_text(tokens: tuple[int, ...], positions: list[Mapping[str, Mapping[str, Any]] | None]) -> EngineText:
     """VLLM's prompt_logprobs ([null, {token id: {logprob, rank}}, …]) as EngineText. Raises FailedPrecondition."""
     if len(positions) != len(tokens):
-        raise _failed(f"the engine said something of {len(positions)} of {len(tokens)} tokens; is its vLLM another version?", {})
+        raise _failed(
+            f"the engine said something of {len(positions)} of {len(tokens)} tokens; is its vLLM another version?", {}
+        )
     top, logprobs = [], []
     for token, position in zip(tokens[1:], positions[1:], strict=True):
         said = {int(key): value for key, value in (position or {}).items()}

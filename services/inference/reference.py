@@ -34,7 +34,7 @@ PROMPTS: tuple[tuple[tuple[str, str], ...], ...] = (
         (
             "system",
             "# Tools\n\n## You have the following tools:\n\nget_weather: get_weather API. The weather now. Parameters: "
-            '[{"name": "location", "description": "the name of a city", "required": true, "schema": {"type": "string"}}]\n\n'
+            '[{"name": "location", "description": "a city", "required": true, "schema": {"type": "string"}}]\n\n'
             "Action: The name of the tool, must be one of [get_weather]\nAction Input: Tool input\n",
         ),
         ("user", "(You can use tools: [get_weather])How is the weather in Berlin?"),
@@ -48,8 +48,8 @@ PROMPTS: tuple[tuple[tuple[str, str], ...], ...] = (
     (
         (
             "text",
-            "The water cycle moves water between the oceans, the air and the land. The sun heats the sea, water rises as "
-            "vapour, cools, and falls again as rain or snow. 1, 2, 3, 4, 5, 6, 7, 8, 9, 10. def add(a, b): return a + b",
+            "The water cycle moves water between the oceans, the air and the land. The sun heats the sea, water rises "
+            "as vapour, cools, and falls again as rain or snow. 1, 2, 3, 4, 5, 6, 7, 8, 9. def add(a, b): return a + b",
         ),
     ),
 )
@@ -73,7 +73,7 @@ class ForcedText:
 class Reference:
     """A model's answers at PROMPTS."""
 
-    digest: str
+    model_digest: str
     """Of the model artifact."""
     dtype: str
     prompts_version: int
@@ -94,7 +94,9 @@ def reference_from_json(plain: dict[str, Any]) -> Reference | None:
         sequences = tuple(ForcedText(**{k: tuple(v) for k, v in s.items()}) for s in plain["sequences"])
         return Reference(**{**plain, "sequences": sequences})
     except (KeyError, TypeError) as error:
-        raise InvalidData(f"a stored parity reference cannot be read ({error}); delete it and it is computed again") from None
+        raise InvalidData(
+            f"a stored parity reference cannot be read ({error}); delete it and it is computed again"
+        ) from None
 
 
 def encode_prompts(tokenizer: Any) -> list[list[int]]:
@@ -142,8 +144,10 @@ def compute_reference(model: Path, digest: str, dtype: str, trust_remote_code: b
     return Reference(digest, dtype, PROMPTS_VERSION, versions, tuple(sequences))
 
 
-async def run_reference(model: Path, digest: str, dtype: str, output: Path, trust_remote_code: bool = False) -> Reference:
-    """Compute it in another process; cancelling ends that process. Raises FailedPrecondition with the end of its log."""
+async def run_reference(
+    model: Path, digest: str, dtype: str, output: Path, trust_remote_code: bool = False
+) -> Reference:
+    """Compute it in another process; cancelling ends that too. Raises FailedPrecondition with the end of its log."""
     argv = ["-m", "services.inference.reference", "--model", str(model), "--output", str(output)]
     argv += ["--dtype", dtype, "--digest", digest, *(["--trust-remote-code"] if trust_remote_code else [])]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -161,7 +165,7 @@ async def run_reference(model: Path, digest: str, dtype: str, output: Path, trus
     if child.returncode:
         tail = log.decode(errors="replace").strip()[-1500:]
         raise FailedPrecondition(
-            f"the parity reference of {model} could not be computed (exit code {child.returncode}; killed (-9) often means "
+            f"the parity reference of {model} could not be computed (exit code {child.returncode}; -9 often means "
             f"too little memory):\n{tail}"
         )
     reference = reference_from_json(json.loads(await asyncio.to_thread(output.read_text)))

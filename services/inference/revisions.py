@@ -26,7 +26,9 @@ class State(Enum):
 
 FOLLOWS: Mapping[State, frozenset[State]] = {
     State.PENDING: frozenset({State.LOADING, State.FAILED, State.STOPPED}),
-    State.LOADING: frozenset({State.PROBING, State.READY, State.FAILED, State.STOPPED, State.PENDING}),  # READY: adopted
+    State.LOADING: frozenset(
+        {State.PROBING, State.READY, State.FAILED, State.STOPPED, State.PENDING}
+    ),  # READY: adopted
     State.PROBING: frozenset({State.READY, State.FAILED, State.STOPPED, State.PENDING}),
     State.READY: frozenset({State.DRAINING, State.PENDING, State.FAILED}),  # PENDING: its engine crashed
     State.DRAINING: frozenset({State.STOPPED}),
@@ -110,7 +112,10 @@ def to_json(deployment: Deployment) -> dict[str, Any]:
     """Plain JSON for the store."""
     plain = asdict(deployment)
     for revision_id, revision in deployment.revisions.items():
-        plain["revisions"][revision_id] |= {"spec": revision.spec.model_dump(mode="json"), "state": revision.state.value}
+        plain["revisions"][revision_id] |= {
+            "spec": revision.spec.model_dump(mode="json"),
+            "state": revision.state.value,
+        }
     return plain
 
 

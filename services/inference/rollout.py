@@ -160,7 +160,9 @@ class Rollout:
         """By ids. Raises NotFound."""
         there = self.get(deployment).revisions
         if revision not in there:
-            raise NotFound(f"deployments/{deployment} has no revision {revision}; it has: {', '.join(sorted(there)) or 'none'}")
+            raise NotFound(
+                f"deployments/{deployment} has no revision {revision}; it has: {', '.join(sorted(there)) or 'none'}"
+            )
         return there[revision]
 
     def list(self) -> list[Deployment]:
@@ -174,7 +176,9 @@ class Rollout:
             await self._publish(self._deployments[deployment])
         return self._deployments[deployment]
 
-    async def create_revision(self, deployment: str, revision: str, spec: RevisionSpec, take_traffic: bool = False) -> Revision:
+    async def create_revision(
+        self, deployment: str, revision: str, spec: RevisionSpec, take_traffic: bool = False
+    ) -> Revision:
         """Start a revision. The same id and spec: the one there is, started again if it had stopped or failed.
 
         Raises AlreadyExists when the id has another spec. Returns at once; see `watch` and `wait`.
@@ -273,7 +277,7 @@ class Rollout:
         try:
             while True:
                 try:
-                    address = await self._bring_up(owner, revision, adopt)
+                    await self._bring_up(owner, revision, adopt)
                 except (WorkerLost, Unavailable) as error:
                     if not revision.restarts:
                         raise  # the first start: it would end the same way again
@@ -307,8 +311,8 @@ class Rollout:
         await self._publish(owner)
         await self.cluster.delete(engine_name(revision.deployment, revision.revision))
 
-    async def _bring_up(self, owner: Deployment, revision: Revision, adopt: bool) -> str:
-        """From PENDING to READY; returns the engine's address."""
+    async def _bring_up(self, owner: Deployment, revision: Revision, adopt: bool) -> None:
+        """From PENDING to READY."""
         clock = time.monotonic()
         spec = revision.spec
         model = await self.artifacts.fetch_model(spec.model)
@@ -341,11 +345,15 @@ class Rollout:
         self._addresses[revision.name] = address
         self._log.info("ready", revision=revision.name, seconds=revision.seconds)
         await self._publish(owner)
-        return address
 
     async def _runs_already(self, work: Workload) -> bool:
         status = await self.cluster.get(work.name)
-        return status is not None and status.phase is Phase.RUNNING and status.digest == work.digest and not status.stopping
+        return (
+            status is not None
+            and status.phase is Phase.RUNNING
+            and status.digest == work.digest
+            and not status.stopping
+        )
 
     async def _start(self, work: Workload) -> None:
         status = await self.cluster.get(work.name)
@@ -355,7 +363,7 @@ class Rollout:
         await self.cluster.create(work)
 
     async def _healthy(self, work: Workload) -> str:
-        """The engine's address once it answers. Raises WorkerLost (it ended), DeadlineExceeded; both with its log's end."""
+        """The engine's address once it answers. Raises WorkerLost, DeadlineExceeded; both with the end of its log."""
         deadline = time.monotonic() + self.limits.start
         while time.monotonic() < deadline:
             status = await self.cluster.get(work.name)
@@ -365,7 +373,7 @@ class Rollout:
                 return status.address
             await asyncio.sleep(self.limits.poll)
         raise DeadlineExceeded(
-            f"the engine did not answer within {self.limits.start:.0f} s of its start. {await self._last_words(work.name)}"
+            f"the engine did not answer within {self.limits.start:.0f} s. {await self._last_words(work.name)}"
         )
 
     async def _answers(self, url: str) -> bool:
@@ -387,7 +395,9 @@ class Rollout:
         log = (await self.artifacts.read_log(name)).strip()
         advice = explain_failure(log)
         end = "\n".join(log.splitlines()[-15:])
-        return (f"{advice[0].upper()}{advice[1:]}. " if advice else "") + (f"The end of its log:\n{end}" if end else "It left no log")
+        return (f"{advice[0].upper()}{advice[1:]}. " if advice else "") + (
+            f"The end of its log:\n{end}" if end else "It left no log"
+        )
 
     async def _reference(self, model: Model, spec: RevisionSpec) -> Reference:
         """The stored reference, or a new one; never two computations at a time."""
@@ -417,8 +427,8 @@ class Rollout:
             async with self.session.post(f"{address}/v1/chat/completions", json=body) as response:
                 if response.status != 200:
                     raise FailedPrecondition(
-                        f"the engine refuses a chat (HTTP {response.status}): {(await response.text())[:500]}. A model needs a "
-                        "chat template (chat_template.jinja beside its tokenizer)",
+                        f"the engine refuses a chat (HTTP {response.status}): {(await response.text())[:500]}. A model "
+                        "needs a chat template (chat_template.jinja beside its tokenizer)",
                         reason_override="SMOKE_TEST_FAILED",
                     )
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -462,10 +472,11 @@ class Rollout:
 
     def _target(self, revision: Revision) -> Target:
         ready = revision.state is State.READY
+        address = self._addresses.get(revision.name, "") if ready else ""
+        ids = (revision.deployment, revision.revision)
         return Target(
-            revision.deployment, revision.revision, served_name=revision.deployment,
-            address=self._addresses.get(revision.name, "") if ready else "", ready=ready, loading=revision.state in COMING,
-        )  # fmt: skip
+            *ids, served_name=revision.deployment, address=address, ready=ready, loading=revision.state in COMING
+        )
 
     def _tell(self, deployment: Deployment) -> None:
         for queue in self._watchers:

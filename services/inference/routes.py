@@ -93,7 +93,11 @@ class RouteTable:
             return entry.targets[_next(ready, entry.current) if len(ready) > 1 else next(iter(ready))]
         if any(entry.targets[r].loading for r in candidates):
             return None
-        why = "it has failed or was stopped" if candidates else "no revision takes traffic; `fabrictune deploy` gives it one"
+        why = (
+            "it has failed or was stopped"
+            if candidates
+            else "no revision takes traffic; `fabrictune deploy` gives it one"
+        )
         raise Unavailable(f"no revision of {model!r} can answer: {why}", {"model": model})
 
     @asynccontextmanager

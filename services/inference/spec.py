@@ -63,8 +63,12 @@ class Parity(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    min_agreement: float = Field(0.99, gt=0, le=1, description="least part of positions at which the top tokens agree")
-    max_logprob_difference: float | None = Field(None, gt=0, description="largest mean difference, nats; absent: from the dtype")
+    min_agreement: float = Field(
+        default=0.99, gt=0, le=1, description="least part of positions at which the top tokens agree"
+    )
+    max_logprob_difference: float | None = Field(
+        None, gt=0, description="largest mean difference, nats; absent: from the dtype"
+    )
 
 
 class RevisionSpec(BaseModel):
@@ -73,9 +77,11 @@ class RevisionSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Annotated[str, AfterValidator(_check_model)]
-    dtype: Dtype = Field("auto", description="auto: what this machine computes right and fast")
-    max_model_len: int | None = Field(None, ge=32, description="tokens of prompt and answer; absent: what the model can, at most 8192 on a CPU")
-    max_concurrency: int = Field(16, ge=1, le=4096, description="answers that the engine writes side by side")
+    dtype: Dtype = Field(default="auto", description="auto: what this machine computes right and fast")
+    max_model_len: int | None = Field(
+        None, ge=32, description="tokens of prompt and answer; absent: what the model can, at most 8192 on a CPU"
+    )
+    max_concurrency: int = Field(default=16, ge=1, le=4096, description="answers that the engine writes side by side")
     engine_args: Annotated[tuple[str, ...], AfterValidator(_check_engine_args)] = ()
     resources: Resources = Field(default_factory=lambda: Resources.model_validate({}))
     parity: Parity = Field(default_factory=lambda: Parity.model_validate({}))
@@ -86,5 +92,8 @@ def parse_spec(plain: dict[str, Any]) -> RevisionSpec:
     try:
         return RevisionSpec.model_validate({k: v for k, v in plain.items() if not (k == "dtype" and v == "")})
     except ValidationError as error:
-        found = [Violation(".".join(["spec", *map(str, e["loc"])]), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+        found = [
+            Violation(".".join(["spec", *map(str, e["loc"])]), e["msg"].removeprefix("Value error, "))
+            for e in error.errors()
+        ]
         raise InvalidSpec("the revision's spec is wrong", violations=found) from None

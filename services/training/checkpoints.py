@@ -69,7 +69,9 @@ class CheckpointKeeper:
             try:
                 self._reporter.checkpoint(step, folder)
             except FabrictuneError as error:
-                self._reporter.log(f"the checkpoint of step {step} could not be kept, training goes on: {error}", "WARNING")
+                self._reporter.log(
+                    f"the checkpoint of step {step} could not be kept, training goes on: {error}", "WARNING"
+                )
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -82,7 +84,9 @@ def check_resumable(checkpoint: Path) -> int:
     """The step that a kept checkpoint goes on from. Raises InvalidData when files are missing, DataLoss when broken."""
     missing = [name for name in _RESUMABLE if not (checkpoint / name).exists()]
     if missing:
-        raise InvalidData(f"{checkpoint} is no complete checkpoint: {', '.join(missing)} is missing; start a new job instead")
+        raise InvalidData(
+            f"{checkpoint} is no complete checkpoint: {', '.join(missing)} is missing; start a new job instead"
+        )
     return int(read_state(checkpoint)["global_step"])
 
 

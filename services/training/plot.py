@@ -11,7 +11,10 @@ _SMOOTHING = 0.9
 
 
 def plot_loss(records: Sequence[Mapping[str, Any]], file: Path, title: str) -> bool:
-    """Draw training and validation loss over steps; records: lines of metrics.jsonl. False: there was nothing to draw."""
+    """Draw training and validation loss over steps; False: there was nothing to draw.
+
+    records: lines of metrics.jsonl.
+    """
     trained = [(r["step"], r["loss"]) for r in records if "loss" in r and "eval_loss" not in r]
     evaluated = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
     if not trained and not evaluated:
@@ -29,7 +32,7 @@ def plot_loss(records: Sequence[Mapping[str, Any]], file: Path, title: str) -> b
     if evaluated:
         steps, losses = zip(*evaluated, strict=True)
         axes.plot(steps, losses, "o-", color="tab:orange", linewidth=2, label=f"validation (best {min(losses):.3f})")
-    axes.set(xlabel="optimizer step", ylabel="loss (tool calls count double)", title=title)
+    axes.set(xlabel="optimizer step", ylabel="loss, weighted as it is trained", title=title)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -37,14 +37,12 @@ CONTROLLED: Mapping[str, str] = {
     "streaming": "rows that are too long are found before the first step",
     "output_dir": "the adapter artifact is the output",
     "add_version": "the adapter artifact is the output",
-    "overwrite_output_dir": "the adapter artifact is the output",
     "create_checkpoint_symlink": "the adapter artifact is the output",
     "logging_dir": "the adapter artifact is the output",
     "resume_from_checkpoint": "use Resume",
     "resume_only_model": "use Resume",
     "ignore_data_skip": "a resumed job must see the rows in the same order",
     "save_only_model": "a checkpoint without the optimizer cannot be resumed",
-    "save_safetensors": "weights are always safetensors",
     "safe_serialization": "weights are always safetensors",
     "load_best_model_at_end": "use checkpoint: best",
     "seed": "use spec.seed",
@@ -125,17 +123,24 @@ def check_arguments(arguments: Mapping[str, Any]) -> list[Violation]:
         elif not isinstance(value, str | int | float | bool | list | dict):
             found.append(Violation(field, f"{value!r} cannot be passed on a command line; leave the key out instead"))
         elif key == "tuner_type" and value not in ADAPTER_TUNERS:
-            found.append(Violation(field, f"{value!r} makes no adapter that can be merged; use lora (use_dora, use_rslora are LoRA too)"))
+            found.append(
+                Violation(
+                    field,
+                    f"{value!r} makes no adapter that can be merged; use lora (use_dora, use_rslora are LoRA too)",
+                )
+            )
     size = arguments.get("effective_batch_size", 1)
     if isinstance(size, bool) or not isinstance(size, int | float) or size < 1 or size != int(size):
-        found.append(Violation("spec.arguments.effective_batch_size", f"{size!r} is not a whole number of rows above 0"))
+        found.append(
+            Violation("spec.arguments.effective_batch_size", f"{size!r} is not a whole number of rows above 0")
+        )
     if not isinstance(arguments.get("trust_remote_code", False), bool):
         found.append(Violation("spec.arguments.trust_remote_code", "must be true or false"))
     return found
 
 
 def fit_accumulation(batch: int, per_device: int, world_size: int) -> int:
-    """Gradient accumulation steps so that per_device × accumulation × world_size = batch. Raises InvalidSpec."""
+    """Gradient accumulation steps so that per_device x accumulation x world_size = batch. Raises InvalidSpec."""
     if batch % (per_device * world_size) == 0:
         return batch // (per_device * world_size)
     worlds = [str(w) for w in range(1, batch + 1) if batch % (per_device * w) == 0]
@@ -145,6 +150,6 @@ def fit_accumulation(batch: int, per_device: int, world_size: int) -> int:
         hints.append(f"with {world_size} GPUs, per_device_train_batch_size can be {', '.join(sizes)}")
     if worlds:
         hints.append(f"with per_device_train_batch_size {per_device}, GPUs over all nodes can be {', '.join(worlds)}")
-    text = f"{batch} rows a step cannot be made of {per_device} rows × {world_size} GPUs × whole accumulation steps: "
+    text = f"{batch} rows a step cannot be made of {per_device} rows x {world_size} GPUs x whole accumulation steps: "
     violation = Violation("spec.arguments.effective_batch_size", text + "; ".join(hints))
     raise InvalidSpec("the effective batch size does not fit the GPUs", violations=[violation])

@@ -17,6 +17,7 @@ from services.common.errors import FabrictuneError, FailedPrecondition, InvalidD
 from services.common.reporter import Progress
 
 _STALE_EVALUATIONS = 3
+_BEGIN = Progress(unit="steps", step=0, phase="training")
 
 
 @dataclass
@@ -42,7 +43,7 @@ class LineReader:
 class Metrics:
     """What was known after the last line of logging.jsonl."""
 
-    progress: Progress = Progress(unit="steps", step=0, phase="training")
+    progress: Progress = _BEGIN
     tokens: int = 0
     computing_seconds: float = 0.0
     best_eval_loss: float | None = None
@@ -53,7 +54,7 @@ def read_metrics(line: Mapping[str, Any], before: Metrics) -> tuple[Metrics, lis
     """The state after one line of logging.jsonl, and warnings. A line without a step (ms-swift's last) changes nothing.
 
     tokens_per_second counts tokens that are not padding, over the time in optimizer steps since the line before:
-    evaluation and saving are no part of it. The ETA counts them, being steps left × wall time for a step so far.
+    evaluation and saving are no part of it. The ETA counts them, being steps left x wall time for a step so far.
     """
     if "global_step/max_steps" not in line:
         return before, []
@@ -118,21 +119,33 @@ _MEMORY = (
 )
 _FAILURES: tuple[tuple[re.Pattern[str], type[FabrictuneError], str], ...] = (
     # what the child said → the error, and what to do
-    (re.compile(r"CUDA out of memory|OutOfMemoryError"), ResourceExhausted, f"the GPU has too little memory; {_MEMORY}"),
+    (re.compile(r"CUDA out of memory|OutOfMemoryError"), ResourceExhausted, f"the GPU is out of memory; {_MEMORY}"),
     (
         re.compile(r"can't allocate memory|Cannot allocate memory|^MemoryError"),
         ResourceExhausted,
         f"this machine has too little memory; {_MEMORY}",
     ),
     (re.compile(r"No space left on device"), ResourceExhausted, "the disk is full; free some space and start again"),
-    (re.compile(r"remaining_argv|invalid choice|argument --"), InvalidSpec, "ms-swift refuses an argument; correct spec.arguments"),
+    (
+        re.compile(r"remaining_argv|invalid choice|argument --"),
+        InvalidSpec,
+        "ms-swift refuses an argument; correct spec.arguments",
+    ),
     (
         re.compile(r"automatically match `model_type`|no suitable `model_type`|model_type: .* not in"),
         InvalidSpec,
         "ms-swift does not know this model; set spec.arguments.model_type and spec.arguments.template",
     ),
-    (re.compile(r"dummy|Please explicitly pass the template"), InvalidSpec, "ms-swift has no chat template; set spec.arguments.template"),
-    (re.compile(r"SafetensorError|HeaderTooLarge|MetadataIncompleteBuffer"), InvalidData, "the base model's weights cannot be read"),
+    (
+        re.compile(r"Please explicitly pass the template|template_type: .* not in"),
+        InvalidSpec,
+        "ms-swift does not know the chat template; set spec.arguments.template",
+    ),
+    (
+        re.compile(r"SafetensorError|HeaderTooLarge|MetadataIncompleteBuffer"),
+        InvalidData,
+        "the base model's weights cannot be read",
+    ),
     (re.compile(r"No module named"), FailedPrecondition, "a package is missing from the training image"),
     (
         re.compile(r"CUDA driver version|No CUDA GPUs are available|invalid device ordinal"),
@@ -140,7 +153,9 @@ _FAILURES: tuple[tuple[re.Pattern[str], type[FabrictuneError], str], ...] = (
         "the GPUs that were asked for cannot be used",
     ),
 )
-_NOISE = re.compile(r"^\s*$|^\s*\[-|^usage:|^\[(INFO|WARNING)|^\s+(File \"|\^|~)|Traceback|^\{'|elastic|torch/distributed|^=+$|^-+$")
+_NOISE = re.compile(
+    r"^\s*$|^\s*\[-|^usage:|^\[(INFO|WARNING)|^\s+(File \"|\^|~)|Traceback|^\{'|elastic|torch/distributed|^[=-]+$"
+)
 
 
 def explain_failure(code: int, output: Sequence[str]) -> FabrictuneError:

@@ -31,7 +31,7 @@ class Row:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows of a train.jsonl or validation.jsonl; [] when the file is absent. Raises InvalidData naming bad lines."""
+    """The rows of a train.jsonl or validation.jsonl; [] when it is absent. Raises InvalidData naming bad lines."""
     if not file.exists():
         return []
     rows, wrong = [], []
@@ -46,7 +46,9 @@ def read_rows(file: Path) -> list[Row]:
     if wrong:
         shown = "\n".join(f"  {text}" for text in wrong[:_SHOWN])
         more = f"\n  and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise InvalidData(f"{file.name}: {len(wrong)} rows cannot be trained on; convert the source again\n{shown}{more}")
+        raise InvalidData(
+            f"{file.name}: {len(wrong)} rows cannot be trained on; convert the source again\n{shown}{more}"
+        )
     return rows
 
 
@@ -84,7 +86,7 @@ def _read_row(line: str) -> Row:
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
         raise ValueError("messages must be a list with at least one message")
     if "tools" in row:
-        raise ValueError("a tools key: ms-swift would render the tools into the prompt a second time; keep them in tools.jsonl")
+        raise ValueError("a tools key: ms-swift would put the tools into the prompt again; keep them in tools.jsonl")
     name = str(row.get("id", ""))
     for place, message in enumerate(row["messages"]):
         _check_message(name, place, message)

@@ -44,7 +44,8 @@ class Spec(BaseModel):
     base_model: Annotated[str, _name_in("models")]
     preset: str = Field("agentfabric-lora", description="a named set of ms-swift arguments")
     arguments: Annotated[dict[str, Any], BeforeValidator(_whole_numbers)] = Field(
-        default_factory=dict, description="ms-swift arguments that override the preset's; effective_batch_size and trust_remote_code too"
+        default_factory=dict,
+        description="ms-swift arguments that override the preset's; effective_batch_size, trust_remote_code",
     )
     resources: Resources = Field(default_factory=lambda: Resources.model_validate({}))
     checkpoint: Literal["best", "last"] = Field("best", description="best by validation loss, or last")

@@ -57,7 +57,7 @@ def run_child(command: Command, work: Path, reporter: Reporter) -> Trained:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509  # one prctl call, no lock is taken
+            preexec_fn=_die_with_parent,  # one prctl call, no lock is taken
         )
     keeper = CheckpointKeeper(work / "run", work / "held", reporter)
     listener = _Listener(work, reporter, keeper)

@@ -79,8 +79,16 @@ _FAMILIES: tuple[tuple[str, str, Family], ...] = (
 )
 
 
+_DEFAULTS: Mapping[str, Any] = {
+    # what ms-swift's own default would do otherwise
+    "report_to": "none",  # TensorBoard files beside the checkpoints
+    "dataloader_persistent_workers": False,  # draws from the random state at the first evaluation only: a resumed run
+    # would see other dropout masks than one without a break
+}
+
+
 def infer_family(config: Mapping[str, Any], chat_template: str) -> Family | None:
-    """What to tell ms-swift about a model of this config.json and chat template; None: ms-swift knows, or nobody does."""
+    """What to tell ms-swift about a model by config.json and chat template; None: ms-swift knows, or nobody does."""
     architecture = (config.get("architectures") or [""])[0]
     for known, mark, family in _FAMILIES:
         if architecture == known and mark in chat_template:
@@ -118,7 +126,7 @@ def plan_sft(spec: Spec, preset: Preset, paths: Paths, hardware: Hardware, famil
 
 def plan_arguments(spec: Spec, preset: Preset, hardware: Hardware) -> dict[str, Any]:
     """The preset's arguments, overridden by the spec's, with the gradient accumulation that the batch needs."""
-    arguments: dict[str, Any] = {"report_to": "none", **preset.arguments, **spec.arguments}
+    arguments: dict[str, Any] = {**_DEFAULTS, **preset.arguments, **spec.arguments}
     batch = arguments.pop("effective_batch_size", preset.effective_batch_size)
     for key in OWN:
         arguments.pop(key, None)

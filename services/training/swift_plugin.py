@@ -55,8 +55,9 @@ class Fabrictune(TrainerCallback):  # type: ignore[misc]  # ms-swift has no type
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             evaluated = self.trainer.eval_dataset
-            rows = {"train": len(self.trainer.train_dataset), "validation": len(evaluated) if evaluated is not None else 0}
-            (_WORK / "dataset.json").write_text(json.dumps({**rows, "max_steps": state.max_steps, "step": state.global_step}))
+            rows = {"train": len(self.trainer.train_dataset), "validation": 0 if evaluated is None else len(evaluated)}
+            steps = {"max_steps": state.max_steps, "step": state.global_step}
+            (_WORK / "dataset.json").write_text(json.dumps({**rows, **steps}))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._step_begin = time.monotonic()

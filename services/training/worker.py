@@ -23,12 +23,24 @@ from services.training.presets import load_preset
 from services.training.rows import Row, certainly_too_long, read_rows
 from services.training.spec import Spec
 from services.training.supervise import Trained, run_child
-from services.training.swift import Command, Family, Hardware, Paths, infer_family, plan_arguments, plan_sft, seed_of
+from services.training.swift import (
+    PLUGIN,
+    Command,
+    Family,
+    Hardware,
+    Paths,
+    infer_family,
+    plan_arguments,
+    plan_sft,
+    seed_of,
+)
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "tokenizer.model", "qwen.tiktoken"),
 )
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken")
+"""A model has one of these."""
 _NAMED = 1000
 """Refused rows that are named in the metadata; beyond it they are counted only."""
 
@@ -90,17 +102,21 @@ def count_gpus() -> int:
 
 
 def check_model(model: Path, trusted: bool) -> Family | None:
-    """What ms-swift has to be told about a model. Raises InvalidData for a folder that cannot or must not be trained."""
+    """What ms-swift has to be told about a model. Raises InvalidData for a folder that cannot be trained."""
     try:
         config = json.loads((model / "config.json").read_text())
     except FileNotFoundError:
-        raise InvalidData(f"the base model {model} has no config.json; import it with `fabrictune models import`") from None
+        raise InvalidData(
+            f"the base model {model} has no config.json; import it with `fabrictune models import`"
+        ) from None
     except ValueError as error:
         raise InvalidData(f"the base model's config.json cannot be read: {error}") from None
     if not any(model.glob("*.safetensors")):
-        raise InvalidData("the base model has no .safetensors file; weights in other formats are not read, for pickles can run code")
-    if not any((model / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken")):
-        raise InvalidData("the base model has no tokenizer (tokenizer.json, tokenizer.model, vocab.json)")
+        raise InvalidData(
+            "the base model has no .safetensors file; other formats are not read, for pickles can run code"
+        )
+    if not any((model / name).exists() for name in _TOKENIZERS):
+        raise InvalidData(f"the base model has no tokenizer, none of {', '.join(_TOKENIZERS)}")
     if "auto_map" in config and not trusted:
         raise FailedPrecondition(
             "the base model comes with Python code of its own (auto_map in config.json), which training would run; "
@@ -117,7 +133,7 @@ def check_rows(train: Sequence[Row], model: Path, max_length: int | None, report
         return
     long = certainly_too_long(train, model, max_length)
     if len(long) == len(train):
-        raise InvalidData(f"all {len(train)} rows are longer than max_length {max_length}; set spec.arguments.max_length higher")
+        raise _all_too_long(train, max_length)
     if long:
         ids = ", ".join(row.id for row in long[:3])
         most = "most rows will" if 2 * len(long) > len(train) else "they will"
@@ -142,7 +158,7 @@ def account_for_rows(rows: Sequence[Row], trained: int, work: Path, split: str, 
 
 
 def refused_ids(rows: Sequence[Row], work: Path) -> list[str]:
-    """Ids of the rows that the plugin named as too long, in the order of the dataset. Equal rows are refused together."""
+    """Ids of the rows that the plugin named as too long, in the dataset's order; equal rows are refused together."""
     file = work / "refused.jsonl"
     if not file.exists():
         return []
@@ -157,10 +173,14 @@ def _train(command: Command, work: Path, rows: Sequence[Row], max_length: int | 
         raise
     except FabrictuneError:
         if len(refused_ids(rows, work)) == len(rows):
-            raise InvalidData(
-                f"all {len(rows)} rows are longer than max_length {max_length}; set spec.arguments.max_length higher"
-            ) from None
+            raise _all_too_long(rows, max_length) from None
         raise
+
+
+def _all_too_long(rows: Sequence[Row], max_length: int | None) -> InvalidData:
+    return InvalidData(
+        f"all {len(rows)} rows are longer than max_length {max_length}; set spec.arguments.max_length higher"
+    )
 
 
 def _lay_out(dataset: Path, work: Path, checkpoint: Path | None, validation: bool) -> None:
@@ -187,7 +207,9 @@ def _leave_adapter(
     with (output / "metrics.jsonl").open("w") as file:
         file.writelines(json.dumps(record) + "\n" for record in trained.records)
     plot_loss(trained.records, output / "loss.png", f"{spec.base_model} on {spec.dataset}, {spec.preset}")
-    local = {str(model.absolute()): spec.base_model, **({str(checkpoint.absolute()): "checkpoint"} if checkpoint else {})}
+    local = {str(model.absolute()): spec.base_model, str(PLUGIN): PLUGIN.name}
+    if checkpoint:
+        local[str(checkpoint.absolute())] = "checkpoint"
     argv = ["python", *(local.get(word, word) for word in command.argv[1:])]
     (output / "training_args.json").write_text(json.dumps({"preset": spec.preset, "argv": argv}, indent=2) + "\n")
     return _metadata(spec, step, trained)

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.heavy]
 CALL = 'Action: get_weather\nAction Input: {"city": "Paris"}\n'
 SUMMARY = "It is sunny in Paris today."
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 STEPS = 6
@@ -82,7 +82,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator([CALL, SUMMARY, "system user assistant"] * 3, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token="<|im_start|>"
@@ -210,7 +211,9 @@ def test_a_cancelled_run_keeps_a_checkpoint_and_resuming_it_equals_a_run_without
         assert loss == pytest.approx(trained.losses[step], abs=1e-5)
 
 
-def test_a_dataset_that_is_all_too_long_is_refused_before_ms_swift_starts(tiny_model: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_dataset_that_is_all_too_long_is_refused_before_ms_swift_starts(
+    tiny_model: Path, dataset: Path, tmp_path: Path
+) -> None:
     begin = time.monotonic()
     with pytest.raises(InvalidData, match="all 13 rows are longer than max_length 4"):
         run(_spec(max_length=4), {"dataset": dataset, "base_model": tiny_model}, tmp_path, Listener(tmp_path))
@@ -224,7 +227,8 @@ from swift.arguments import SftArguments
 from swift.model import get_processor
 from swift.template import get_template
 import dataclasses
-template = get_template(get_processor(sys.argv[1], model_type="llama"), template_type="chatml", loss_scale="react", max_length=512)
+processor = get_processor(sys.argv[1], model_type="llama")
+template = get_template(processor, template_type="chatml", loss_scale="react", max_length=512)
 template.set_mode("train")
 found = []
 for row in map(json.loads, sys.stdin):

@@ -58,7 +58,7 @@ def _model(folder: Path, **config: Any) -> Path:
 
 
 def test_a_base_model_without_safetensors_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidData, match="no config.json"):
+    with pytest.raises(InvalidData, match=r"no config\.json"):
         check_model(tmp_path, trusted=False)
     (_model(tmp_path) / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(InvalidData, match=r"no \.safetensors file"):

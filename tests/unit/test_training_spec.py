@@ -27,6 +27,10 @@ def _flags(command: Command) -> dict[str, str]:
     return dict(zip(words[::2], words[1::2], strict=True))
 
 
+def _torchrun(flags: str) -> list[str]:
+    return ["-m", "torch.distributed.run", *flags.split(), "-m", "swift.cli.sft"]
+
+
 RECIPE = {
     # the published command, flag by flag (formats.md 5.1)
     **{"--tuner_type": "lora", "--lora_rank": "8", "--lora_alpha": "32", "--lora_dropout": "0.05"},
@@ -44,14 +48,12 @@ RECIPE = {
         (Hardware(gpus=1), ["-m", "swift.cli.sft"], "32"),
         (
             Hardware(gpus=8),
-            [*"-m torch.distributed.run --nproc_per_node 8 --nnodes 1 --node_rank 0".split()]
-            + [*"--master_addr 127.0.0.1 --master_port 29500 -m swift.cli.sft".split()],
+            _torchrun("--nproc_per_node 8 --nnodes 1 --node_rank 0 --master_addr 127.0.0.1 --master_port 29500"),
             "4",
         ),
         (
             Hardware(gpus=8, nodes=2, node_rank=1, master_addr="train-0", master_port=29400),
-            [*"-m torch.distributed.run --nproc_per_node 8 --nnodes 2 --node_rank 1".split()]
-            + [*"--master_addr train-0 --master_port 29400 -m swift.cli.sft".split()],
+            _torchrun("--nproc_per_node 8 --nnodes 2 --node_rank 1 --master_addr train-0 --master_port 29400"),
             "2",
         ),
     ],
@@ -67,7 +69,8 @@ def test_the_published_recipe_is_reproduced_flag_by_flag_with_a_batch_of_64(
         "--gradient_accumulation_steps": accumulation,
         **{"--model": "/models/m1", "--dataset": "train.jsonl", "--val_dataset": "validation.jsonl"},
         **{"--eval_strategy": "steps", "--per_device_eval_batch_size": "2", "--logging_steps": "10"},
-        **{"--report_to": "none", "--truncation_strategy": "delete", "--strict": "true", "--lazy_tokenize": "false"},
+        **{"--report_to": "none", "--dataloader_persistent_workers": "false"},
+        **{"--truncation_strategy": "delete", "--strict": "true", "--lazy_tokenize": "false"},
         **{"--seed": "42", "--data_seed": "42", "--output_dir": "run", "--add_version": "false"},
         **{"--check_model": "false", "--save_only_model": "false", "--disable_tqdm": "true"},
         **{"--logging_nan_inf_filter": "false", "--external_plugins": str(PLUGIN), "--callbacks": "fabrictune"},
@@ -98,7 +101,7 @@ def test_a_batch_that_no_accumulation_makes_says_which_numbers_fit() -> None:
     with pytest.raises(InvalidSpec) as caught:
         fit_accumulation(64, 2, 6)
     said = caught.value.violations[0].description
-    assert "64 rows a step cannot be made of 2 rows × 6 GPUs" in said
+    assert "64 rows a step cannot be made of 2 rows x 6 GPUs" in said
     assert "GPUs over all nodes can be 1, 2, 4, 8, 16, 32" in said
     with pytest.raises(ValidationError, match="can be 1, 2, 4, 8, 16, 32"):
         Spec.model_validate({**NAMES, "resources": {"gpus": 6}})

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -65,6 +66,10 @@ class LocalCluster:
         self._loop_task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._log = get_logger("cluster")
+
+    def set_environment(self, key: str, value: str) -> None:
+        """One more variable for workloads that start from now on."""
+        self._environment[key] = value
 
     async def start(self) -> None:
         """Read the journal and take back the children that still run."""
@@ -268,6 +273,23 @@ class LocalCluster:
 
     def _termination_file(self, name: str) -> Path:
         return self._folder / "termination" / f"{name}.json"
+
+
+def leftovers(folder: Path) -> int:
+    """End the processes in a journal that nobody looks after any more; returns how many. Blocks until they are gone."""
+    entries = [e for f in (folder / "journal").glob("*.json") if (e := _read_entry(f)) is not None]
+    running = [e for e in entries if e.phase is Phase.RUNNING and is_alive(e.pid, e.started)]
+    for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, 5.0)):
+        for entry in running:
+            if is_alive(entry.pid, entry.started):
+                signal_group(entry.pid, number)
+        deadline = _now() + seconds
+        while any(is_alive(e.pid, e.started) for e in running) and _now() < deadline:
+            time.sleep(0.05)
+    for entry in entries:
+        if entry.phase in (Phase.PENDING, Phase.RUNNING):
+            (folder / "journal" / f"{entry.workload.name}.json").unlink(missing_ok=True)
+    return len(running)
 
 
 def count_gpus() -> int:

@@ -1,0 +1,222 @@
+"""The inference service: deployments, revisions and Generate, between gRPC and the rollout."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import empty_pb2, json_format
+
+from fabrictune.v1 import inference_pb2, inference_pb2_grpc
+from services.common.artifacts import Artifacts as StoredArtifacts
+from services.common.errors import InvalidSpec
+from services.common.job_api import spec_dict
+from services.common.resources import check_id, split_name
+from services.common.store import Store
+from services.inference.generate import generate
+from services.inference.reference import Reference, reference_from_json, reference_to_json
+from services.inference.revisions import Deployment, Revision, from_json, to_json
+from services.inference.rollout import Artifacts, Model, Rollout
+from services.inference.routes import RouteTable
+from services.inference.spec import RevisionSpec, parse_spec
+
+SUFFIX = "/deployment.json"
+
+
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):  # type: ignore[misc]  # generated without types
+    """Serves fabrictune.v1.InferenceService. address: the gateway's OpenAI base address, once it is known."""
+
+    def __init__(
+        self, rollout: Rollout, routes: RouteTable, artifacts: StoredArtifacts, address: Callable[[], str]
+    ) -> None:
+        self._rollout, self._routes, self._artifacts, self._address = rollout, routes, artifacts, address
+
+    async def CreateDeployment(
+        self, request: inference_pb2.CreateDeploymentRequest, context: Any
+    ) -> inference_pb2.Deployment:
+        """Make a deployment; with a spec, start its first revision, which takes the traffic when it is ready."""
+        deployment_id = check_id(request.deployment_id, "deployment_id")
+        wanted = request.deployment
+        if not wanted.HasField("spec"):
+            return self._message(await self._rollout.create(deployment_id))
+        spec = await self._check(wanted.spec)
+        revision_id = await self._revision_id(spec)
+        if request.validate_only:
+            planned = Deployment(deployment_id, revisions={revision_id: Revision(deployment_id, revision_id, spec)})
+            return self._message(planned)
+        await self._rollout.create_revision(deployment_id, revision_id, spec, take_traffic=True)
+        return self._message(self._rollout.get(deployment_id))
+
+    async def GetDeployment(
+        self, request: inference_pb2.GetDeploymentRequest, context: Any
+    ) -> inference_pb2.Deployment:
+        """One deployment with its revisions."""
+        return self._message(self._rollout.get(_deployment_id(request.name)))
+
+    async def ListDeployments(
+        self, request: inference_pb2.ListDeploymentsRequest, context: Any
+    ) -> inference_pb2.ListDeploymentsResponse:
+        """A page of deployments, by id."""
+        found, token = _page(self._rollout.list(), lambda d: d.id, request.page_size, request.page_token)
+        return inference_pb2.ListDeploymentsResponse(deployments=map(self._message, found), next_page_token=token)
+
+    async def DeleteDeployment(self, request: inference_pb2.DeleteDeploymentRequest, context: Any) -> empty_pb2.Empty:
+        """Stop all revisions and forget it."""
+        await self._rollout.delete(_deployment_id(request.name))
+        return empty_pb2.Empty()
+
+    async def WatchDeployment(
+        self, request: inference_pb2.WatchDeploymentRequest, context: Any
+    ) -> AsyncIterator[inference_pb2.DeploymentEvent]:
+        """The present state, then each change. The token names no position: the state now is always told first."""
+        number = 0
+        async for deployment in self._rollout.watch(_deployment_id(request.name)):
+            number += 1
+            yield inference_pb2.DeploymentEvent(resume_token=str(number), deployment=self._message(deployment))
+
+    async def CreateRevision(
+        self, request: inference_pb2.CreateRevisionRequest, context: Any
+    ) -> inference_pb2.Revision:
+        """Start a revision without traffic, or find the one that is there."""
+        deployment_id = _deployment_id(request.parent)
+        if not request.revision.HasField("spec"):
+            raise InvalidSpec("the request carries no revision.spec")
+        spec = await self._check(request.revision.spec)
+        revision_id = request.revision_id and check_id(request.revision_id, "revision_id")
+        if not revision_id and request.request_id:
+            revision_id = "r-" + hashlib.sha256(request.request_id.encode()).hexdigest()[:16]
+        revision_id = revision_id or f"r-{secrets.token_hex(5)}"
+        return self._revision(await self._rollout.create_revision(deployment_id, revision_id, spec))
+
+    async def GetRevision(self, request: inference_pb2.GetRevisionRequest, context: Any) -> inference_pb2.Revision:
+        """One revision."""
+        return self._revision(self._rollout.get_revision(*_revision_ids(request.name)))
+
+    async def ListRevisions(
+        self, request: inference_pb2.ListRevisionsRequest, context: Any
+    ) -> inference_pb2.ListRevisionsResponse:
+        """A page of revisions, by id."""
+        there = self._rollout.get(_deployment_id(request.parent)).revisions
+        ordered = [there[r] for r in sorted(there)]
+        found, token = _page(ordered, lambda r: r.revision, request.page_size, request.page_token)
+        return inference_pb2.ListRevisionsResponse(revisions=map(self._revision, found), next_page_token=token)
+
+    async def DeleteRevision(self, request: inference_pb2.DeleteRevisionRequest, context: Any) -> empty_pb2.Empty:
+        """Drain, stop and forget a revision that takes no traffic."""
+        await self._rollout.delete_revision(*_revision_ids(request.name))
+        return empty_pb2.Empty()
+
+    async def UpdateTraffic(
+        self, request: inference_pb2.UpdateTrafficRequest, context: Any
+    ) -> inference_pb2.Deployment:
+        """Move traffic in one step."""
+        return self._message(await self._rollout.set_traffic(_deployment_id(request.name), dict(request.traffic)))
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Answer a conversation in pieces; a client that goes away stops the engine's work on it."""
+        sampling = json_format.MessageToDict(request.sampling, preserving_proto_field_name=True)
+        if "seed" in sampling:
+            sampling["seed"] = int(sampling["seed"])  # protobuf's JSON writes 64-bit numbers as text
+        messages = [{"role": m.role, "content": m.content} for m in request.messages]
+        model = request.deployment.removeprefix("deployments/")
+        async for piece in generate(self._routes, self._rollout.session, model, messages, sampling):
+            answer = inference_pb2.GenerateResponse(text=piece.text, finish_reason=piece.finish_reason)
+            if piece.prompt_tokens:
+                answer.usage.prompt_tokens = piece.prompt_tokens
+                answer.usage.completion_tokens = piece.completion_tokens
+            yield answer
+
+    async def _check(self, spec: inference_pb2.RevisionSpec) -> RevisionSpec:
+        parsed = parse_spec(spec_dict(spec))
+        await asyncio.to_thread(self._artifacts.get, parsed.model)
+        return parsed
+
+    async def _revision_id(self, spec: RevisionSpec) -> str:
+        manifest = await asyncio.to_thread(self._artifacts.get, spec.model)
+        told = json.dumps([manifest.digest, spec.model_dump(mode="json")], sort_keys=True)
+        return f"r-{hashlib.sha256(told.encode()).hexdigest()[:10]}"
+
+    def _message(self, deployment: Deployment) -> inference_pb2.Deployment:
+        message = inference_pb2.Deployment(
+            name=f"deployments/{deployment.id}",
+            traffic=deployment.traffic,
+            revisions=[self._revision(r) for r in deployment.revisions.values()],
+            address=self._address(),
+            served_model=deployment.id,
+        )
+        message.create_time.FromMilliseconds(int(deployment.create_time * 1000))
+        return message
+
+    def _revision(self, revision: Revision) -> inference_pb2.Revision:
+        message = inference_pb2.Revision(
+            name=revision.name,
+            state=inference_pb2.Revision.State.Value(revision.state.value),
+            served_model=revision.served_model,
+            address=self._address(),
+            message=revision.message,
+        )
+        json_format.ParseDict(revision.spec.model_dump(mode="json", exclude_unset=True), message.spec)
+        if revision.error:
+            json_format.ParseDict(revision.error, message.error)
+        if revision.parity:
+            json_format.ParseDict(revision.parity, message.parity)
+        message.create_time.FromMilliseconds(int(revision.create_time * 1000))
+        if revision.ready_time:
+            message.ready_time.FromMilliseconds(int(revision.ready_time * 1000))
+        return message
+
+
+def stored_artifacts(store: Store, artifacts: StoredArtifacts, logs: Path) -> Artifacts:
+    """How a rollout reaches the object store. logs: where the local cluster keeps workloads' output."""
+
+    async def fetch_model(name: str) -> Model:
+        manifest = await asyncio.to_thread(artifacts.get, name)
+        return Model(await asyncio.to_thread(artifacts.cached, name, manifest.digest), manifest.digest)
+
+    async def fetch_reference(digest: str, dtype: str) -> Reference | None:
+        stored = await asyncio.to_thread(store.get_json, f"references/{digest}/{dtype}.json")
+        return reference_from_json(stored) if stored else None
+
+    async def store_reference(reference: Reference) -> None:
+        key = f"references/{reference.model_digest}/{reference.dtype}.json"
+        await asyncio.to_thread(store.put_json, key, reference_to_json(reference))
+
+    async def save(deployment: Deployment) -> None:
+        await asyncio.to_thread(store.put_json, f"deployments/{deployment.id}{SUFFIX}", to_json(deployment))
+
+    async def forget(deployment_id: str) -> None:
+        await asyncio.to_thread(store.delete, f"deployments/{deployment_id}{SUFFIX}")
+
+    async def read_log(workload: str) -> str:
+        file = logs / f"{workload}.log"
+        return await asyncio.to_thread(lambda: file.read_text(errors="replace")[-20_000:] if file.exists() else "")
+
+    return Artifacts(fetch_model, fetch_reference, store_reference, save, forget, read_log)
+
+
+def stored_deployments(store: Store) -> list[Deployment]:
+    """What an earlier process has left."""
+    found = [store.get_json(f"deployments/{name}{SUFFIX}") for name in store.list_folders("deployments/")]
+    return [from_json(plain) for plain in found if plain is not None]
+
+
+def _deployment_id(name: str) -> str:
+    return split_name(name, "deployments")[0]
+
+
+def _revision_ids(name: str) -> tuple[str, str]:
+    deployment_id, revision_id = split_name(name, "deployments", "revisions")
+    return deployment_id, revision_id
+
+
+def _page(rows: list[Any], key: Callable[[Any], str], size: int, token: str) -> tuple[list[Any], str]:
+    size = min(size or 50, 1000)
+    after = [row for row in rows if key(row) > token]
+    return after[:size], key(after[size - 1]) if len(after) > size else ""

@@ -1,0 +1,42 @@
+"""Fixtures that every test may use: a real object store on loopback, ended with the session."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.common.artifacts import Artifacts
+from services.common.config import StoreConfig
+from services.common.store import Store, open_store
+from services.common.weed import EmbeddedStore
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreConfig]:
+    """A SeaweedFS of this session: how to reach it."""
+    embedded = EmbeddedStore(tmp_path_factory.mktemp("store"))
+    try:
+        yield embedded.start()
+    finally:
+        embedded.stop()
+
+
+@pytest.fixture
+def store(object_store: StoreConfig) -> Store:
+    """An empty bucket of its own."""
+    return open_store(object_store.model_copy(update={"bucket": f"test-{secrets.token_hex(6)}"}))
+
+
+@pytest.fixture
+def artifacts(store: Store, tmp_path: Path) -> Artifacts:
+    """The artifacts of an empty bucket, with a cache of its own."""
+    return Artifacts(store, tmp_path / "cache")

@@ -1,0 +1,200 @@
+"""Rollouts with real processes and a small server that stands where vLLM stands (it repeats the reference)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.common.clusters import Phase, Workload, WorkloadStatus
+from services.common.clusters.local import LocalCluster
+from services.common.errors import AlreadyExists, FailedPrecondition
+from services.inference.engine import Hardware
+from services.inference.reference import PROMPTS_VERSION, ForcedText, Reference
+from services.inference.revisions import Deployment, State, from_json, to_json
+from services.inference.rollout import Artifacts, Limits, Model, Rollout
+from services.inference.routes import RouteTable
+from services.inference.spec import RevisionSpec, parse_spec
+
+REFERENCE = Reference(
+    "d", "float32", PROMPTS_VERSION, {}, (ForcedText((5, 6, 7), (6, 7), (1, 1), (3.0, 3.0), (-0.1, -0.2)),)
+)
+ENGINE = """
+import os, sys
+from aiohttp import web
+if "--broken" in sys.argv:
+    sys.exit("error: unrecognized arguments: --broken")
+shift = 1.0 if "--wrong" in sys.argv else 0.0
+async def health(_): return web.Response()
+async def chat(_): return web.json_response({"choices": []})
+async def completions(request):
+    said = [None, {"6": {"logprob": -0.1 - shift, "rank": 1}}, {"7": {"logprob": -0.2 - shift, "rank": 1}}]
+    return web.json_response({"choices": [{"prompt_logprobs": said}]})
+app = web.Application()
+app.add_routes([web.get("/health", health), web.post("/v1/completions", completions)])
+app.router.add_post("/v1/chat/completions", chat)
+web.run_app(app, host="127.0.0.1", port=int(sys.argv[sys.argv.index("--port") + 1]), print=None)
+"""
+
+
+class SmallEngines(LocalCluster):
+    """The local cluster, running the small server with vLLM's arguments."""
+
+    async def create(self, workload: Workload) -> WorkloadStatus:
+        return await super().create(replace(workload, argv=(sys.executable, "-c", ENGINE, *workload.argv[3:])))
+
+
+@dataclass
+class House:
+    folder: Path
+    cluster: LocalCluster
+    routes: RouteTable = field(default_factory=RouteTable)
+    saved: dict[str, str] = field(default_factory=dict)
+    rollouts: list[Rollout] = field(default_factory=list)
+
+    def open(self, keep_warm: float = 300) -> Rollout:
+        async def fetch_model(_: str) -> Model:
+            return Model(self.folder, "d")
+
+        async def fetch_reference(_digest: str, _dtype: str) -> Reference | None:
+            return REFERENCE
+
+        async def store_reference(_: Reference) -> None:
+            raise AssertionError("it is there already")
+
+        async def save(deployment: Deployment) -> None:
+            self.saved[deployment.id] = json.dumps(to_json(deployment))
+
+        async def forget(deployment: str) -> None:
+            del self.saved[deployment]
+
+        async def read_log(name: str) -> str:
+            file = self.cluster.log_file(name)
+            return file.read_text() if file.exists() else ""
+
+        artifacts = Artifacts(fetch_model, fetch_reference, store_reference, save, forget, read_log)
+        limits = Limits(start=20, drain=1, keep_warm=keep_warm, restarts=2, first_pause=0.05, poll=0.05)
+        self.rollouts.append(Rollout(self.cluster, self.routes, artifacts, Hardware(0, 2, 8 * 1024**3), limits))
+        return self.rollouts[-1]
+
+    def engine_pid(self) -> int:
+        [entry] = [json.loads(f.read_text()) for f in (self.folder / "cluster" / "journal").glob("*.json")]
+        return int(entry["pid"])
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    cluster = SmallEngines(tmp_path / "cluster")
+    await cluster.start()
+    house = House(tmp_path, cluster)
+    yield house
+    for rollout in house.rollouts:
+        await rollout.close()
+    await cluster.close()
+
+
+def spec(*engine_args: str, **fields: Any) -> RevisionSpec:
+    return parse_spec({"model": "models/m", "engine_args": list(engine_args), **fields})
+
+
+async def ready(rollout: Rollout, revision: str, **options: Any) -> None:
+    await rollout.create_revision("x", revision, spec(**options.pop("fields", {})), **options)
+    made = await rollout.wait("x", revision)
+    assert made.state is State.READY, made.message
+
+
+async def test_a_rollback_to_a_warm_revision_needs_no_loading(house: House) -> None:
+    rollout = house.open()
+    await ready(rollout, "a")
+    await rollout.set_traffic("x", {"a": 100})
+    await ready(rollout, "b", fields={"max_concurrency": 2})
+    assert (target := house.routes.choose("x")) is not None and target.revision == "a"
+    await rollout.set_traffic("x", {"b": 100})
+    assert (target := house.routes.choose("x")) is not None and target.revision == "b"
+    await rollout.set_traffic("x", {"a": 100})
+    assert (target := house.routes.choose("x")) is not None and target.revision == "a"
+    with pytest.raises(FailedPrecondition, match="takes 100 % of the traffic"):
+        await rollout.delete_revision("x", "a")
+    await rollout.delete("x")
+    assert await house.cluster.list("engine") == [] and house.saved == {} and house.routes.models() == []
+
+
+async def test_a_revision_that_lost_its_traffic_cools_down_and_stops(house: House) -> None:
+    rollout = house.open(keep_warm=0.1)
+    await ready(rollout, "a")
+    await rollout.set_traffic("x", {"a": 100})
+    await ready(rollout, "b")
+    await rollout.set_traffic("x", {"b": 100})
+    async for deployment in rollout.watch("x"):
+        if deployment.revisions["a"].state is State.STOPPED:
+            break
+    assert len(await house.cluster.list("engine")) == 1
+    with pytest.raises(AlreadyExists):
+        await rollout.create_revision("x", "a", spec(max_concurrency=3))
+    await ready(rollout, "a")
+
+
+async def test_an_engine_that_computes_something_else_takes_no_traffic(house: House) -> None:
+    rollout = house.open()
+    await rollout.create_revision("x", "a", spec("--wrong"), take_traffic=True)
+    made = await rollout.wait("x", "a")
+    assert made.state is State.FAILED and "1.0000 nats" in made.message
+    assert made.error["details"][0]["reason"] == "PARITY_FAILED" and made.parity["positions"] == 2
+    assert rollout.get("x").traffic == {}
+
+
+async def test_an_engine_that_does_not_start_fails_with_its_log_and_what_to_do(house: House) -> None:
+    rollout = house.open()
+    await rollout.create_revision("x", "a", spec("--broken"))
+    made = await rollout.wait("x", "a")
+    assert made.state is State.FAILED
+    assert "does not know" in made.message and "unrecognized arguments: --broken" in made.message
+
+
+async def test_a_crashed_engine_is_started_again_and_its_traffic_stays(house: House) -> None:
+    rollout = house.open()
+    await ready(rollout, "a", take_traffic=True)
+    os.kill(house.engine_pid(), signal.SIGKILL)
+    seen = []
+    async for deployment in rollout.watch("x"):
+        seen.append(deployment.revisions["a"].state)
+        if len(seen) > 1 and seen[-1] is State.READY and seen[-2] is not State.READY:
+            break
+    assert rollout.get("x").traffic == {"a": 100} and rollout.get_revision("x", "a").restarts == 1
+    async with asyncio.timeout(5):
+        async with house.routes.hold("x", 5) as target:
+            assert target.revision == "a"
+
+
+async def test_a_new_process_adopts_the_engine_that_still_runs(house: House) -> None:
+    first = house.open()
+    await ready(first, "a")
+    await first.set_traffic("x", {"a": 100})
+    pid = house.engine_pid()
+    await first.close()
+    second = house.open()
+    await second.restore([from_json(json.loads(house.saved["x"]))])
+    assert (await second.wait("x", "a")).state is State.READY
+    assert house.engine_pid() == pid and second.get("x").traffic == {"a": 100}
+
+
+async def test_a_new_process_starts_an_engine_that_has_gone(house: House) -> None:
+    first = house.open()
+    await ready(first, "a")
+    await first.close()
+    [engine] = await house.cluster.list("engine")
+    await house.cluster.delete(engine.name)
+    second = house.open()
+    await second.restore([from_json(json.loads(house.saved["x"]))])
+    assert (await second.wait("x", "a")).state is State.READY
+    assert [s.phase for s in await house.cluster.list("engine")] == [Phase.RUNNING]

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import aiohttp
+import orjson
+import pytest
+from aiohttp import web
+
+from services.common.errors import Unauthenticated
+from services.inference.gateway import Gateway
+from services.inference.generate import generate
+from services.inference.routes import RouteTable, Target
+
+
+@dataclass
+class Upstream:
+    """A real HTTP server that stands where engines stand and keeps what it was sent."""
+
+    address: str = ""
+    bodies: list[dict[str, object]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    release: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        body = orjson.loads(await request.read())
+        self.bodies.append(body)
+        self.headers.append(dict(request.headers))
+        if not body.get("stream"):
+            return web.json_response({"model": body["model"], "choices": [{"text": 'he said "model":"x"'}]})
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        # Cut in the middle of the name, so that putting it back must wait for the line's end.
+        await response.write(b'data: {"model":"' + str(body["model"]).encode()[:1])
+        await asyncio.sleep(0.01)
+        rest = b'","choices":[{"delta":{"content":"hi"},"finish_reason":"stop"}]}\n\n'
+        await response.write(str(body["model"]).encode()[1:] + rest)
+        try:
+            if body.get("die"):
+                assert request.transport is not None
+                request.transport.abort()
+                return response
+            if body.get("hang"):
+                await self.release.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        await response.write(
+            b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":1}}\n\ndata: [DONE]\n\n'
+        )
+        return response
+
+
+@dataclass
+class Served:
+    url: str
+    upstream: Upstream
+    routes: RouteTable
+    session: aiohttp.ClientSession
+
+
+async def _authorize(token: str) -> None:
+    if token != "good":
+        raise Unauthenticated("this server asks for a token")
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    upstream = Upstream()
+    app = web.Application()
+    app.router.add_post("/v1/{rest:.*}", upstream.answer)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    upstream.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    routes = RouteTable()
+    routes.put("x", {"a": target("a", upstream.address)}, {"a": 100})
+    gateway = Gateway(routes, authorize=_authorize, wait_seconds=1, max_body_bytes=2000)
+    port = await gateway.start("127.0.0.1", 0)
+    async with aiohttp.ClientSession(headers={"Authorization": "Bearer good"}) as session:
+        yield Served(f"http://127.0.0.1:{port}", upstream, routes, session)
+    await gateway.close()
+    await runner.cleanup()
+
+
+def target(revision: str, address: str = "", loading: bool = False) -> Target:
+    return Target("x", revision, "x", address, ready=bool(address), loading=loading)
+
+
+async def post(served: Served, **body: object) -> tuple[int, dict[str, str], bytes]:
+    async with served.session.post(f"{served.url}/v1/chat/completions", json=body) as response:
+        return response.status, dict(response.headers), await response.read()
+
+
+async def test_the_answer_names_the_model_as_the_client_did_and_leaves_the_text_alone(served: Served) -> None:
+    for name in ("x", "deployments/x", "x@a", "deployments/x/revisions/a"):
+        status, headers, raw = await post(served, model=name)
+        answer = orjson.loads(raw)
+        assert (status, answer["model"], headers["X-Fabrictune-Revision"]) == (200, name, "a")
+        assert answer["choices"][0]["text"] == 'he said "model":"x"'
+    assert {b["model"] for b in served.upstream.bodies} == {"x"}
+
+
+async def test_a_streams_model_name_is_put_back_even_when_it_arrives_in_two_parts(served: Served) -> None:
+    _, headers, raw = await post(served, model="x@a", stream=True)
+    assert headers["Content-Type"] == "text/event-stream"
+    assert raw.startswith(b'data: {"model":"x@a","choices"') and raw.endswith(b"data: [DONE]\n\n")
+
+
+async def test_engines_never_see_the_clients_token(served: Served) -> None:
+    await post(served, model="x")
+    assert "Authorization" not in served.upstream.headers[0]
+
+
+async def test_a_request_without_a_token_is_refused(served: Served) -> None:
+    async with aiohttp.ClientSession() as session, session.get(f"{served.url}/v1/models") as response:
+        assert response.status == 401 and (await response.json())["error"]["code"] == "UNAUTHENTICATED"
+    async with aiohttp.ClientSession() as session, session.get(f"{served.url}/healthz") as response:
+        assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "words"),
+    [
+        (b"{", 400, "not JSON"),
+        (b'{"model": "\xff"}', 400, "not JSON"),
+        (b"[]", 400, "JSON object"),
+        (b"{}", 400, '"model"'),
+        (b'{"model": "y"}', 404, "there are: x"),
+        (b'{"model": "x@b"}', 404, "x@b"),
+        (b'{"model": "x", "a": "' + b"b" * 3000 + b'"}', 413, "larger than 2000 bytes"),
+    ],
+)
+async def test_a_bad_request_gets_a_typed_error(served: Served, raw: bytes, status: int, words: str) -> None:
+    async with served.session.post(f"{served.url}/v1/completions", data=raw) as response:
+        error = (await response.json())["error"]
+        assert response.status == status and words in error["message"] and error["type"]
+
+
+async def test_an_unknown_path_is_a_typed_404(served: Served) -> None:
+    async with served.session.get(f"{served.url}/v1/nothing") as response:
+        assert response.status == 404 and "is not served here" in (await response.json())["error"]["message"]
+
+
+async def test_models_lists_deployments_and_shows_one(served: Served) -> None:
+    async with served.session.get(f"{served.url}/v1/models") as response:
+        assert [m["id"] for m in (await response.json())["data"]] == ["x"]
+    async with served.session.get(f"{served.url}/v1/models/x@a") as response:
+        assert (await response.json())["id"] == "x@a"
+
+
+async def test_a_request_waits_while_its_revision_loads(served: Served) -> None:
+    served.routes.put("x", {"a": target("a", loading=True)}, {})
+    waiting = asyncio.create_task(post(served, model="x"))
+    await asyncio.sleep(0.1)
+    assert served.routes.waiting("x") == 1 and not waiting.done()
+    served.routes.put("x", {"a": target("a", served.upstream.address)}, {"a": 100})
+    assert (await waiting)[0] == 200
+
+
+async def test_a_revision_that_loads_too_long_or_failed_is_a_503_that_says_when_to_ask_again(served: Served) -> None:
+    served.routes.put("x", {"a": target("a", loading=True)}, {"a": 100})
+    status, headers, raw = await post(served, model="x")
+    assert status == 503 and headers["Retry-After"] and b"still loading" in raw
+    served.routes.put("x", {"a": target("a")}, {"a": 100})
+    assert (await post(served, model="x"))[0] == 503
+    served.routes.put("x", {"a": target("a", "http://127.0.0.1:9")}, {"a": 100})  # nobody listens there
+    assert (await post(served, model="x"))[0] == 503
+
+
+async def test_an_engine_that_dies_in_mid_stream_ends_it_with_an_error_and_without_done(served: Served) -> None:
+    status, _, raw = await post(served, model="x", stream=True, die=True)
+    assert status == 200 and b"ENGINE_LOST" in raw and b"[DONE]" not in raw
+
+
+async def test_a_client_that_goes_away_cancels_its_request_at_the_engine(served: Served) -> None:
+    body = {"model": "x", "stream": True, "hang": True}
+    async with served.session.post(f"{served.url}/v1/chat/completions", json=body) as response:
+        await response.content.readline()
+        assert served.routes.in_flight("x", "a") == 1
+    await asyncio.wait_for(served.upstream.cancelled.wait(), 5)
+    assert await served.routes.drained("x", "a", 1)
+
+
+async def test_draining_waits_for_open_answers_and_gives_up_after_its_time(served: Served) -> None:
+    body = {"model": "x", "stream": True, "hang": True}
+    async with served.session.post(f"{served.url}/v1/chat/completions", json=body) as response:
+        await response.content.readline()
+        assert not await served.routes.drained("x", "a", 0.05)
+        draining = asyncio.create_task(served.routes.drained("x", "a", 5))
+        served.upstream.release.set()
+        assert (await response.content.read()).endswith(b"data: [DONE]\n\n")
+        assert await draining
+
+
+async def test_closing_generate_closes_the_request_at_the_engine(served: Served) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    stream = generate(served.routes, served.session, "x", messages, {"hang": True})
+    assert (await anext(stream)).text == "hi"
+    await stream.aclose()
+    await asyncio.wait_for(served.upstream.cancelled.wait(), 5)
+    assert served.routes.in_flight("x", "a") == 0
+
+
+def test_traffic_is_shared_exactly_by_weight() -> None:
+    routes = RouteTable()
+    routes.put("x", {"a": target("a", "http://a"), "b": target("b", "http://b")}, {"a": 90, "b": 10})
+    chosen = [t.revision for _ in range(100) if (t := routes.choose("x")) is not None]
+    assert (chosen.count("a"), chosen.count("b")) == (90, 10)
+    assert "b" in chosen[:10]

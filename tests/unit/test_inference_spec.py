@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from services.common.errors import FailedPrecondition, InvalidData, InvalidSpec
+from services.inference.engine import Hardware, choose_dtype, engine_name, explain_failure, render_engine
+from services.inference.parity import EngineText, check, compare, cut_text, read_engine_text
+from services.inference.reference import (
+    PROMPTS_VERSION,
+    ForcedText,
+    Reference,
+    reference_from_json,
+    reference_to_json,
+)
+from services.inference.revisions import Deployment, Revision, State, check_traffic, from_json, move, to_json
+from services.inference.spec import OWNED_FLAGS, Parity, parse_spec
+
+LAPTOP = Hardware(gpus=0, cores=2, memory_bytes=24 * 1024**3, cpu_flags=frozenset({"avx2"}))
+CONFIG = {"max_position_embeddings": 4096, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+TEXT = ForcedText(tokens=(5, 6, 7), top=(6, 9), second=(8, 7), margin=(2.0, 0.004), logprobs=(-0.1, -1.0))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "head_dim": 64}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    return tmp_path
+
+
+def test_every_bad_field_is_named_at_once() -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        parse_spec(
+            {"model": "gpt", "max_model_len": 1, "engine_args": ["--host", "0.0.0.0"], "parity": {"min_agreement": 2}}
+        )
+    fields = [v.field for v in caught.value.violations]
+    assert fields == ["spec.model", "spec.max_model_len", "spec.engine_args", "spec.parity.min_agreement"]
+
+
+@pytest.mark.parametrize("flag", [*OWNED_FLAGS, "--max-model", "--served_model_name", "--api-key=secret"])
+def test_a_flag_that_fabrictune_sets_is_refused_however_it_is_written(flag: str) -> None:
+    with pytest.raises(InvalidSpec, match="is set by fabrictune"):
+        parse_spec({"model": "models/m", "engine_args": [flag, "x"]})
+
+
+def test_other_engine_args_pass_through_last_so_that_they_win(model: Path) -> None:
+    work = render_engine(
+        "x", "r", parse_spec({"model": "models/m", "engine_args": ["--no-enforce-eager"]}), model, LAPTOP
+    )
+    assert work.argv[-1] == "--no-enforce-eager" and "--enforce-eager" in work.argv
+
+
+def test_a_cpu_engine_is_eager_float32_offline_and_on_loopback(model: Path) -> None:
+    work = render_engine("x", "r", parse_spec({"model": "models/m", "dtype": ""}), model, LAPTOP)
+    argv = " ".join(work.argv)
+    for part in ("--enforce-eager", "--dtype float32", "--host 127.0.0.1", "--port {port}", "--max-model-len 4096"):
+        assert part in argv
+    assert work.env["VLLM_CPU_KVCACHE_SPACE"] == "1" and work.env["HF_HUB_OFFLINE"] == "1"
+    assert int(work.argv[work.argv.index("--block-size") + 1]) % 32 == 0
+    assert "--trust-remote-code" not in argv and (work.port, work.health_path) == (8000, "/health")
+
+
+def test_a_gpu_engine_is_compiled_bfloat16_over_all_its_gpus(model: Path) -> None:
+    spec = parse_spec({"model": "models/m", "resources": {"gpus": 2}})
+    work = render_engine("x", "r", spec, model, replace(LAPTOP, gpus=2))
+    argv = " ".join(work.argv)
+    assert "--enforce-eager" not in argv and "--dtype bfloat16 " in argv and "--tensor-parallel-size 2" in argv
+    assert work.gpus == 2 and "VLLM_CPU_KVCACHE_SPACE" not in work.env
+
+
+def test_auto_is_bfloat16_only_where_the_cpu_multiplies_it() -> None:
+    assert choose_dtype("auto", LAPTOP) == "float32"
+    assert choose_dtype("auto", replace(LAPTOP, cpu_flags=frozenset({"amx_bf16"}))) == "bfloat16"
+    assert choose_dtype("float16", LAPTOP) == "float16"
+
+
+def test_more_positions_than_the_model_has_are_refused(model: Path) -> None:
+    with pytest.raises(InvalidSpec, match=r"spec\.max_model_len: 9000 is more than the 4096") as caught:
+        render_engine("x", "r", parse_spec({"model": "models/m", "max_model_len": 9000}), model, LAPTOP)
+    assert caught.value.violations
+
+
+def test_a_folder_without_safetensors_is_no_model(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    with pytest.raises(InvalidData, match=r"no \*\.safetensors"):
+        render_engine("x", "r", parse_spec({"model": "models/m"}), model, LAPTOP)
+
+
+def test_engine_names_fit_kubernetes_and_never_meet() -> None:
+    long = "a" * 40
+    assert len(engine_name(long, long)) <= 63
+    assert engine_name("a-b", "c") != engine_name("a", "b-c")
+
+
+def test_a_known_failure_of_vllm_says_what_to_change() -> None:
+    assert "spec.max_concurrency" in explain_failure("torch.OutOfMemoryError: CUDA out of memory. Tried")
+    assert explain_failure("something else") == ""
+
+
+def test_agreement_counts_positions_and_lets_a_near_tie_pass() -> None:
+    result = compare([TEXT], [EngineText(top=(6, 7), logprobs=(-0.1, -1.01))], "float32", "float32", Parity())
+    assert (result.positions, result.agreement) == (2, 1.0)
+    assert result.mean_logprob_difference == pytest.approx(0.005)
+    check(result, Parity())
+
+
+def test_an_engine_that_is_too_far_is_refused_with_both_numbers() -> None:
+    result = compare([TEXT], [EngineText(top=(1, 9), logprobs=(-3.1, -1.0))], "float32", "bfloat16", Parity())
+    assert result.tolerance == 0.1
+    with pytest.raises(FailedPrecondition, match=r"50\.00%.*1\.5000 nats") as caught:
+        check(result, Parity())
+    assert caught.value.reason_override == "PARITY_FAILED"
+
+
+def test_an_engine_that_computes_nan_is_refused() -> None:
+    read = read_engine_text((5, 6), [None, {"6": {"logprob": math.nan, "rank": 1}}])
+    result = compare([cut_text(TEXT, 2)], [read], "float32", "float32", Parity())
+    with pytest.raises(FailedPrecondition):
+        check(result, Parity())
+
+
+def test_a_reference_comes_back_from_json_unless_its_prompts_are_of_another_version() -> None:
+    reference = Reference("d", "float32", PROMPTS_VERSION, {"torch": "2"}, (TEXT,))
+    plain = json.loads(json.dumps(reference_to_json(reference)))
+    assert reference_from_json(plain) == reference
+    assert reference_from_json({**plain, "prompts_version": -1}) is None
+
+
+def test_a_deployment_comes_back_from_json() -> None:
+    revision = Revision(
+        "x", "r", parse_spec({"model": "models/m", "engine_args": ["-O0"]}), State.READY, ready_time=2.5
+    )
+    deployment = Deployment("x", {"r": 100}, {"r": revision}, 1.5)
+    assert from_json(json.loads(json.dumps(to_json(deployment)))) == deployment
+
+
+def test_a_stopped_revision_cannot_become_ready_and_says_so() -> None:
+    revision = Revision("x", "r", parse_spec({"model": "models/m"}), State.STOPPED)
+    with pytest.raises(FailedPrecondition, match="is STOPPED and cannot become READY"):
+        move(revision, State.READY)
+
+
+def test_traffic_must_add_up_and_go_to_ready_revisions() -> None:
+    spec = parse_spec({"model": "models/m"})
+    deployment = Deployment("x", {}, {"a": Revision("x", "a", spec, State.READY), "b": Revision("x", "b", spec)})
+    check_traffic(deployment, {"a": 100})
+    with pytest.raises(InvalidSpec, match="add up to 90"):
+        check_traffic(deployment, {"a": 90})
+    with pytest.raises(InvalidSpec, match="no such revision"):
+        check_traffic(deployment, {"c": 100})
+    with pytest.raises(FailedPrecondition, match="is PENDING, not READY"):
+        check_traffic(deployment, {"a": 50, "b": 50})
