@@ -10,61 +10,100 @@ from typing import Any
 
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from fabrictune import transfer
-from fabrictune.agentfabric import model_config, tool_prompt
 from fabrictune.cli.context import console
+from fabrictune.cli.serving import model_config
 from fabrictune.client import Client
 
+# The report's metrics, in the order in which people ask. Source: services/evaluation/metrics.py.
 TITLES: Mapping[str, str] = {
     "calls": "calls a tool",
     "right_tool": "the right tool",
     "exact_arguments": "exact arguments",
-    "parses": "arguments parse",
+    "parses": "arguments parse (of calls)",
+    "listed": "a listed tool (of calls)",
     "stops": "stops by itself",
-    "no_call": "no call when none fits",
+    "no_call": "no call when no tool fits",
 }
+GROUPS = ("all", "one tool", "two tools", "three or more tools")
 
 
-def show(client: Client, run: Any, ask: Mapping[str, Any] | None) -> None:
+def show(client: Client, run: Any) -> None:
     """Print the results of a run that has succeeded."""
     outputs = {stage.stage: stage.output for stage in run.stages}
     if "evaluation-after" in outputs:
-        _show_report(client, outputs["evaluation-after"])
+        _show_report(client, outputs)
     if "deployment" not in outputs:
         return
     deployment = client.inference.get(outputs["deployment"])
-    if ask:
-        _show_answer(client, deployment.name, ask)
     base = deployment.address.rstrip("/")
     body = json.dumps({"model": deployment.served_model, "messages": [{"role": "user", "content": "Hello!"}]})
-    console.print("\n[bold]OpenAI endpoint[/]")
-    console.print(f"  curl {base}/chat/completions -H 'content-type: application/json' -d '{body}'", highlight=False, soft_wrap=True)
-    console.print("\n[bold]AgentFabric[/]  put this into config/model_config.json")
-    console.print(json.dumps(model_config(deployment.served_model, base), indent=2), highlight=False, soft_wrap=True)
-    console.print(
-        f"\n[bold]Next[/]  fabrictune chat {deployment.name} · fabrictune lineage {deployment.name} · "
-        f"fabrictune artifacts pull {outputs.get('evaluation-after', 'reports/…')} report · fabrictune down",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _show_report(client: Client, name: str) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "report"
-        transfer.pull(client, name, folder)
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    console.print(report_table(report))
+    _print("\n[bold]OpenAI endpoint[/]")
+    _print(Text(f"  curl {base}/chat/completions -H 'content-type: application/json' -d '{body}'"))
+    _print("\n[bold]AgentFabric[/]  put this into config/model_config.json")
+    _print(Text(json.dumps(model_config(deployment), indent=2)))
+    report = outputs.get("evaluation-after", "reports/an-id")
+    _print("\n[bold]Next[/]")
+    _print(f"  fabrictune chat {deployment.name}")
+    _print(f"  fabrictune lineage {deployment.name}")
+    _print(f"  fabrictune artifacts pull {report} report   # then open report/report.html")
+    _print("  fabrictune down                             # or `make stop`")
 
 
 def report_table(report: Mapping[str, Any]) -> Table:
-    """Before and after on the same held-out rows, with 95 % intervals, prompts with one tool apart."""
-    return Table(title=str(report.get("title", "")))
+    """Before and after on the same rows: value, 95 % interval and n, by how many tools a prompt lists."""
+    table = Table(title=str(report["title"]), title_justify="left", header_style="bold", caption="95 % intervals in brackets")
+    table.add_column("")
+    for group in GROUPS:
+        table.add_column(group, justify="left")
+    for metric, title in TITLES.items():
+        cells = [_cell(report["columns"], group, metric) for group in GROUPS]
+        if any(cells):
+            table.add_row(title, *cells, end_section=True)
+    return table
 
 
-def _show_answer(client: Client, deployment: str, ask: Mapping[str, Any]) -> None:
-    messages = tool_prompt(str(ask["question"]), list(ask["tools"]))
-    pieces = client.inference.generate(deployment, messages, temperature=0.0, max_tokens=200, stop=["Observation:"])
-    text = "".join(piece.text for piece in pieces)
-    console.print(Panel(text.strip(), title=f"{ask['question']}", title_align="left", border_style="cyan"))
+def _cell(columns: list[Mapping[str, Any]], group: str, metric: str) -> str:
+    lines = []
+    for column in columns:
+        m = column["groups"][group][metric]
+        if m["n"]:
+            value = f"{m['value']:4.0%} [{m['low']:.0%}-{m['high']:.0%}] {m['k']}/{m['n']}"
+            lines.append(f"[dim]{column['label']:6}[/] {value}" if len(columns) > 1 else value)
+        elif group == "all":
+            lines.append(f"[dim]{column['label']:6} no such answers[/]")
+    return "\n".join(lines)
+
+
+def _show_report(client: Client, outputs: Mapping[str, str]) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "report"
+        transfer.pull(client, outputs["evaluation-after"], folder)
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+        console.print(report_table(report))
+        failed = {row["id"] for row in report["examples"]}
+        good = next((a for a in answers if a["id"] not in failed and "Action:" in a["text"]), answers[0])
+        if "deployment" in outputs:
+            _ask(client, outputs["deployment"], outputs["conversion"], good["id"], Path(scratch))
+
+
+def _ask(client: Client, deployment: str, dataset: str, row_id: str, scratch: Path) -> None:
+    """Ask the deployed model one held-out question, as AgentFabric would."""
+    folder = scratch / "dataset"
+    transfer.pull(client, dataset, folder)
+    rows = map(json.loads, (folder / "test.jsonl").read_text(encoding="utf-8").splitlines())
+    row = next(r for r in rows if r["id"] == row_id)
+    turns = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+    while turns[-1]["role"] == "assistant":
+        turns.pop()
+    pieces = client.inference.generate(deployment, turns, temperature=0.0, max_tokens=200, stop=["Observation:"])
+    text = "".join(piece.text for piece in pieces).strip()
+    _print("\n[bold]A question about tools that it has never seen[/], answered by the deployed model")
+    console.print(Panel(Text(f"{turns[-1]['content']}\n\n{text}"), border_style="cyan"))
+
+
+def _print(text: str | Text) -> None:
+    console.print(text, highlight=False, soft_wrap=True)

@@ -37,7 +37,6 @@ def run(
     A stage whose output exists, made from the same inputs and spec, is not done again.
     """
     spec = read_spec(file)
-    ask = spec.pop("ask", None)
     with ExitStack() as stack:
         if start:
             from fabrictune.cli.up import ensure_up
@@ -64,7 +63,7 @@ def run(
             print_json(to_dict(ended))
             return
         console.print(f"[green]✓[/] {name} in {time.monotonic() - begin:.0f} s\n", highlight=False)
-        results.show(client, ended, ask)
+        results.show(client, ended)
 
 
 def _bring_inputs(client: Client, spec: Mapping[str, Any], folder: Path) -> None:

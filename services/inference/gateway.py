@@ -185,7 +185,9 @@ class Gateway:
             text = f"the request's body is larger than {self._max_body_bytes} bytes"
             return _json(error_body(InvalidData(text)), status=413)
         except web.HTTPException as error:
-            text = f"{request.method} {request.path} is not served here; /v1/models, /v1/completions and /v1/chat/completions are"
+            text = (
+                f"{request.method} {request.path} is not served here; the paths are those of the OpenAI API under /v1"
+            )
             return _json(error_body(InvalidData(text)), status=error.status)
 
 

@@ -67,7 +67,7 @@ class Parity(BaseModel):
         default=0.99, gt=0, le=1, description="least part of positions at which the top tokens agree"
     )
     max_logprob_difference: float | None = Field(
-        None, gt=0, description="largest mean difference, nats; absent: from the dtype"
+        default=None, gt=0, description="largest mean difference, nats; absent: from the dtype"
     )
 
 
@@ -79,7 +79,9 @@ class RevisionSpec(BaseModel):
     model: Annotated[str, AfterValidator(_check_model)]
     dtype: Dtype = Field(default="auto", description="auto: what this machine computes right and fast")
     max_model_len: int | None = Field(
-        None, ge=32, description="tokens of prompt and answer; absent: what the model can, at most 8192 on a CPU"
+        default=None,
+        ge=32,
+        description="tokens of prompt and answer; absent: what the model can, at most 8192 on a CPU",
     )
     max_concurrency: int = Field(default=16, ge=1, le=4096, description="answers that the engine writes side by side")
     engine_args: Annotated[tuple[str, ...], AfterValidator(_check_engine_args)] = ()

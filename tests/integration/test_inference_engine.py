@@ -36,7 +36,7 @@ SPEC = {"model": "models/tiny", "max_model_len": 512, "max_concurrency": 4}
 
 
 def make_tiny_model(folder: Path) -> Path:
-    """A random Llama of 64 dimensions with a byte-level BPE tokenizer and a chat template, as transformers saves them."""
+    """A random Llama of 64 dimensions with a byte-level BPE tokenizer and a chat template."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

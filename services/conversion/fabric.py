@@ -1,0 +1,172 @@
+"""AgentFabric's prompt, byte for byte, and the two ways in which a conversation reaches the model.
+
+Source: modelscope-agent 0.7.1 and 0.7.2, llm/utils/function_call_with_raw_prompt.py, agents/role_play.py, tools/base.py.
+"inline": the whole turn, tool result included, is the assistant's (DashScope's raw prompts). "split": the result returns in
+the user's turn (any OpenAI server), so each call and each summary is a row of its own, ending in the assistant's turn.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from services.conversion.react import Call, Tool, Turn
+
+CHINESE = re.compile(r"[\u4e00-\u9fa5]")
+URL_ZH = "，如果结果中出现url，请使用如下格式展示出来：![图片](url)"
+URL_EN = " If the result contains url, please display it in the following format:![Image](URL)"
+ANSWER_TAIL: Mapping[tuple[str, str], str] = {
+    ("0.7.1", "zh"): URL_ZH,
+    ("0.7.1", "en"): URL_EN,
+    ("0.7.2", "zh"): "。如果结果中出现url，请严格遵循Observation中url的格式进行展示。",
+    ("0.7.2", "en"): "",
+}
+TOOLS: Mapping[str, str] = {
+    "zh": (
+        "\n# 工具\n\n## 你拥有如下工具：\n\n{descs}\n\n## 当你需要调用工具时，请在你的回复中穿插如下的工具调用命令，可以根据需求调用零次或多次：\n\n"
+        "工具调用\nAction: 工具的名称，必须是[{names}]之一\nAction Input: 工具的输入\nObservation: <result>工具返回的结果</result>\n"
+        "Answer: 根据Observation总结本次工具调用返回的结果{tail}\n\n"
+    ),
+    "en": (
+        "\n# Tools\n\n## You have the following tools:\n\n{descs}\n\n## When you need to call a tool, please intersperse the following tool "
+        "command in your reply. You can call zero or more times according to your needs:\n\nTool Invocation\nAction: The name of the tool, "
+        "must be one of [{names}]\nAction Input: Tool input\nObservation: <result>Tool returns result</result>\n"
+        "Answer: Summarize the results of this tool call based on Observation.{tail}\n\n"
+    ),
+}
+INSTRUCTIONS: Mapping[str, str] = {
+    "zh": "\n# 指令\n\n{role}\n\n请注意：你具有图像和视频的展示能力，也具有运行代码的能力，不要在回复中说你做不到。\n",
+    "en": (
+        "\n#Instructions\n\n{role}\n\nNote: you have the ability to display images and videos, as well as the ability to run code. "
+        "Don't say you can't do it.\n"
+    ),
+}
+TOOL_LINE: Mapping[str, str] = {
+    "zh": "{name}: {name} API。{description} 输入参数: {parameters} Format the arguments as a JSON object.",
+    "en": "{name}: {name} API. {description} Parameters: {parameters} Format the arguments as a JSON object.",
+}
+PREFIX: Mapping[str, str] = {"zh": "(。你可以使用工具：[{names}])", "en": "(. you can use tools: [{names}])"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training row. expected: the call that its last turn makes ([] when no tool fits); None: not to be scored."""
+
+    messages: Sequence[Mapping[str, Any]]
+    expected: Sequence[Mapping[str, Any]] | None
+
+
+def language_of(query: str) -> str:
+    """"zh" when a text has a Chinese character, else "en"; AgentFabric asks the query only."""
+    return "zh" if CHINESE.search(query) else "en"
+
+
+def render_system(tools: Sequence[Tool], role: str, language: str, wording: str = "0.7.1") -> str:
+    """The system prompt that RolePlay sends. role: the instruction's text."""
+    head, middle, rest, tail = re.split(r"\{descs\}|\{names\}|\{tail\}", TOOLS[language])
+    descs = "\n\n".join(map(render_tool, tools))
+    section = head + descs + middle + _names(tools) + rest + ANSWER_TAIL[wording, language] + tail
+    return section + INSTRUCTIONS[language].replace("{role}", role)
+
+
+def render_tool(tool: Tool) -> str:
+    """The line that describes a tool, in the language of its description."""
+    return _tool_line(tool.name, tool.description, json.dumps(tool.parameters, ensure_ascii=False))
+
+
+def render_prefix(tools: Sequence[Tool], language: str) -> str:
+    """What RolePlay puts before the last user message."""
+    return PREFIX[language].replace("{names}", _names(tools))
+
+
+def render_call(call: Call) -> str:
+    """A call as RolePlay's parser wants it: two lines, strict JSON in one line, no trailing blanks."""
+    return f"Action: {call.name}\nAction Input: {json.dumps(call.arguments, ensure_ascii=False)}\n"
+
+
+def render_result(observation: str | None) -> str:
+    """What RolePlay appends after a call."""
+    return f"\nObservation: <result>{observation or ''}</result>\nAnswer:"
+
+
+def render_rows(
+    layout: str, system: str, tools: Sequence[Tool], rounds: Sequence[tuple[str, Turn]], language: str
+) -> Iterator[Example]:
+    """The training rows of a conversation. layout: "split" or "inline". rounds: (user's text, assistant's turn)."""
+    history: list[dict[str, Any]] = [{"role": "system", "content": system}]
+    prefix = render_prefix(tools, language)
+    for query, turn in rounds:
+        rows = _split_rows if layout == "split" else _inline_rows
+        yield from rows(history, prefix + query, turn)
+        # In later rounds this one is history: without the prefix, as one finished text, and not trained again.
+        history.append({"role": "user", "content": query})
+        history.append({"role": "assistant", "content": _transcript(turn), "loss": False})
+
+
+def render_together(
+    system: str, tools: Sequence[Tool], rounds: Sequence[tuple[str, Turn]], language: str
+) -> list[dict[str, Any]]:
+    """One row with several questions over the same tools: each is answered by its first call, or by its answer."""
+    prefix = render_prefix(tools, language)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}]
+    for query, turn in rounds:
+        text = _lead(turn, turn.calls[0]) + render_call(turn.calls[0]) if turn.calls else turn.answer
+        messages += [{"role": "user", "content": prefix + query}, {"role": "assistant", "content": text}]
+    return messages
+
+
+def _split_rows(history: Sequence[Mapping[str, Any]], asked: str, turn: Turn) -> Iterator[Example]:
+    for call in turn.calls:
+        answer = _lead(turn, call) + render_call(call)
+        expected = [{"name": call.name, "arguments": call.arguments}]
+        # After a result comes a summary first; only the first call answers the bare question.
+        first = call is turn.calls[0]
+        text = answer if first else f"\n\n{answer}"
+        messages = [*history, {"role": "user", "content": asked}, {"role": "assistant", "content": text}]
+        yield Example(messages, expected if first else None)
+        if call.observation is None:
+            return
+        asked += answer + render_result(call.observation)
+    if turn.answer:
+        # After a result RolePlay's user turn ends in "Answer:", and the summary is a turn of its own, without a blank.
+        messages = [*history, {"role": "user", "content": asked}, {"role": "assistant", "content": turn.answer}]
+        yield Example(messages, None if turn.calls else [])
+
+
+def _inline_rows(history: Sequence[Mapping[str, Any]], asked: str, turn: Turn) -> Iterator[Example]:
+    pieces: list[dict[str, Any]] = []
+    for call in turn.calls:
+        pieces.append({"role": "assistant", "content": _lead(turn, call) + render_call(call), "loss": True})
+        if call.observation is not None:
+            # The tool's words, not the model's: never trained (formats of ms-swift 4.6: `loss` of a message).
+            pieces.append({"role": "assistant", "content": render_result(call.observation), "loss": False})
+    if turn.answer:
+        pieces.append({"role": "assistant", "content": f" {turn.answer}" if turn.calls else turn.answer, "loss": True})
+    if not pieces:
+        return
+    expected = [{"name": turn.calls[0].name, "arguments": turn.calls[0].arguments}] if turn.calls else []
+    yield Example([*history, {"role": "user", "content": asked}, *pieces], expected)
+
+
+def _transcript(turn: Turn) -> str:
+    calls = "".join(_lead(turn, c) + render_call(c) + render_result(c.observation) for c in turn.calls)
+    return f"{calls} {turn.answer}" if turn.calls else turn.answer
+
+
+def _lead(turn: Turn, call: Call) -> str:
+    return f"{turn.lead}\n" if turn.lead and call is turn.calls[0] else ""
+
+
+def _names(tools: Sequence[Tool]) -> str:
+    return ",".join(tool.name for tool in tools)
+
+
+@lru_cache(maxsize=16384)
+def _tool_line(name: str, description: str, parameters: str) -> str:
+    line = TOOL_LINE[language_of(description)]
+    head, tail = line.split("{description}")
+    return head.replace("{name}", name) + description + tail.replace("{parameters}", parameters)

@@ -1,0 +1,282 @@
+"""The ms_agent ReAct grammar: tools out of a system prompt, calls out of an assistant's turn.
+
+A system prompt lists APIs as "N. NAME: Call this tool … API. What is the HUMAN API useful for? DESC. Parameters: JSON", a turn
+is one text "[Thought: …\\n]Action: …\\nAction Input: …\\nObservation: …\\nThought: …\\nFinal Answer: …". Everything is found by
+`str.find` from left to right, so time is linear in the length; nothing is guessed: what does not fit is refused by name.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+MARKER = "You have access to the following APIs:"
+FORMAT_BLOCK = "\nUse the following format:"
+CALL = ": Call this tool"
+USEFUL = "useful for?"
+PARAMETERS = "Parameters:"
+LAST_THOUGHT = "I now know the final answer"
+_NUMBER = re.compile(r"(?:^|\n)[ \t]*(\d{1,4})\.[ \t]*(?=[^\n]*?: Call this tool)")
+_TOKEN = re.compile(r"(?:^|\n)[ \t]*(Thought|Action Input|Action|Observation|Final Answer):[ \t]?")
+_DECODER = json.JSONDecoder()
+
+INVALID_JSON = "INVALID_JSON"
+WRONG_ENCODING = "WRONG_ENCODING"
+ROW_TOO_LARGE = "ROW_TOO_LARGE"
+ROW_TOO_LONG = "ROW_TOO_LONG"
+EMPTY_CONVERSATIONS = "EMPTY_CONVERSATIONS"
+ROLE_ORDER = "ROLE_ORDER"
+NO_SYSTEM_TURN = "NO_SYSTEM_TURN"
+NOT_REACT_PROMPT = "NOT_REACT_PROMPT"
+INVALID_PARAMETERS = "INVALID_PARAMETERS"
+MISSING_PARAMETERS = "MISSING_PARAMETERS"
+DUPLICATE_TOOL = "DUPLICATE_TOOL"
+UNKNOWN_TOOL = "UNKNOWN_TOOL"
+INVALID_ACTION_INPUT = "INVALID_ACTION_INPUT"
+INCOMPLETE_TURN = "INCOMPLETE_TURN"
+RESULT_TAG_IN_RESULT = "RESULT_TAG_IN_RESULT"
+
+# code → what is expected instead
+EXPECTED: Mapping[str, str] = {
+    INVALID_JSON: "one JSON object a line",
+    WRONG_ENCODING: "UTF-8 text",
+    ROW_TOO_LARGE: "a row of at most max_row_bytes bytes",
+    ROW_TOO_LONG: "a converted row of at most max_row_characters characters",
+    EMPTY_CONVERSATIONS: "a list `conversations` (from/value) or `messages` (role/content) with a user and an assistant turn",
+    ROLE_ORDER: "one system turn, then user and assistant turns in alternation, the assistant's last",
+    NO_SYSTEM_TURN: "a system turn first",
+    NOT_REACT_PROMPT: f"a system prompt that says {MARKER!r} and ends with the format block",
+    INVALID_PARAMETERS: "after `Parameters:` a JSON list of {name, description, required, …} or a JSON schema of an object",
+    MISSING_PARAMETERS: "`Parameters:` with a list, [] when there are none",
+    DUPLICATE_TOOL: "one definition for a tool's name",
+    UNKNOWN_TOOL: "a call of a tool that the prompt lists",
+    INVALID_ACTION_INPUT: "`Action Input:` with one JSON object or Python dict, [] or nothing for no arguments",
+    INCOMPLETE_TURN: "each Action followed by its Action Input and, unless it is the last one, its Observation",
+    RESULT_TAG_IN_RESULT: "an Observation without a literal </result>",
+}
+
+
+class Refused(Exception):
+    """A row that cannot be converted. code: a key of EXPECTED; detail: what was found, and where."""
+
+    def __init__(self, code: str, detail: str = "") -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code, self.detail = code, detail
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool as OpenAI describes functions. parameters: a JSON schema of an object, `required` always present."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+    def to_openai(self) -> dict[str, Any]:
+        """The OpenAI function object."""
+        told = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": told}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call in a turn. observation: the tool's result, None when the turn ends at the call."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    observation: str | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What an assistant did in one turn: calls, then an answer ("" when it stopped at a call)."""
+
+    calls: Sequence[Call] = field(default_factory=tuple)
+    answer: str = ""
+    lead: str = ""
+    """What was said before the first call."""
+
+
+@lru_cache(maxsize=4096)
+def parse_system_prompt(text: str) -> tuple[Tool, ...]:
+    """The tools of an ms_agent system prompt, in order. Raises Refused. Cached: data sets repeat their prompts."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    start = text.find(MARKER)
+    if start < 0:
+        raise Refused(NOT_REACT_PROMPT, f"no {MARKER!r}")
+    end = text.rfind(FORMAT_BLOCK)
+    if end < start:
+        raise Refused(NOT_REACT_PROMPT, f"no {FORMAT_BLOCK.strip()!r} after the APIs")
+    tools: dict[str, Tool] = {}
+    for number, block in _split_apis(text[start + len(MARKER) : end]):
+        tool = _parse_api(block, number)
+        if tools.setdefault(tool.name, tool) != tool:
+            raise Refused(DUPLICATE_TOOL, f"{tool.name!r} is defined twice, differently")
+    return tuple(tools.values())
+
+
+def parse_turn(text: str, tools: Sequence[Tool]) -> Turn:
+    """An assistant's turn. Text outside of the grammar is kept as part of the answer. Raises Refused."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    names = {tool.name for tool in tools}
+    marks = list(_TOKEN.finditer(text))
+    parts = [(m[1], text[m.end() : n.start() if n else len(text)]) for m, n in zip(marks, [*marks[1:], None], strict=True)]
+    lead = text[: marks[0].start()] if marks else text
+    calls: list[Call] = []
+    answer: list[str] = []
+    position = 0
+    while position < len(parts):
+        kind, value = parts[position]
+        position += 1
+        if kind == "Action":
+            call, position = _parse_call(value.strip(), parts, position, names)
+            calls.append(call)
+        elif kind == "Final Answer":
+            # All that follows is the answer, whatever it looks like.
+            answer.append(text[marks[position - 1].end() :].strip())
+            break
+        elif kind != "Thought":
+            raise Refused(INCOMPLETE_TURN, f"{kind}: without an Action before it")
+        elif LAST_THOUGHT not in value and position == len(parts) and not calls:
+            answer.append(value.strip())  # a turn that is nothing but a thought
+    said = lead.strip()
+    turn = Turn(tuple(calls), "\n".join(filter(None, answer if calls else [said, *answer])), said if calls else "")
+    if any(c.observation is None for c in calls[:-1]) or (calls and calls[-1].observation is None and turn.answer):
+        raise Refused(INCOMPLETE_TURN, "an Action Input without an Observation")
+    return turn
+
+
+def _parse_call(name: str, parts: Sequence[tuple[str, str]], position: int, names: set[str]) -> tuple[Call, int]:
+    if name not in names:
+        raise Refused(UNKNOWN_TOOL, f"{name[:80]!r}")
+    if position >= len(parts) or parts[position][0] != "Action Input":
+        raise Refused(INCOMPLETE_TURN, f"Action: {name} without an Action Input")
+    arguments = parse_arguments(parts[position][1])
+    position += 1
+    observation = None
+    if position < len(parts) and parts[position][0] == "Observation":
+        observation = parts[position][1].strip()
+        position += 1
+        if "</result>" in observation:
+            raise Refused(RESULT_TAG_IN_RESULT, f"the result of {name}")
+    return Call(name, arguments, observation), position
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """Action Input as an object: JSON or a Python literal; [] and nothing mean no arguments. Raises Refused."""
+    text = text.strip()
+    try:
+        value = json.loads(text) if text else {}
+    except ValueError:
+        value = _literal(text, INVALID_ACTION_INPUT)
+    if value in ([], None):
+        value = {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise Refused(INVALID_ACTION_INPUT, f"{text[:80]!r} is no object")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        raise Refused(INVALID_ACTION_INPUT, f"{text[:80]!r} cannot be written as JSON") from None
+    return value
+
+
+def _split_apis(text: str) -> Iterator[tuple[int, str]]:
+    """(number, text) of each API: numbers count up from 1, so a numbered list in a description starts none."""
+    starts: list[tuple[int, int, int]] = []
+    for match in _NUMBER.finditer(text):
+        if int(match[1]) == len(starts) + 1:
+            starts.append((int(match[1]), match.start(), match.end()))
+    for index, (number, _, begin) in enumerate(starts):
+        yield number, text[begin : starts[index + 1][1] if index + 1 < len(starts) else len(text)]
+
+
+def _parse_api(block: str, number: int) -> Tool:
+    name, _, rest = block.partition(CALL)
+    name = name.strip()
+    raw, before = _find_parameters(rest, name or f"API {number}")
+    useful = before.find(USEFUL)
+    if useful >= 0:
+        description = before[useful + len(USEFUL) :]
+    else:
+        # "… to interact with the HUMAN API. DESC" without the question
+        _, found, after = before.partition("API.")
+        description = after if found else before
+    description = description.strip().removesuffix(".").strip()
+    return Tool(name, description, _to_schema(raw, name))
+
+
+def _find_parameters(text: str, name: str) -> tuple[Any, str]:
+    """(decoded parameters, text before them): the last "Parameters:" whose value decodes and ends the block."""
+    position, seen = text.rfind(PARAMETERS), False
+    while position >= 0:
+        seen = True
+        value = _decode(text[position + len(PARAMETERS) :])
+        if value is not None:
+            return value, text[:position]
+        position = text.rfind(PARAMETERS, 0, position)
+    raise Refused(INVALID_PARAMETERS if seen else MISSING_PARAMETERS, f"tool {name!r}")
+
+
+def _decode(text: str) -> Any | None:
+    """A JSON or Python list or object at the start of a text; what stands after it, on lines of its own, is prose."""
+    text = text.lstrip()
+    if text[:1] not in ("[", "{"):
+        return None
+    try:
+        value, end = _DECODER.raw_decode(text)
+        rest = text[end:].strip(" \t.")
+        return value if not rest or rest.startswith("\n") else None
+    except ValueError:
+        pass
+    body = text.split("\n\n")[0].strip()
+    try:
+        return ast.literal_eval(body)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def _to_schema(raw: Any, name: str) -> dict[str, Any]:
+    if isinstance(raw, dict):
+        properties, required = raw.get("properties", {} if raw.get("type") == "object" else None), raw.get("required") or []
+        if not isinstance(properties, dict) or not isinstance(required, list):
+            raise Refused(INVALID_PARAMETERS, f"tool {name!r}: an object that is no JSON schema of an object")
+        typed = {key: _with_type(value, name) for key, value in properties.items()}
+        return {"type": "object", "properties": typed, "required": [r for r in required if r in typed]}
+    if not isinstance(raw, list):
+        raise Refused(INVALID_PARAMETERS, f"tool {name!r}: neither a list nor an object")
+    properties, required = {}, []
+    for item in raw:
+        if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not item["name"] or item["name"] in properties:
+            raise Refused(INVALID_PARAMETERS, f"tool {name!r}: {str(item)[:80]} is no parameter with a name of its own")
+        properties[item["name"]] = _property(item, name)
+        if str(item.get("required")).strip().lower() == "true":
+            required.append(item["name"])
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def _property(item: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """{"type", "description", …}: the order in which AgentFabric prints them; `schema` stands for what it holds."""
+    schema = item.get("schema")
+    nested = isinstance(item.get("required"), list) and isinstance(item.get("properties"), dict)
+    rest = {k: v for k, v in item.items() if k not in ("name", "schema") and (k != "required" or nested)}
+    return _with_type({**rest, **schema} if isinstance(schema, dict) else rest, name)
+
+
+def _with_type(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Refused(INVALID_PARAMETERS, f"tool {name!r}: a property that is no object")
+    return {"type": value.get("type") or "string", "description": value.get("description") or "", **{
+        k: v for k, v in value.items() if k not in ("type", "description")
+    }}  # fmt: skip
+
+
+def _literal(text: str, code: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise Refused(code, f"{text[:80]!r} is neither JSON nor a Python literal") from None

@@ -1,0 +1,88 @@
+"""What a conversion is asked to do. Mirrors fabrictune.v1.ConversionSpec."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+
+def _or(default: str) -> BeforeValidator:
+    """protobuf leaves a string that was not set empty."""
+    return BeforeValidator(lambda value: value or default)
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Model):
+    """Rows to convert."""
+
+    uri: str = Field(min_length=1, description="datasets/an-id, or, on one machine, a path")
+    files: str = Field("", description="a glob inside a folder; all rows files when it is empty")
+    format: Annotated[Literal["ms_agent"], _or("ms_agent")] = "ms_agent"
+    layout: Annotated[Literal["split", "inline", "both"], _or("split")] = "split"
+    count: int = Field(0, ge=0, description="at most so many rows, chosen by the seed; 0 takes all")
+    split: Annotated[Literal["auto", "train", "validation", "test"], _or("auto")] = "auto"
+
+
+class Split(_Model):
+    """Parts of all tools."""
+
+    validation: float = Field(0.05, ge=0, lt=1)
+    test: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> Split:
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation {self.validation} and test {self.test} leave nothing to train on")
+        return self
+
+
+class Range(_Model):
+    """min to max, both included."""
+
+    min: int = Field(0, ge=0, le=100)
+    max: int = Field(0, ge=0, le=100)
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Range:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is larger than max {self.max}")
+        return self
+
+
+# Rotated, so that no row trains an empty role and no single sentence is learned by heart.
+INSTRUCTIONS = (
+    "You are a helpful assistant. Call a tool when one of them fits the question; when none fits, say so.",
+    "你是一个乐于助人的助手。有合适的工具时请调用工具；没有合适的工具时请直接说明。",
+)
+
+
+class Spec(_Model):
+    """One conversion."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    wording: Annotated[Literal["0.7.1", "0.7.2"], _or("0.7.1")] = "0.7.1"
+    instructions: tuple[str, ...] = Field(INSTRUCTIONS, description="rotated over the rows; those in the row's language first")
+    language: Annotated[Literal["auto", "zh", "en"], _or("auto")] = "auto"
+    split: Split = Field(default_factory=lambda: Split.model_validate({}))
+    distractors: Range = Field(default_factory=lambda: Range.model_validate({}))
+    questions: Range = Field(default_factory=lambda: Range(min=1, max=1))
+    seed: int = 42
+    max_reject_ratio: float = Field(0.5, ge=0, le=1, description="the job fails when a larger part of the rows is refused")
+    max_row_bytes: int = Field(1 << 20, ge=1024)
+    max_row_characters: int = Field(0, ge=0, description="longer converted rows are refused; 0: no limit")
+
+    @field_validator("instructions", mode="before")
+    @classmethod
+    def _default_instructions(cls, value: Any) -> Any:
+        return value or INSTRUCTIONS
+
+    @field_validator("questions")
+    @classmethod
+    def _check_questions(cls, value: Range) -> Range:
+        if value.min < 1:
+            raise ValueError("a prompt has one question or more")
+        return value
