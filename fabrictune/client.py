@@ -9,6 +9,7 @@ Specs are plain dicts in the API's own field names; answers are protobuf message
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -81,10 +82,14 @@ KINDS: Mapping[str, Kind] = {
 class Client:
     """A connection to a fabrictune server. Thread-safe. Close it, or use it in a `with`."""
 
-    def __init__(self, endpoint: str = "", token: str = "", ca_file: Path | None = None, timeout: float = DEADLINE_SECONDS) -> None:
+    def __init__(
+        self, endpoint: str = "", token: str = "", ca_file: Path | None = None, timeout: float = DEADLINE_SECONDS
+    ) -> None:
         self.endpoint = endpoint or find_endpoint()
         self._channel = grpc.intercept_channel(
-            _open_channel(self.endpoint, ca_file), _Deadline(timeout), _Bearer(token or os.environ.get("FABRICTUNE_TOKEN", ""))
+            _open_channel(self.endpoint, ca_file),
+            _Deadline(timeout),
+            _Bearer(token or os.environ.get("FABRICTUNE_TOKEN", "")),
         )
         self.conversion = Jobs(self, "conversion")
         self.training = Jobs(self, "training")
@@ -145,7 +150,12 @@ class Jobs:
         self._field = "".join(f"_{c.lower()}" if c.isupper() else c for c in self.kind.resource).lstrip("_")
 
     def create(
-        self, spec: Mapping[str, Any], job_id: str = "", output: str = "", request_id: str = "", validate_only: bool = False
+        self,
+        spec: Mapping[str, Any],
+        job_id: str = "",
+        output: str = "",
+        request_id: str = "",
+        validate_only: bool = False,
     ) -> Any:
         """Start a job; with validate_only, return its plan instead. Raises ApiError naming every bad field."""
         resource = getattr(self.kind.messages, self.kind.resource)()
@@ -156,7 +166,12 @@ class Jobs:
         resource.spec.SetInParent()
         if output:
             resource.output = output
-        fields = {self._field: resource, f"{self._field}_id": job_id, "request_id": request_id, "validate_only": validate_only}
+        fields = {
+            self._field: resource,
+            f"{self._field}_id": job_id,
+            "request_id": request_id,
+            "validate_only": validate_only,
+        }
         return self._call("Create", **fields)
 
     def get(self, name: str) -> Any:
@@ -234,7 +249,7 @@ class Artifacts:
         """Delete an artifact."""
         self._client.call(self._stub.DeleteArtifact, artifact_pb2.DeleteArtifactRequest(name=name))
 
-    def lineage(self, name: str) -> list[artifact_pb2.Artifact]:
+    def lineage(self, name: str) -> builtins.list[artifact_pb2.Artifact]:
         """The artifact and all that it was made from, breadth first."""
         return list(self._client.call(self._stub.GetLineage, artifact_pb2.GetLineageRequest(name=name)).artifacts)
 
@@ -258,7 +273,9 @@ class Inference:
         self._client = client
         self._stub = client.stub(inference_pb2_grpc.InferenceServiceStub)
 
-    def deploy(self, deployment_id: str, spec: Mapping[str, Any], validate_only: bool = False) -> inference_pb2.Deployment:
+    def deploy(
+        self, deployment_id: str, spec: Mapping[str, Any], validate_only: bool = False
+    ) -> inference_pb2.Deployment:
         """Make a deployment with a first revision."""
         wanted = inference_pb2.Deployment()
         try:
@@ -274,7 +291,7 @@ class Inference:
         """One deployment."""
         return self._client.call(self._stub.GetDeployment, inference_pb2.GetDeploymentRequest(name=name))
 
-    def list(self) -> list[inference_pb2.Deployment]:
+    def list(self) -> builtins.list[inference_pb2.Deployment]:
         """All deployments."""
         return list(self._client.call(self._stub.ListDeployments, inference_pb2.ListDeploymentsRequest()).deployments)
 
@@ -284,7 +301,9 @@ class Inference:
 
     def update_traffic(self, name: str, traffic: Mapping[str, int]) -> inference_pb2.Deployment:
         """Move traffic between ready revisions."""
-        return self._client.call(self._stub.UpdateTraffic, inference_pb2.UpdateTrafficRequest(name=name, traffic=traffic))
+        return self._client.call(
+            self._stub.UpdateTraffic, inference_pb2.UpdateTrafficRequest(name=name, traffic=traffic)
+        )
 
     def watch(self, name: str) -> Iterator[inference_pb2.Deployment]:
         """The deployment now, and at every change."""
@@ -293,7 +312,7 @@ class Inference:
             yield event.deployment
 
     def generate(
-        self, deployment: str, messages: list[Mapping[str, str]], **sampling: Any
+        self, deployment: str, messages: builtins.list[Mapping[str, str]], **sampling: Any
     ) -> Iterator[inference_pb2.GenerateResponse]:
         """Answer a conversation in pieces. sampling: temperature, top_p, max_tokens, stop, seed."""
         request = inference_pb2.GenerateRequest(

@@ -50,6 +50,8 @@ def from_rpc(error: grpc.RpcError, endpoint: str) -> ApiError:
         return from_status(status)
     code = error.code()
     if code is grpc.StatusCode.UNAVAILABLE:
-        text = f"no fabrictune server answers at {endpoint}: start one with `fabrictune up`, or name one with --endpoint"
+        text = (
+            f"no fabrictune server answers at {endpoint}: start one with `fabrictune up`, or name one with --endpoint"
+        )
         return ApiError(text, code.name)
     return ApiError(error.details() or code.name, code.name)

@@ -69,7 +69,7 @@ def deploy_folder(model: Path, port: int) -> None:
 
 
 @contextmanager
-def prepared_model(source: str) -> Iterator[tuple[Path, dict[str, object]]]:
+def prepared_model(source: str) -> Iterator[tuple[Path, dict[str, str]]]:
     """A base model as a folder ready to push, and its metadata. source: see `fabrictune models import --help`."""
     importer = _services("services.common.base_models")
     with tempfile.TemporaryDirectory(prefix="fabrictune-model-") as scratch:
@@ -84,7 +84,9 @@ def _services(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == "services":
-            text = "this needs the services, which the client package does not contain: run it from a clone of the project"
+            text = (
+                "this needs the services, which the client package does not contain: run it from a clone of the project"
+            )
         else:
             text = f"{module} needs the package {error.name}, which is not installed here: run `make setup`"
         raise ApiError(text, "FAILED_PRECONDITION") from None

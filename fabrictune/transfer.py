@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -28,7 +28,9 @@ def pull(client: Client, name: str, folder: Path, on_bytes: OnBytes = lambda _: 
     download = client.artifacts.begin_download(name)
     needed, free = download.artifact.size_bytes, shutil.disk_usage(_nearest(folder)).free
     if needed > free:
-        raise ApiError(f"{name} is {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free at {folder}", "RESOURCE_EXHAUSTED")
+        raise ApiError(
+            f"{name} is {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free at {folder}", "RESOURCE_EXHAUSTED"
+        )
     draft = folder.with_name(f".{folder.name}.part")
     with httpx.Client(timeout=60) as http:
         for file in download.artifact.files:
@@ -44,7 +46,12 @@ def pull(client: Client, name: str, folder: Path, on_bytes: OnBytes = lambda _: 
 
 
 def push(
-    client: Client, folder: Path, name: str, kind: str, metadata: dict[str, object] | None = None, on_bytes: OnBytes = lambda _: None
+    client: Client,
+    folder: Path,
+    name: str,
+    kind: str,
+    metadata: Mapping[str, str] | None = None,
+    on_bytes: OnBytes = lambda _: None,
 ) -> artifact_pb2.Artifact:
     """Upload a folder, or one file, as an artifact. Sending the same files again returns the one that is there."""
     files = dict(_scan(folder))
@@ -62,7 +69,9 @@ def push(
             headers = {"content-length": str(file.stat().st_size)}
             answer = http.put(upload.addresses[path], content=_read(file, on_bytes), headers=headers)
             if answer.status_code >= 300:
-                raise ApiError(f"the object store refused {path}: HTTP {answer.status_code} {answer.text[:200]}", "UNAVAILABLE")
+                raise ApiError(
+                    f"the object store refused {path}: HTTP {answer.status_code} {answer.text[:200]}", "UNAVAILABLE"
+                )
     return client.artifacts.seal(upload.upload_id)
 
 
@@ -71,7 +80,9 @@ def folder_size(folder: Path) -> int:
     return sum(file.stat().st_size for _, file in _scan(folder))
 
 
-def _pull_file(http: httpx.Client, address: str, target: Path, file: artifact_pb2.ArtifactFile, on_bytes: OnBytes) -> None:
+def _pull_file(
+    http: httpx.Client, address: str, target: Path, file: artifact_pb2.ArtifactFile, on_bytes: OnBytes
+) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     have = target.stat().st_size if target.exists() else 0
     if have > file.size_bytes:
@@ -89,7 +100,9 @@ def _pull_file(http: httpx.Client, address: str, target: Path, file: artifact_pb
                     out.write(chunk)
                     on_bytes(len(chunk))
         except httpx.HTTPError as error:
-            raise ApiError(f"the download of {file.path} broke off ({error}); run it again to go on", "UNAVAILABLE") from None
+            raise ApiError(
+                f"the download of {file.path} broke off ({error}); run it again to go on", "UNAVAILABLE"
+            ) from None
     if _sha256(target) != file.sha256:
         target.unlink()
         raise ApiError(f"{file.path} is not what the manifest says (sha256 differs); it was thrown away", "DATA_LOSS")

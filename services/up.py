@@ -42,7 +42,7 @@ from services.common.errors import FabrictuneError, FailedPrecondition
 from services.common.job_api import JobApi
 from services.common.jobs import Jobs
 from services.common.logs import configure
-from services.common.server import Server, Service, wait_for_stop
+from services.common.server import Server, service, wait_for_stop
 from services.common.store import Store, open_store
 from services.common.weed import EmbeddedStore
 from services.conversion.service import ConversionService
@@ -64,14 +64,23 @@ from services.pipeline.service import PipelineService
 from services.training.service import TrainingService
 from services.training.worker import STAGE as TRAINING
 
-API = "fabrictune.v1."
-# (stage, its resource, its servicer, how it is added, its service)
-STAGES: tuple[tuple[Any, Any, Any, Any, str], ...] = (
-    (CONVERSION, conversion_pb2.ConversionJob, ConversionService, conversion_pb2_grpc.add_ConversionServiceServicer_to_server, "ConversionService"),
-    (TRAINING, training_pb2.TrainingJob, TrainingService, training_pb2_grpc.add_TrainingServiceServicer_to_server, "TrainingService"),
-    (MERGING, merging_pb2.MergeJob, MergingService, merging_pb2_grpc.add_MergingServiceServicer_to_server, "MergingService"),
-    (EVALUATION, evaluation_pb2.EvaluationJob, EvaluationService, evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server, "EvaluationService"),
-)  # fmt: skip
+# (stage, its resource, its servicer, how it is added)
+STAGES: tuple[tuple[Any, Any, Any, Any], ...] = (
+    (
+        CONVERSION,
+        conversion_pb2.ConversionJob,
+        ConversionService,
+        conversion_pb2_grpc.add_ConversionServiceServicer_to_server,
+    ),
+    (TRAINING, training_pb2.TrainingJob, TrainingService, training_pb2_grpc.add_TrainingServiceServicer_to_server),
+    (MERGING, merging_pb2.MergeJob, MergingService, merging_pb2_grpc.add_MergingServiceServicer_to_server),
+    (
+        EVALUATION,
+        evaluation_pb2.EvaluationJob,
+        EvaluationService,
+        evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server,
+    ),
+)
 
 
 def serve(announce: bool) -> None:
@@ -126,7 +135,9 @@ async def _serve(config: ServerConfig, store: Store, data_dir: Path, announce: b
 
         routes = RouteTable()
         gateway_url: list[str] = []
-        rollout = Rollout(cluster, routes, stored_artifacts(store, artifacts, data_dir / "cluster" / "logs"), detect_hardware())
+        rollout = Rollout(
+            cluster, routes, stored_artifacts(store, artifacts, data_dir / "cluster" / "logs"), detect_hardware()
+        )
         stack.push_async_callback(rollout.close)
         gateway = Gateway(routes, _authorize(authenticator))
         gateway_port = await gateway.start(config.host, config.gateway_port, _tls(config))
@@ -140,14 +151,14 @@ async def _serve(config: ServerConfig, store: Store, data_dir: Path, announce: b
         stack.push_async_callback(runs.close)
         run_jobs = Jobs(PIPELINE, store, artifacts, runs)
         inference = InferenceService(rollout, routes, artifacts, lambda: f"{gateway_url[0]}/v1")
+        pipeline = PipelineService(run_jobs, reconciler, store)
         services = [
-            Service(API + name, servicer(JobApi(jobs, cluster, resource)), add)
-            for jobs, resource, servicer, add, name in kinds
+            service(servicer(JobApi(jobs, cluster, resource)), add) for jobs, resource, servicer, add in kinds
         ] + [
-            Service(API + "InferenceService", inference, inference_pb2_grpc.add_InferenceServiceServicer_to_server),
-            Service(API + "PipelineService", PipelineService(run_jobs, reconciler, store), pipeline_pb2_grpc.add_PipelineServiceServicer_to_server),
-            Service(API + "ArtifactService", ArtifactService(store, artifacts), artifact_pb2_grpc.add_ArtifactServiceServicer_to_server),
-        ]  # fmt: skip
+            service(inference, inference_pb2_grpc.add_InferenceServiceServicer_to_server),
+            service(pipeline, pipeline_pb2_grpc.add_PipelineServiceServicer_to_server),
+            service(ArtifactService(store, artifacts), artifact_pb2_grpc.add_ArtifactServiceServicer_to_server),
+        ]
         server = Server(services, config, authenticator, inside.address)
         await server.start()
         stack.push_async_callback(server.close)

@@ -55,9 +55,14 @@ def _print_version(wanted: bool) -> None:
 def options(
     context: typer.Context,
     endpoint: Annotated[
-        str, typer.Option(envvar="FABRICTUNE_ENDPOINT", help="host:port of a server; the `fabrictune up` of this folder when absent.")
+        str,
+        typer.Option(
+            envvar="FABRICTUNE_ENDPOINT", help="host:port of a server; the `fabrictune up` of this folder when absent."
+        ),
     ] = "",
-    ca_file: Annotated[Path | None, typer.Option(envvar="FABRICTUNE_CA_FILE", help="Certificate authority of the server.")] = None,
+    ca_file: Annotated[
+        Path | None, typer.Option(envvar="FABRICTUNE_CA_FILE", help="Certificate authority of the server.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")] = False,
     show_version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -19,14 +20,18 @@ from fabrictune.v1 import artifact_pb2
 
 COLLECTIONS = ("datasets", "models", "adapters", "reports")
 KINDS = {"datasets": "dataset", "models": "model", "adapters": "adapter", "reports": "report"}
-app = typer.Typer(name="artifacts", help="Datasets, models, adapters and reports in the object store.", no_args_is_help=True)
+app = typer.Typer(
+    name="artifacts", help="Datasets, models, adapters and reports in the object store.", no_args_is_help=True
+)
 models = typer.Typer(name="models", help="Base models and merged models.", no_args_is_help=True)
 datasets = typer.Typer(name="datasets", help="Raw rows and converted datasets.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="Such as models/smollm2-135m-instruct.")]
 
 
 @app.command("ls")
-def list_artifacts(collection: Annotated[str, typer.Argument(help="datasets, models, adapters, reports; all when absent.")] = "") -> None:
+def list_artifacts(
+    collection: Annotated[str, typer.Argument(help="datasets, models, adapters, reports; all when absent.")] = "",
+) -> None:
     """What there is."""
     if collection and collection not in COLLECTIONS:
         raise ApiError(f"{collection!r} is no collection; there are {', '.join(COLLECTIONS)}", "INVALID_ARGUMENT")
@@ -81,7 +86,9 @@ def list_models() -> None:
 
 @models.command("import")
 def import_model(
-    source: Annotated[str, typer.Argument(help="smollm2-135m-instruct (comes with the set-up), a folder, hf:ORG/NAME or ms:ORG/NAME.")],
+    source: Annotated[
+        str, typer.Argument(help="smollm2-135m-instruct (comes with the set-up), a folder, hf:ORG/NAME or ms:ORG/NAME.")
+    ],
     model_id: Annotated[str, typer.Option("--id", help="Its id in models/; from the source when absent.")] = "",
 ) -> None:
     """Bring a base model into the object store. Only safetensors weights are taken."""
@@ -118,7 +125,7 @@ def import_with_bar(client: Client, source: str, model_id: str = "") -> artifact
 
 
 def push_with_bar(
-    client: Client, folder: Path, name: str, kind: str, metadata: dict[str, object] | None = None
+    client: Client, folder: Path, name: str, kind: str, metadata: Mapping[str, str] | None = None
 ) -> artifact_pb2.Artifact:
     """Push with a progress bar."""
     if settings().json:
@@ -153,7 +160,14 @@ def _list(collections: list[str]) -> None:
         }
         for a in found
     ]
-    columns = {"name": "NAME", "kind": "KIND", "size": "SIZE", "digest": "SHA256", "by": "MADE BY", "created": "CREATED"}
+    columns = {
+        "name": "NAME",
+        "kind": "KIND",
+        "size": "SIZE",
+        "digest": "SHA256",
+        "by": "MADE BY",
+        "created": "CREATED",
+    }
     print_rows(rows, columns, "nothing here yet")
 
 

@@ -65,7 +65,9 @@ def print_message(message: Message) -> None:
     else:
         import yaml
 
-        console.print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip(), highlight=False, soft_wrap=True)
+        console.print(
+            yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip(), highlight=False, soft_wrap=True
+        )
 
 
 def print_json(value: Any) -> None:

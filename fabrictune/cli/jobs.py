@@ -12,7 +12,9 @@ from fabrictune.client import CANCELLED, ENDED, FAILED
 from fabrictune.errors import ApiError, from_status
 from fabrictune.v1 import job_pb2
 
-app = typer.Typer(name="jobs", help="Conversion, training, merge and evaluation jobs, and pipeline runs.", no_args_is_help=True)
+app = typer.Typer(
+    name="jobs", help="Conversion, training, merge and evaluation jobs, and pipeline runs.", no_args_is_help=True
+)
 STORED_LINES_SECONDS = 2.0
 Name = Annotated[str, typer.Argument(help="Such as trainingJobs/t1 or pipelineRuns/r1.")]
 
@@ -28,7 +30,14 @@ def list_jobs() -> None:
         ]
     found.sort(key=lambda job: job.execution.create_time.ToNanoseconds())
     rows = [_row(job) for job in found]
-    columns = {"name": "NAME", "state": "STATE", "progress": "PROGRESS", "created": "CREATED", "output": "OUTPUT", "message": ""}
+    columns = {
+        "name": "NAME",
+        "state": "STATE",
+        "progress": "PROGRESS",
+        "created": "CREATED",
+        "output": "OUTPUT",
+        "message": "",
+    }
     print_rows(rows, columns, "no jobs yet; `fabrictune run examples/quickstart.yaml` starts a whole run")
 
 
@@ -49,7 +58,8 @@ def watch_job(name: Name) -> None:
 
 @app.command("logs")
 def print_logs(
-    name: Name, do_follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False
+    name: Name,
+    do_follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
 ) -> None:
     """What a job's workers wrote, also when their processes, pods and nodes are gone."""
     with settings().connect() as client:

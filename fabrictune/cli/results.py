@@ -54,7 +54,9 @@ def show(client: Client, run: Any) -> None:
 
 def report_table(report: Mapping[str, Any]) -> Table:
     """Before and after on the same rows: value, 95 % interval and n, by how many tools a prompt lists."""
-    table = Table(title=str(report["title"]), title_justify="left", header_style="bold", caption="95 % intervals in brackets")
+    table = Table(
+        title=str(report["title"]), title_justify="left", header_style="bold", caption="95 % intervals in brackets"
+    )
     table.add_column("")
     for group in GROUPS:
         table.add_column(group, justify="left")

@@ -27,9 +27,13 @@ POLL_SECONDS = 0.5
 
 def run(
     file: Annotated[Path, typer.Argument(help="YAML: conversion, training, merging, evaluation, deployment.")],
-    start: Annotated[bool, typer.Option("--up", help="Start `fabrictune up` in the background when none runs here.")] = False,
+    start: Annotated[
+        bool, typer.Option("--up", help="Start `fabrictune up` in the background when none runs here.")
+    ] = False,
     run_id: Annotated[str, typer.Option("--id", help="The run's id; made up when absent.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every stage and print the plan; start nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every stage and print the plan; start nothing.")
+    ] = False,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Start the run and return.")] = False,
 ) -> None:
     """Carry rows through conversion, training, merging and evaluation to a deployment.

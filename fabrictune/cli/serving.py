@@ -15,7 +15,9 @@ from fabrictune.errors import ApiError, from_status
 from fabrictune.v1 import inference_pb2
 
 State = inference_pb2.Revision
-agentfabric = typer.Typer(name="agentfabric", help="Point ModelScope's AgentFabric at a deployment.", no_args_is_help=True)
+agentfabric = typer.Typer(
+    name="agentfabric", help="Point ModelScope's AgentFabric at a deployment.", no_args_is_help=True
+)
 Name = Annotated[str, typer.Argument(help="Such as deployments/quickstart; the only one there is when absent.")]
 
 
@@ -42,7 +44,9 @@ def deploy(
     if settings().json:
         print_json(to_dict(ready))
     else:
-        console.print(f"[green]✓[/] {ready.name} answers at {ready.address} as model {ready.served_model!r}", highlight=False)
+        console.print(
+            f"[green]✓[/] {ready.name} answers at {ready.address} as model {ready.served_model!r}", highlight=False
+        )
 
 
 def undeploy(name: Name) -> None:
@@ -70,7 +74,14 @@ def deployments() -> None:
         for d in found
         for r in d.revisions
     ]
-    columns = {"name": "NAME", "revision": "REVISION", "state": "STATE", "traffic": "TRAFFIC", "model": "MODEL", "address": "ADDRESS"}
+    columns = {
+        "name": "NAME",
+        "revision": "REVISION",
+        "state": "STATE",
+        "traffic": "TRAFFIC",
+        "model": "MODEL",
+        "address": "ADDRESS",
+    }
     print_rows(rows, columns, "nothing is deployed")
 
 

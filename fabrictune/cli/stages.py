@@ -21,9 +21,13 @@ from fabrictune.client import Jobs
 from fabrictune.errors import ApiError
 from fabrictune.rows import push_rows
 
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write into this new folder, in this process, without a server.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Write into this new folder, in this process, without a server.")
+]
 JobId = Annotated[str, typer.Option("--id", help="The job's id, and that of what it makes; made up when absent.")]
-SpecFile = Annotated[Path | None, typer.Option("--spec", help="YAML with the stage's spec; the other options win over it.")]
+SpecFile = Annotated[
+    Path | None, typer.Option("--spec", help="YAML with the stage's spec; the other options win over it.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; start nothing.")]
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Start the job and return.")]
 
@@ -62,7 +66,9 @@ def train(
     dataset: Annotated[str, typer.Argument(help="datasets/ID, or a folder with train.jsonl.")],
     model: Annotated[str, typer.Option("--model", help="The base model: models/ID, or a folder.")],
     preset: Annotated[str, typer.Option(help="A named set of ms-swift arguments.")] = "",
-    argument: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: an ms-swift argument that overrides the preset's.")] = None,
+    argument: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE: an ms-swift argument that overrides the preset's.")
+    ] = None,
     output: Output = None,
     job_id: JobId = "",
     spec_file: SpecFile = None,
@@ -188,5 +194,3 @@ def _parse_setting(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ApiError(f"--set {text!r} must look like learning_rate=1e-4", "INVALID_ARGUMENT")
     return key.replace("-", "_"), yaml.safe_load(value)
-
-

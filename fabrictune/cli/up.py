@@ -29,14 +29,26 @@ tokens = typer.Typer(name="tokens", help="API keys for servers that listen beyon
 
 def up(
     data_dir: DataDir = Path(".fabrictune"),
-    host: Annotated[str, typer.Option(envvar="FABRICTUNE_HOST", help="Beyond loopback it needs TLS files and tokens.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(envvar="FABRICTUNE_HOST", help="Beyond loopback it needs TLS files and tokens.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="FABRICTUNE_PORT", help="gRPC; 0 takes a free one.")] = 8470,
-    gateway_port: Annotated[int, typer.Option(envvar="FABRICTUNE_GATEWAY_PORT", help="OpenAI-compatible HTTP; 0 takes a free one.")] = 8480,
-    metrics_port: Annotated[int, typer.Option(envvar="FABRICTUNE_METRICS_PORT", help="Prometheus; 0 takes a free one.")] = 8490,
+    gateway_port: Annotated[
+        int, typer.Option(envvar="FABRICTUNE_GATEWAY_PORT", help="OpenAI-compatible HTTP; 0 takes a free one.")
+    ] = 8480,
+    metrics_port: Annotated[
+        int, typer.Option(envvar="FABRICTUNE_METRICS_PORT", help="Prometheus; 0 takes a free one.")
+    ] = 8490,
     s3_endpoint: Annotated[
-        str, typer.Option(envvar="FABRICTUNE_S3_ENDPOINT", help="Use this S3 instead of the embedded one; keys from FABRICTUNE_S3_ACCESS_KEY and _SECRET_KEY.")
+        str,
+        typer.Option(
+            envvar="FABRICTUNE_S3_ENDPOINT",
+            help="Use this S3 instead of the embedded one; keys from FABRICTUNE_S3_ACCESS_KEY and _SECRET_KEY.",
+        ),
     ] = "",
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Run in the background; `fabrictune down` ends it.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Run in the background; `fabrictune down` ends it.")
+    ] = False,
 ) -> None:
     """Start all services and an object store on this machine. Ctrl-C ends them; jobs that ran go on next time."""
     flags = {
@@ -117,7 +129,9 @@ def find_running(data_dir: Path) -> dict[str, str]:
 def new_token(
     name: Annotated[str, typer.Argument(help="Whose key it is.")],
     role: Annotated[str, typer.Option(help="viewer, operator or admin.")] = "operator",
-    file: Annotated[Path, typer.Option(envvar="FABRICTUNE_TOKENS_FILE", help="Tokens file to add it to.")] = Path("tokens.yaml"),
+    file: Annotated[Path, typer.Option(envvar="FABRICTUNE_TOKENS_FILE", help="Tokens file to add it to.")] = Path(
+        "tokens.yaml"
+    ),
 ) -> None:
     """Make an API key: printed once, kept only as a hash."""
     if role not in ("viewer", "operator", "admin"):
@@ -159,7 +173,9 @@ def _start_detached(data_dir: Path) -> None:
                 raise ApiError(f"`fabrictune up` did not start: {_last_error(log, offset)}", "FAILED_PRECONDITION")
             if time.monotonic() > deadline:
                 process.terminate()
-                raise ApiError(f"`fabrictune up` was not ready within {START_SECONDS:.0f} s; see {log}", "DEADLINE_EXCEEDED")
+                raise ApiError(
+                    f"`fabrictune up` was not ready within {START_SECONDS:.0f} s; see {log}", "DEADLINE_EXCEEDED"
+                )
             time.sleep(0.1)
     said = find_running(data_dir)
     if settings().json:

@@ -8,6 +8,7 @@ Every download is checked against the manifest's hashes; a difference is DATA_LO
 
 from __future__ import annotations
 
+import builtins
 import fcntl
 import hashlib
 import json
@@ -77,12 +78,12 @@ class Artifacts:
             raise NotFound(f"there is no artifact {name}", {"name": name})
         return _parse(name, stored)
 
-    def names(self, prefix: str) -> list[str]:
+    def names(self, prefix: str) -> builtins.list[str]:
         """Names below a prefix, in order."""
         folders = self._store.list_folders(prefix)
         return [n for f in folders if self._store.get_json(f"{(n := prefix + f)}/manifest.json") is not None]
 
-    def list(self, collection: str, page_size: int = 50, page_token: str = "") -> tuple[list[Manifest], str]:
+    def list(self, collection: str, page_size: int = 50, page_token: str = "") -> tuple[builtins.list[Manifest], str]:
         """A page of manifests by id, and the next page's token."""
         if collection not in COLLECTIONS[:-1]:
             raise InvalidSpec(f"{collection!r} is no collection; there are {', '.join(COLLECTIONS[:-1])}")
@@ -90,7 +91,9 @@ class Artifacts:
         after = f"{collection}/{page_token}/" if page_token else ""
         ids = self._store.list_folders(f"{collection}/", start_after=after, limit=size + 1)
         found = [self._store.get_json(f"{collection}/{i}/manifest.json") for i in ids[:size]]
-        manifests = [_parse(f"{collection}/{i}", stored) for i, stored in zip(ids, found, strict=False) if stored is not None]
+        manifests = [
+            _parse(f"{collection}/{i}", stored) for i, stored in zip(ids, found, strict=False) if stored is not None
+        ]
         return manifests, ids[size - 1] if len(ids) > size else ""
 
     def delete(self, name: str) -> None:
@@ -100,9 +103,10 @@ class Artifacts:
         for key in list(self._store.list_keys(f"{name}/")):
             self._store.delete(key)
 
-    def lineage(self, name: str) -> list[Manifest]:
+    def lineage(self, name: str) -> builtins.list[Manifest]:
         """The artifact and what it was made from, breadth first; what has been deleted since is left out."""
-        found, queue, seen = [], [name], {name}
+        found: builtins.list[Manifest] = []
+        queue, seen = [name], {name}
         while queue:
             try:
                 manifest = self.get(queue.pop(0))
@@ -140,17 +144,27 @@ class Artifacts:
         return self.seal(name, kind, attempt, files, created_by or {}, metadata or {})
 
     def seal(
-        self, name: str, kind: str, attempt: str, files: Sequence[File], created_by: Mapping[str, Any], metadata: Mapping[str, Any]
+        self,
+        name: str,
+        kind: str,
+        attempt: str,
+        files: Sequence[File],
+        created_by: Mapping[str, Any],
+        metadata: Mapping[str, Any],
     ) -> Manifest:
         """Write the manifest of an attempt whose files are there. Raises AlreadyExists."""
         files = tuple(sorted(files, key=lambda f: f.path))
-        manifest = Manifest(name, kind, files, digest_of_files(files), attempt, created_by, metadata, round(time.time(), 3))
+        manifest = Manifest(
+            name, kind, files, digest_of_files(files), attempt, created_by, metadata, round(time.time(), 3)
+        )
         if self._store.put_json(f"{name}/manifest.json", _plain(manifest), only_if_absent=True):
             return manifest
         there = self.get(name)
         for file in files:
             self._store.delete(f"{name}/{attempt}/{file.path}")
-        if there.digest == manifest.digest or (created_by.get("digest") and created_by["digest"] == there.created_by.get("digest")):
+        if there.digest == manifest.digest or (
+            created_by.get("digest") and created_by["digest"] == there.created_by.get("digest")
+        ):
             return there
         raise AlreadyExists(f"{name} exists with other files; take another id, or delete it", {"name": name})
 
@@ -161,9 +175,18 @@ class Artifacts:
         draft.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(draft).free
         if manifest.size > free:
-            raise ResourceExhausted(f"{name} is {manifest.size / 1e6:.0f} MB; {folder.parent} has {free / 1e6:.0f} MB free")
+            raise ResourceExhausted(
+                f"{name} is {manifest.size / 1e6:.0f} MB; {folder.parent} has {free / 1e6:.0f} MB free"
+            )
         for file in manifest.files:
-            download(self._store, f"{name}/{manifest.attempt}/{file.path}", draft / file.path, file.size, file.sha256, on_bytes)
+            download(
+                self._store,
+                f"{name}/{manifest.attempt}/{file.path}",
+                draft / file.path,
+                file.size,
+                file.sha256,
+                on_bytes,
+            )
         draft.rename(folder)
         return manifest
 
@@ -174,7 +197,9 @@ class Artifacts:
         """
         manifest = self.get(name)
         if digest and manifest.digest != digest:
-            raise DataLoss(f"{name} has changed since the job was accepted: digest {manifest.digest[:12]}, expected {digest[:12]}")
+            raise DataLoss(
+                f"{name} has changed since the job was accepted: digest {manifest.digest[:12]}, expected {digest[:12]}"
+            )
         folder = self._cache / manifest.digest
         self._cache.mkdir(parents=True, exist_ok=True)
         with _lock(self._cache / f"{manifest.digest}.lock"):
@@ -186,7 +211,9 @@ class Artifacts:
 def check_name(name: str) -> None:
     """Raises InvalidSpec when `name` cannot be an artifact's."""
     if not NAME.fullmatch(name):
-        raise InvalidSpec(f"{name!r} is no artifact's name; it looks like datasets/an-id (also models, adapters, reports)")
+        raise InvalidSpec(
+            f"{name!r} is no artifact's name; it looks like datasets/an-id (also models, adapters, reports)"
+        )
 
 
 def check_files(name: str, kind: str, paths: Sequence[str]) -> None:
@@ -194,7 +221,9 @@ def check_files(name: str, kind: str, paths: Sequence[str]) -> None:
     check_name(name)
     if not paths:
         raise InvalidData(f"{name} would have no files")
-    outside = [p for p in paths if PurePosixPath(p).is_absolute() or ".." in PurePosixPath(p).parts or p == "manifest.json"]
+    outside = [
+        p for p in paths if PurePosixPath(p).is_absolute() or ".." in PurePosixPath(p).parts or p == "manifest.json"
+    ]
     if outside:
         raise InvalidData(f"{name} may not have a file called {outside[0]!r}")
     pickled = [p for p in paths if p.lower().endswith(PICKLES)]
@@ -204,7 +233,7 @@ def check_files(name: str, kind: str, paths: Sequence[str]) -> None:
         raise InvalidData(f"{name} has no .safetensors weights")
 
 
-def list_files(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> builtins.list[Path]:
     """All files below a folder, in order."""
     return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
 

@@ -66,7 +66,9 @@ class Caller:
 class Authenticator:
     """Turns a bearer token into a Caller."""
 
-    def __init__(self, tokens: Sequence[TokenEntry], issuer: str = "", audience: str = "", roles_claim: str = "") -> None:
+    def __init__(
+        self, tokens: Sequence[TokenEntry], issuer: str = "", audience: str = "", roles_claim: str = ""
+    ) -> None:
         self._tokens = tokens
         self._issuer, self._audience, self._roles_claim = issuer, audience, roles_claim
         self._keys: jwt.PyJWKClient | None = None
@@ -105,7 +107,9 @@ class Authenticator:
             raise Unauthenticated(f"the JWT is refused: {error}") from None
         role = str(claims.get(self._roles_claim, "")).upper()
         if role not in Role.__members__:
-            raise PermissionDenied(f"the JWT's claim {self._roles_claim} is {role.lower() or 'absent'}; roles are viewer, operator, admin")
+            raise PermissionDenied(
+                f"the JWT's claim {self._roles_claim} is {role.lower() or 'absent'}; roles are viewer, operator, admin"
+            )
         return Caller(str(claims.get("sub", "?")), Role[role])
 
 

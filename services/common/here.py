@@ -22,7 +22,9 @@ def run(stage: Stage[Any], spec: BaseModel, inputs: Mapping[str, Path], output: 
     before = {number: signal.signal(number, _raise_cancelled) for number in (signal.SIGTERM, signal.SIGINT)}
     columns = (SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
     try:
-        with Display(*columns, TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), console=Console(stderr=True)) as display:
+        with Display(
+            *columns, TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), console=Console(stderr=True)
+        ) as display:
             return stage.run(spec, inputs, output, _Terminal(display, stage.kind))
     finally:
         for number, handler in before.items():
@@ -44,7 +46,9 @@ class _Terminal:
         if progress.eta_seconds:
             figures.append(f"ETA {int(progress.eta_seconds) // 60}:{int(progress.eta_seconds) % 60:02d}")
         total = progress.total_steps or None
-        self._display.update(self._task, completed=progress.step, total=total, figures="  ".join(f for f in figures if f))
+        self._display.update(
+            self._task, completed=progress.step, total=total, figures="  ".join(f for f in figures if f)
+        )
 
     def log(self, text: str, severity: str = "INFO") -> None:
         """A line above the bar."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from google.protobuf import empty_pb2, json_format
 from google.protobuf.message import Message
@@ -14,6 +14,9 @@ from services.common.errors import InvalidSpec
 from services.common.job_state import JobView, execution_of, progress_message
 from services.common.jobs import Event, Jobs
 
+R = TypeVar("R")
+P = TypeVar("P")
+
 
 class CreateRequest(Protocol):
     """What all Create requests carry beside the resource and its id."""
@@ -22,13 +25,13 @@ class CreateRequest(Protocol):
     validate_only: bool
 
 
-class JobApi:
+class JobApi(Generic[R]):
     """The RPCs of one kind of job. resource: its message class, such as TrainingJob."""
 
-    def __init__(self, jobs: Jobs, cluster: Cluster, resource: type[Any]) -> None:
+    def __init__(self, jobs: Jobs, cluster: Cluster, resource: type[R]) -> None:
         self._jobs, self._cluster, self._resource = jobs, cluster, resource
 
-    async def create(self, job: Any, job_id: str, request: CreateRequest) -> Any:
+    async def create(self, job: Any, job_id: str, request: CreateRequest) -> R:
         """Accept a job, or, with validate_only, return its plan."""
         if not job.HasField("spec"):
             raise InvalidSpec("the request carries no spec")
@@ -40,24 +43,25 @@ class JobApi:
             labels=dict(job.labels),
             validate_only=request.validate_only,
         )
-        message = self._message(view)
+        message: Any = self._message(view)
         if request.validate_only:
             message.ClearField("execution")
             message.plan.CopyFrom(plan_message(workload, self._cluster))
-        return message
+        made: R = message
+        return made
 
-    async def get(self, name: str) -> Any:
+    async def get(self, name: str) -> R:
         """One job."""
         return self._message(await self._jobs.get(name))
 
-    async def list(self, request: Any, response: Any, field: str) -> Any:
+    async def list(self, request: Any, response: P, field: str) -> P:
         """A page of jobs, put into `response.field`."""
         views, token = await self._jobs.list(request.page_size, request.page_token)
         getattr(response, field).extend(self._message(view) for view in views)
-        response.next_page_token = token
+        response.next_page_token = token  # type: ignore[attr-defined]  # every List response has it
         return response
 
-    async def cancel(self, name: str) -> Any:
+    async def cancel(self, name: str) -> R:
         """Ask it to stop."""
         return self._message(await self._jobs.cancel(name))
 
@@ -66,7 +70,7 @@ class JobApi:
         await self._jobs.delete(name)
         return empty_pb2.Empty()
 
-    async def resume(self, name: str) -> Any:
+    async def resume(self, name: str) -> R:
         """Begin it again."""
         return self._message(await self._jobs.resume(name))
 
@@ -75,12 +79,13 @@ class JobApi:
         async for event in self._jobs.watch(request.name, request.resume_token):
             yield event_message(event)
 
-    def _message(self, view: JobView) -> Any:
+    def _message(self, view: JobView) -> R:
         record = view.record
-        message = self._resource(name=record.name, output=record.output, labels=dict(record.labels))
+        message: Any = self._resource(name=record.name, output=record.output, labels=dict(record.labels))
         json_format.ParseDict(dict(record.spec), message.spec)
         message.execution.CopyFrom(execution_of(view))
-        return message
+        made: R = message
+        return made
 
 
 def spec_dict(spec: Message) -> dict[str, Any]:
@@ -103,8 +108,7 @@ def event_message(event: Event) -> job_pb2.WatchEvent:
     elif event.progress is not None:
         message.progress.CopyFrom(progress_message(event.progress))
     elif event.log is not None:
-        message.log.severity = job_pb2.LogLine.Severity.Value(str(event.log["severity"]))
-        message.log.text = str(event.log["text"])
+        message.log.CopyFrom(job_pb2.LogLine(severity=str(event.log["severity"]), text=str(event.log["text"])))
     elif event.artifact is not None:
         message.artifact.CopyFrom(job_pb2.ArtifactEvent(**event.artifact))
     return message

@@ -66,7 +66,7 @@ def execution_of(view: JobView) -> job_pb2.Execution:
     """The job's execution: the stored outcome decides; then a request to cancel; then the cluster."""
     outcome = view.outcome
     if outcome is not None:
-        execution = job_pb2.Execution(state=State.Value(str(outcome["state"])), attempt=int(outcome.get("attempt", 1)))
+        execution = job_pb2.Execution(state=str(outcome["state"]), attempt=int(outcome.get("attempt", 1)))
         if outcome.get("error"):
             json_format.ParseDict(outcome["error"], execution.error)
         _set_time(execution.start_time, outcome.get("start_time"))

@@ -14,6 +14,7 @@ and that has no outcome is begun again: a stage is a pure function, and an artif
 from __future__ import annotations
 
 import asyncio
+import builtins
 import hashlib
 import json
 import re
@@ -76,7 +77,9 @@ class Jobs:
 
         Raises InvalidSpec, NotFound (inputs), AlreadyExists (reason REQUEST_ID_REUSED), FailedPrecondition (cluster).
         """
-        record = await self._plan(spec, job_id or _make_id(self._stage.kind, request_id), request_id, output, labels or {})
+        record = await self._plan(
+            spec, job_id or _make_id(self._stage.kind, request_id), request_id, output, labels or {}
+        )
         workload = render_workload(self._stage, record)
         if validate_only:
             return JobView(record), workload
@@ -105,7 +108,7 @@ class Jobs:
         status = await self._cluster.get(workload_name(self._stage.kind, record.id))
         return await self._settle(await asyncio.to_thread(self._read_view, record, status))
 
-    async def list(self, page_size: int, page_token: str) -> tuple[list[JobView], str]:
+    async def list(self, page_size: int, page_token: str) -> tuple[builtins.list[JobView], str]:
         """A page of jobs by id, and the next page's token ("" at the end)."""
         size = min(page_size or 50, 1000)
         ids = await asyncio.to_thread(self._ids, page_token, size + 1)
@@ -216,7 +219,7 @@ class Jobs:
         name = f"{stage.collection}/{job_id}"
         return JobRecord(name, plain, output, digest, tuple(inputs), request_id, dict(labels), _now())
 
-    def _resolve_inputs(self, spec: BaseModel) -> list[dict[str, str]]:
+    def _resolve_inputs(self, spec: BaseModel) -> builtins.list[dict[str, str]]:
         inputs, found = [], []
         for role, name in self._stage.inputs(spec).items():
             try:
@@ -237,7 +240,9 @@ class Jobs:
 
     def _read_view(self, record: JobRecord, status: WorkloadStatus | None) -> JobView:
         keys = {k.removeprefix(f"{record.name}/") for k in self._store.list_keys(f"{record.name}/")}
-        read = {n: self._store.get_json(f"{record.name}/{n}.json") for n in ("outcome", "progress") if f"{n}.json" in keys}
+        read = {
+            n: self._store.get_json(f"{record.name}/{n}.json") for n in ("outcome", "progress") if f"{n}.json" in keys
+        }
         begun = [self._store.get_json(f"{record.name}/{k}") or {} for k in sorted(keys) if k.startswith("attempts/")]
         times = tuple(float(b.get("time", 0)) for b in begun)
         return JobView(record, read.get("outcome"), "cancel.json" in keys, times, read.get("progress"), status)
@@ -250,11 +255,11 @@ class Jobs:
         await asyncio.to_thread(self._store.put_json, key, outcome, only_if_absent=True)
         return replace(view, outcome=await asyncio.to_thread(self._store.get_json, key) or outcome)
 
-    def _ids(self, after: str, limit: int) -> list[str]:
+    def _ids(self, after: str, limit: int) -> builtins.list[str]:
         prefix = f"{self._stage.collection}/"
         return self._store.list_folders(prefix, start_after=f"{prefix}{after}/" if after else "", limit=limit)
 
-    def _delete_all(self, prefixes: list[str], last: str) -> None:
+    def _delete_all(self, prefixes: builtins.list[str], last: str) -> None:
         for prefix in prefixes:
             for key in list(self._store.list_keys(prefix)):
                 if key != last:
@@ -289,11 +294,13 @@ def workload_name(kind: str, job_id: str) -> str:
 
 def digest_of(value: Any) -> str:
     """sha256 over the canonical JSON of a value, lower-case hex."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
-def violations_of(error: ValidationError, prefix: str) -> list[Violation]:
-    """pydantic's findings as field violations, `prefix.a[0].b`."""
+def violations_of(error: ValidationError, prefix: str) -> builtins.list[Violation]:
+    """Pydantic's findings as field violations, `prefix.a[0].b`."""
     found = []
     for item in error.errors():
         path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in item["loc"])

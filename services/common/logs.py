@@ -31,9 +31,15 @@ def configure(log_format: str = "json", level: str = "INFO") -> None:
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer], foreign_pre_chain=shared)
+        structlog.stdlib.ProcessorFormatter(
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer], foreign_pre_chain=shared
+        )
     )
-    logging.basicConfig(handlers=[handler], level=max(logging.WARNING, logging.getLevelNamesMapping().get(level.upper(), 20)), force=True)
+    logging.basicConfig(
+        handlers=[handler],
+        level=max(logging.WARNING, logging.getLevelNamesMapping().get(level.upper(), 20)),
+        force=True,
+    )
 
 
 def get_logger(name: str) -> Any:

@@ -15,12 +15,14 @@ from services.common.errors import FabrictuneError
 from services.common.job_api import JobApi
 from services.common.jobs import Jobs
 from services.common.logs import configure
-from services.common.server import Server, Service, wait_for_stop
+from services.common.server import Server, service, wait_for_stop
 from services.common.stage import Stage
 from services.common.store import open_store
 
 
-def serve_jobs(stage: Stage[Any], resource: type[Any], servicer: Callable[[JobApi], Any], add: Callable[..., None]) -> None:
+def serve_jobs(
+    stage: Stage[Any], resource: type[Any], servicer: Callable[[JobApi], Any], add: Callable[..., None]
+) -> None:
     """Serve one kind of job until told to stop; exits non-zero with one clear error when that is impossible."""
     try:
         asyncio.run(_serve(stage, resource, servicer, add))
@@ -29,15 +31,17 @@ def serve_jobs(stage: Stage[Any], resource: type[Any], servicer: Callable[[JobAp
         sys.exit(error.exit_code)
 
 
-async def _serve(stage: Stage[Any], resource: type[Any], servicer: Callable[[JobApi], Any], add: Callable[..., None]) -> None:
+async def _serve(
+    stage: Stage[Any], resource: type[Any], servicer: Callable[[JobApi], Any], add: Callable[..., None]
+) -> None:
     config = load_server()
     configure(config.log_format, config.log_level)
     store = await asyncio.to_thread(open_store, load_store())
     cluster = LocalCluster(config.data_dir.absolute() / stage.kind, config.max_concurrent_jobs)
     jobs = Jobs(stage, store, Artifacts(store, config.data_dir.absolute() / "cache"), cluster)
     await cluster.start()
-    name = f"fabrictune.v1.{add.__name__.removeprefix('add_').removesuffix('Servicer_to_server')}"
-    server = Server([Service(name, servicer(JobApi(jobs, cluster, resource)), add)], config, load_authenticator(config))
+    offered = service(servicer(JobApi(jobs, cluster, resource)), add)
+    server = Server([offered], config, load_authenticator(config))
     settling = asyncio.create_task(jobs.settle_ended())
     try:
         await jobs.reconcile()

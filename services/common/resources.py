@@ -45,7 +45,9 @@ def check_id(value: str, field: str) -> str:
 
 
 def split_name(name: str, *collections: str) -> tuple[str, ...]:
-    """The ids in a resource name: split_name("deployments/d/revisions/r", "deployments", "revisions") → ("d", "r").
+    """Take the ids out of a resource name.
+
+    ("deployments/d/revisions/r", "deployments", "revisions") → ("d", "r").
 
     Raises InvalidSpec.
     """

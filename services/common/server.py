@@ -43,6 +43,13 @@ class Service:
     """The generated add_…Servicer_to_server."""
 
 
+def service(servicer: Any, add: Callable[[Any, grpc.aio.Server], None]) -> Service:
+    """A Service, named after its generated add_…Servicer_to_server."""
+    return Service(
+        f"fabrictune.v1.{add.__name__.removeprefix('add_').removesuffix('Servicer_to_server')}", servicer, add
+    )
+
+
 class Server:
     """A running gRPC server. Await `start`, then `wait` or `close`."""
 
@@ -77,7 +84,8 @@ class Server:
                 self.port = self._server.add_insecure_port(address)
         except RuntimeError:
             raise Unavailable(
-                f"cannot listen on {address}: is another server running there? Stop it, or choose FABRICTUNE_PORT (0 takes a free one)"
+                f"cannot listen on {address}: is another server running there? "
+                "Stop it, or choose FABRICTUNE_PORT (0 takes a free one)"
             ) from None
         if self._inside:
             self._server.add_insecure_port(self._inside)
@@ -86,7 +94,9 @@ class Server:
             self.metrics_port = metrics.serve(config.host, config.metrics_port)
         except OSError as error:
             await self._server.stop(0)
-            raise Unavailable(f"cannot serve metrics on port {config.metrics_port}: {error.strerror}; choose FABRICTUNE_METRICS_PORT") from None
+            raise Unavailable(
+                f"cannot serve metrics on port {config.metrics_port}: {error.strerror}; choose FABRICTUNE_METRICS_PORT"
+            ) from None
         for name in ["", *(s.name for s in self._services)]:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._log.info("serving", address=f"{config.host}:{self.port}", services=[s.name for s in self._services])

@@ -18,7 +18,14 @@ import urllib3
 from minio.error import MinioException, S3Error
 
 from services.common.config import StoreConfig
-from services.common.errors import FabrictuneError, InvalidSpec, NotFound, PermissionDenied, ResourceExhausted, Unavailable
+from services.common.errors import (
+    FabrictuneError,
+    InvalidSpec,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unavailable,
+)
 
 T = TypeVar("T")
 CONNECTIONS = 16
@@ -117,7 +124,7 @@ class Store:
 
     def presign(self, method: str, key: str) -> str:
         """An address that lets its holder GET or PUT one object for an hour."""
-        return self._ask(key, lambda: self.client.get_presigned_url(method, self.bucket, key, EXPIRY))
+        return self._ask(key, lambda: str(self.client.get_presigned_url(method, self.bucket, key, EXPIRY)))
 
     def size_of(self, key: str) -> int:
         """Bytes of an object. Raises NotFound."""
@@ -139,7 +146,8 @@ class Store:
             return False
         if answer.status >= 300:
             text = answer.data[:300].decode(errors="replace")
-            raise (PermissionDenied if answer.status == 403 else Unavailable)(f"{self.endpoint} refused {key}: HTTP {answer.status} {text}")
+            kind = PermissionDenied if answer.status == 403 else Unavailable
+            raise kind(f"{self.endpoint} refused {key}: HTTP {answer.status} {text}")
         return True
 
     def _ask(self, key: str, request: Callable[[], T]) -> T:
@@ -153,7 +161,8 @@ class Store:
             raise self._translate(error, where) from None
         except (urllib3.exceptions.HTTPError, MinioException, OSError) as error:
             raise Unavailable(
-                f"the object store at {self.endpoint} does not answer ({type(error).__name__}); is it running? FABRICTUNE_S3_ENDPOINT names it"
+                f"the object store at {self.endpoint} does not answer ({type(error).__name__}); is it running? "
+                "FABRICTUNE_S3_ENDPOINT names it"
             ) from None
 
     def _translate(self, error: S3Error, where: str) -> FabrictuneError:
@@ -174,5 +183,3 @@ def open_store(config: StoreConfig) -> Store:
     store = Store(config)
     store.ensure_bucket()
     return store
-
-

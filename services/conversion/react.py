@@ -1,7 +1,7 @@
-"""The ms_agent ReAct grammar: tools out of a system prompt, calls out of an assistant's turn.
+r"""The ms_agent ReAct grammar: tools out of a system prompt, calls out of an assistant's turn.
 
 A system prompt lists APIs as "N. NAME: Call this tool … API. What is the HUMAN API useful for? DESC. Parameters: JSON", a turn
-is one text "[Thought: …\\n]Action: …\\nAction Input: …\\nObservation: …\\nThought: …\\nFinal Answer: …". Everything is found by
+is one text "[Thought: …\n]Action: …\nAction Input: …\nObservation: …\nThought: …\nFinal Answer: …". Everything is found by
 `str.find` from left to right, so time is linear in the length; nothing is guessed: what does not fit is refused by name.
 """
 
@@ -125,7 +125,9 @@ def parse_turn(text: str, tools: Sequence[Tool]) -> Turn:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     names = {tool.name for tool in tools}
     marks = list(_TOKEN.finditer(text))
-    parts = [(m[1], text[m.end() : n.start() if n else len(text)]) for m, n in zip(marks, [*marks[1:], None], strict=True)]
+    parts = [
+        (m[1], text[m.end() : n.start() if n else len(text)]) for m, n in zip(marks, [*marks[1:], None], strict=True)
+    ]
     lead = text[: marks[0].start()] if marks else text
     calls: list[Call] = []
     answer: list[str] = []
@@ -242,7 +244,10 @@ def _decode(text: str) -> Any | None:
 
 def _to_schema(raw: Any, name: str) -> dict[str, Any]:
     if isinstance(raw, dict):
-        properties, required = raw.get("properties", {} if raw.get("type") == "object" else None), raw.get("required") or []
+        properties, required = (
+            raw.get("properties", {} if raw.get("type") == "object" else None),
+            raw.get("required") or [],
+        )
         if not isinstance(properties, dict) or not isinstance(required, list):
             raise Refused(INVALID_PARAMETERS, f"tool {name!r}: an object that is no JSON schema of an object")
         typed = {key: _with_type(value, name) for key, value in properties.items()}
@@ -251,7 +256,12 @@ def _to_schema(raw: Any, name: str) -> dict[str, Any]:
         raise Refused(INVALID_PARAMETERS, f"tool {name!r}: neither a list nor an object")
     properties, required = {}, []
     for item in raw:
-        if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not item["name"] or item["name"] in properties:
+        if (
+            not isinstance(item, dict)
+            or not isinstance(item.get("name"), str)
+            or not item["name"]
+            or item["name"] in properties
+        ):
             raise Refused(INVALID_PARAMETERS, f"tool {name!r}: {str(item)[:80]} is no parameter with a name of its own")
         properties[item["name"]] = _property(item, name)
         if str(item.get("required")).strip().lower() == "true":

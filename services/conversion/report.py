@@ -79,5 +79,7 @@ class Report:
         parts = []
         for code, count in self.rejected.most_common(5):
             first: Sequence[dict[str, Any]] = self.examples[code]
-            parts.append(f"{code} {count} × (first in {first[0]['source']} line {first[0]['line']}: expected {EXPECTED[code]})")
+            parts.append(
+                f"{code} {count} × (first in {first[0]['source']} line {first[0]['line']}: expected {EXPECTED[code]})"
+            )
         return "; ".join(parts)

@@ -49,7 +49,9 @@ def find_files(path: Path, pattern: str) -> list[Path]:
         return [path]
     found = [f for f in sorted(path.rglob(pattern or "*")) if f.is_file() and f.name.endswith(SUFFIXES)]
     if not found:
-        raise InvalidData(f"{path.name} has no rows files{f' that match {pattern!r}' if pattern else ''}; they end in {', '.join(SUFFIXES)}")
+        raise InvalidData(
+            f"{path.name} has no rows files{f' that match {pattern!r}' if pattern else ''}; they end in {', '.join(SUFFIXES)}"
+        )
     return found
 
 

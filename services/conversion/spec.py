@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 
 def _or(default: str) -> BeforeValidator:
-    """protobuf leaves a string that was not set empty."""
+    """Protobuf leaves a string that was not set empty."""
     return BeforeValidator(lambda value: value or default)
 
 
@@ -40,6 +40,29 @@ class Split(_Model):
         return self
 
 
+# Said in turn, so that no single sentence is learned by heart.
+REFUSALS = (
+    "I'm sorry, but none of the tools I have fits this question.",
+    "I'm sorry, but I can't help with that. My capabilities are limited to the tools provided.",
+    "I'm sorry, but I don't have a tool for that. Is there anything else I can help you with?",
+    "I'm sorry, but I'm unable to assist with that. None of my tools covers it.",
+    "很抱歉，我现有的工具都不适用于这个问题。",
+    "很抱歉，我没有能完成这件事的工具。还有什么可以帮您的吗？",
+)
+
+
+class Refusals(_Model):
+    """Questions of other rows, asked where their tool is not listed."""
+
+    ratio: float = Field(0.0, ge=0, le=5, description="how many are added for each question of the training rows")
+    answers: tuple[str, ...] = Field(REFUSALS, description="rotated; those in the question's language first")
+
+    @field_validator("answers", mode="before")
+    @classmethod
+    def _default_answers(cls, value: Any) -> Any:
+        return value or REFUSALS
+
+
 class Range(_Model):
     """min to max, both included."""
 
@@ -65,13 +88,21 @@ class Spec(_Model):
 
     sources: tuple[Source, ...] = Field(min_length=1)
     wording: Annotated[Literal["0.7.1", "0.7.2"], _or("0.7.1")] = "0.7.1"
-    instructions: tuple[str, ...] = Field(INSTRUCTIONS, description="rotated over the rows; those in the row's language first")
+    instructions: tuple[str, ...] = Field(
+        INSTRUCTIONS, description="rotated over the rows; those in the row's language first"
+    )
     language: Annotated[Literal["auto", "zh", "en"], _or("auto")] = "auto"
     split: Split = Field(default_factory=lambda: Split.model_validate({}))
     distractors: Range = Field(default_factory=lambda: Range.model_validate({}))
     questions: Range = Field(default_factory=lambda: Range(min=1, max=1))
+    refusals: Refusals = Field(default_factory=lambda: Refusals.model_validate({}))
+    summaries: float = Field(
+        1.0, ge=0, le=1, description="part of the rows sharing a prompt whose summary is trained too"
+    )
     seed: int = 42
-    max_reject_ratio: float = Field(0.5, ge=0, le=1, description="the job fails when a larger part of the rows is refused")
+    max_reject_ratio: float = Field(
+        0.5, ge=0, le=1, description="the job fails when a larger part of the rows is refused"
+    )
     max_row_bytes: int = Field(1 << 20, ge=1024)
     max_row_characters: int = Field(0, ge=0, description="longer converted rows are refused; 0: no limit")
 

@@ -16,7 +16,17 @@ from services.common.errors import InvalidData
 from services.common.reporter import Progress, Reporter
 from services.common.stage import Stage
 from services.conversion.fabric import Example, language_of, render_rows, render_system, render_together
-from services.conversion.mixture import SPLITS, ToolGroups, add_distractors, assign_splits, pick_count, seeded, seeded_order
+from services.conversion.mixture import (
+    SPLITS,
+    ToolGroups,
+    add_distractors,
+    assign_splits,
+    fits_none,
+    pick_count,
+    pick_one,
+    seeded,
+    seeded_order,
+)
 from services.conversion.react import ROW_TOO_LONG, Refused, Tool, Turn, parse_system_prompt, parse_turn
 from services.conversion.report import Report
 from services.conversion.sources import RawRow, find_files, parse_row, read_rows
@@ -53,7 +63,9 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     told = report.to_json(spec.model_dump(mode="json"))
     (output / "report.json").write_text(json.dumps(told, ensure_ascii=False, indent=1), encoding="utf-8")
     _judge(spec, report)
-    reporter.log(f"{report.rows_in} rows in, {report.converted} converted, {told['rows_rejected']} rejected; wrote {dict(report.rows)}")
+    reporter.log(
+        f"{report.rows_in} rows in, {report.converted} converted, {told['rows_rejected']} rejected; wrote {dict(report.rows)}"
+    )
     keys = ("rows_in", "rows_converted", "rows_rejected", "rejected_by_code", "rows_written", "rows_scored", "tools")
     return {key: told[key] for key in keys}
 
@@ -103,7 +115,8 @@ def _split(spec: Spec, rows: Sequence[_Row]) -> dict[str, str]:
     assigned = assign_splits(groups, fixed, spec.split.validation, spec.split.test, spec.seed)
     bare = {"auto": "train"}  # rows without tools cannot leak one
     return {
-        repr(r): assigned[groups.root(r.tools[0].name)] if r.tools else bare.get(r.source.split, r.source.split) for r in rows
+        repr(r): assigned[groups.root(r.tools[0].name)] if r.tools else bare.get(r.source.split, r.source.split)
+        for r in rows
     }
 
 
@@ -113,23 +126,24 @@ def _write_split(
     pool = list({t.name: t for row in rows for t in row.tools}.values())
     pool = seeded_order(pool, spec.seed, f"pool {split}")
     report.tools[split] = {t.name for t in pool}
+    together = split == "train" and (spec.questions.max > 1 or spec.refusals.ratio > 0)
+    asked = [r for r in rows if _is_single(r) and r.rounds[0][1].calls]
     waiting: list[_Row] = []
-    for row in rows:
-        wanted = pick_count(spec.questions.min, spec.questions.max, spec.seed, "questions", waiting[0].id if waiting else row.id)
-        if split == "train" and wanted > 1 and len(row.rounds) == 1 and row.source.layout == "split":
-            if _conflicts(waiting, row):
-                _write_together(spec, waiting, pool, writer, report)
-                waiting = []
-            waiting.append(row)
-            if len(waiting) >= wanted:
-                _write_together(spec, waiting, pool, writer, report)
-                waiting = []
+    for number, row in enumerate(rows):
+        if number % EVERY == 0:
+            reporter.progress(Progress(unit="rows", step=number, total_steps=len(rows), phase=f"writing {split}"))
+        if not (together and _is_single(row)):
+            _write_alone(spec, split, row, pool, writer, report, rejects)
             continue
-        _write_alone(spec, split, row, pool, writer, report, rejects)
-        if sum(report.rows.values()) % EVERY == 0:
-            reporter.progress(Progress(unit="rows", step=sum(report.rows.values()), total_steps=report.rows_in, phase="writing"))
+        if waiting and not _may_join(waiting, row):
+            _write_together(spec, waiting, pool, asked, writer, report)
+            waiting = []
+        waiting.append(row)
+        if len(waiting) >= pick_count(spec.questions.min, spec.questions.max, spec.seed, "questions", waiting[0].id):
+            _write_together(spec, waiting, pool, asked, writer, report)
+            waiting = []
     if waiting:
-        _write_together(spec, waiting, pool, writer, report)
+        _write_together(spec, waiting, pool, asked, writer, report)
 
 
 def _write_alone(
@@ -157,28 +171,63 @@ def _write_alone(
         writer.write(split, row_id, row.raw.source, example, tools)
 
 
-def _write_together(spec: Spec, rows: Sequence[_Row], pool: Sequence[Tool], writer: _Writer, report: Report) -> None:
+def _write_together(
+    spec: Spec, rows: Sequence[_Row], pool: Sequence[Tool], asked: Sequence[_Row], writer: _Writer, report: Report
+) -> None:
     """Several rows as questions of one: their tools side by side are each other's distractors."""
     first = rows[0]
     language = _language(spec, first)
     own = list({t.name: t for row in rows for t in row.tools}.values())
     wanted = pick_count(spec.distractors.min, spec.distractors.max, spec.seed, "distractors", first.id)
-    extra = max(0, wanted - (len(own) - len(first.tools)))
-    tools = add_distractors(own, pool, extra, spec.seed, first.id)
+    tools = add_distractors(own, pool, max(0, wanted + 1 - len(own)), spec.seed, first.id)
     system = render_system(tools, _role(spec, first.id, language), language, spec.wording)
-    messages = render_together(system, tools, [row.rounds[0] for row in rows], language)
+    rounds = [*(row.rounds[0] for row in rows), *_refusals(spec, first.id, len(rows), tools, asked)]
+    rounds.sort(key=lambda r: seeded(spec.seed, "turn", first.id, r[0]))
     report.languages[language] += len(rows)
-    for row in rows:
-        report.calls += bool(row.rounds[0][1].calls)
-        report.without_call += not row.rounds[0][1].calls
+    report.calls += sum(bool(turn.calls) for _, turn in rounds)
+    report.without_call += sum(not turn.calls for _, turn in rounds)
     report.layouts["together"] += 1
+    messages = render_together(system, tools, rounds, language)
     writer.write("train", "+".join(r.id for r in rows), first.raw.source, Example(messages, None), tools)
+    for row in rows:
+        if seeded(spec.seed, "summary", row.id) % 10_000 < spec.summaries * 10_000:
+            system = render_system(row.tools, _role(spec, row.id, language), language, spec.wording)
+            for number, example in enumerate(render_rows("split", system, row.tools, row.rounds, language)):
+                if example.expected is None:
+                    report.layouts["split"] += 1
+                    writer.write("train", f"{row.id}/{number}", row.raw.source, example, row.tools)
 
 
-def _conflicts(waiting: Sequence[_Row], row: _Row) -> bool:
-    """Whether a row's tools may not stand beside those of the rows that wait: the same name, defined differently."""
-    there = {t.name: t for w in waiting for t in w.tools}
-    return any(there.get(t.name, t) != t for t in row.tools)
+def _refusals(
+    spec: Spec, row_id: str, questions: int, tools: Sequence[Tool], asked: Sequence[_Row]
+) -> list[tuple[str, Turn]]:
+    """Questions of other rows that none of these tools fits, each with a refusal as its answer."""
+    # The fraction that is left over becomes one more for that part of the prompts.
+    exact = questions * spec.refusals.ratio
+    count = int(exact) + (seeded(spec.seed, "refusals", row_id) % 1000 < (exact - int(exact)) * 1000)
+    found: list[tuple[str, Turn]] = []
+    start = seeded(spec.seed, "refused", row_id)
+    for step in range(min(len(asked), 200)):
+        if len(found) == count:
+            break
+        other = asked[(start + step) % len(asked)]
+        if fits_none(other.tools, tools):
+            query = other.rounds[0][0]
+            fitting = [
+                a for a in spec.refusals.answers if language_of(a) == language_of(query)
+            ] or spec.refusals.answers
+            found.append((query, Turn(answer=pick_one(fitting, spec.seed, row_id, query))))
+    return found
+
+
+def _is_single(row: _Row) -> bool:
+    """Whether a row may share a prompt: one question, answered by a call or in plain words."""
+    return len(row.rounds) == 1 and row.source.layout == "split" and bool(row.tools)
+
+
+def _may_join(waiting: Sequence[_Row], row: _Row) -> bool:
+    """Whether a row may share a prompt with those that wait: its question has one right answer there, and theirs too."""
+    return all(fits_none(row.tools, other.tools) for other in waiting)
 
 
 def _check_length(spec: Spec, example: Example) -> None:
@@ -201,7 +250,9 @@ def _judge(spec: Spec, report: Report) -> None:
     if not report.rows_in:
         raise InvalidData("the sources hold no rows")
     if not report.rows["train"]:
-        raise InvalidData(f"no row is left to train on: {rejected} of {report.rows_in} were rejected. {report.explain_rejects()}")
+        raise InvalidData(
+            f"no row is left to train on: {rejected} of {report.rows_in} were rejected. {report.explain_rejects()}"
+        )
     if rejected / report.rows_in > spec.max_reject_ratio:
         raise InvalidData(
             f"{rejected} of {report.rows_in} rows were rejected, more than max_reject_ratio {spec.max_reject_ratio:.0%} allows. "

@@ -11,7 +11,14 @@ from typing import Any
 
 import httpx
 
-from services.common.errors import FabrictuneError, InvalidData, NotFound, PermissionDenied, Unauthenticated, Unavailable
+from services.common.errors import (
+    FabrictuneError,
+    InvalidData,
+    NotFound,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+)
 
 # What modelscope-agent 0.7.1 sends with every request (agents/role_play.py).
 STOP = ("Observation:", "Observation:\n")
@@ -58,7 +65,9 @@ async def ask_all(
     headers = {"authorization": f"Bearer {address.api_key or 'EMPTY'}"}
     places = asyncio.Semaphore(concurrency)
     limits = httpx.Limits(max_connections=concurrency)
-    async with httpx.AsyncClient(base_url=address.url.rstrip("/"), headers=headers, timeout=TIMEOUT, limits=limits) as http:
+    async with httpx.AsyncClient(
+        base_url=address.url.rstrip("/"), headers=headers, timeout=TIMEOUT, limits=limits
+    ) as http:
 
         async def ask(question: Question) -> Answer:
             async with places:

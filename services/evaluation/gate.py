@@ -12,7 +12,13 @@ from services.evaluation.metrics import Proportion
 def check_gate(gate: Mapping[str, float], measured: Mapping[str, Proportion]) -> list[dict[str, Any]]:
     """Every threshold with its value: [{metric, least, value, n, met}]. A metric without rows is not met."""
     return [
-        {"metric": m, "least": least, "value": measured[m].value, "n": measured[m].n, "met": bool(measured[m].n) and measured[m].value >= least}
+        {
+            "metric": m,
+            "least": least,
+            "value": measured[m].value,
+            "n": measured[m].n,
+            "met": bool(measured[m].n) and measured[m].value >= least,
+        }
         for m, least in gate.items()
     ]
 
@@ -21,5 +27,10 @@ def raise_if_not_met(metadata: Mapping[str, Any]) -> None:
     """Raise GateNotMet with the numbers, if the sealed report's metadata says so."""
     failed = [g for g in metadata.get("gate", ()) if not g["met"]]
     if failed:
-        numbers = [Violation(g["metric"], f"{g['value']:.1%} of {int(g['n'])} rows; the gate asks for {g['least']:.1%}") for g in failed]
-        raise GateNotMet("the model is not good enough to be deployed; its report says where it fails", violations=numbers)
+        numbers = [
+            Violation(g["metric"], f"{g['value']:.1%} of {int(g['n'])} rows; the gate asks for {g['least']:.1%}")
+            for g in failed
+        ]
+        raise GateNotMet(
+            "the model is not good enough to be deployed; its report says where it fails", violations=numbers
+        )

@@ -1,6 +1,6 @@
-"""Scoring of tool calls, one answer at a time, as AgentFabric would act on it.
+r"""Scoring of tool calls, one answer at a time, as AgentFabric would act on it.
 
-An answer calls a tool when RolePlay finds a call in it: `re.findall(r'Action: (.+)\\nAction Input: (.+)')`, of which only the
+An answer calls a tool when RolePlay finds a call in it: `re.findall(r'Action: (.+)\nAction Input: (.+)')`, of which only the
 first is run (modelscope-agent 0.7.1, agents/role_play.py). Arguments are compared by BFCL's AST rules (Berkeley Function
 Calling Leaderboard v4): names exact, none unknown, required ones present, types strict but for an int where a number is
 asked, strings without regard to case, blanks and `,./-_*^`. Each proportion comes with its 95 % Wilson interval.
@@ -51,7 +51,7 @@ class Proportion:
 
     @property
     def value(self) -> float:
-        """k / n."""
+        """K / n."""
         return self.k / self.n if self.n else 0.0
 
     @property
@@ -66,7 +66,11 @@ class Proportion:
 
 
 def score_answer(
-    row_id: str, text: str, finish_reason: str, tools: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]
+    row_id: str,
+    text: str,
+    finish_reason: str,
+    tools: Sequence[Mapping[str, Any]],
+    expected: Sequence[Mapping[str, Any]],
 ) -> Score:
     """Score one answer. tools: OpenAI function objects of the prompt; expected: [{name, arguments}], [] when none fits."""
     calls = CALL.findall(text)
@@ -86,7 +90,9 @@ def score_answer(
     }
     if wanted is not None:
         schema = listed.get(wanted["name"], {}).get("parameters", {})
-        marks["exact_arguments"] = right and arguments is not None and same_arguments(arguments, wanted["arguments"], schema)
+        marks["exact_arguments"] = (
+            right and arguments is not None and same_arguments(arguments, wanted["arguments"], schema)
+        )
     return Score(row_id, len(tools), marks)
 
 
@@ -123,15 +129,22 @@ def same_value(given: Any, wanted: Any) -> bool:
     if isinstance(wanted, list):
         return isinstance(given, list) and len(given) == len(wanted) and all(map(same_value, given, wanted))
     if isinstance(wanted, dict):
-        return isinstance(given, dict) and set(given) == set(wanted) and all(same_value(given[k], wanted[k]) for k in wanted)
+        return (
+            isinstance(given, dict)
+            and set(given) == set(wanted)
+            and all(same_value(given[k], wanted[k]) for k in wanted)
+        )
     return given is wanted
 
 
 def summarize(scores: Iterable[Score]) -> dict[str, dict[str, Proportion]]:
-    """group → metric → proportion."""
+    """Group → metric → proportion."""
     scores = list(scores)
     return {
-        group: {metric: _count(s.marks[metric] for s in scores if group == "all" or group_of(s.tools) == group) for metric in METRICS}
+        group: {
+            metric: _count(s.marks[metric] for s in scores if group == "all" or group_of(s.tools) == group)
+            for metric in METRICS
+        }
         for group in GROUPS
     }
 

@@ -68,14 +68,19 @@ def render_html(columns: Sequence[Column], report: dict[str, Any]) -> str:
     """The report as one page without anything from outside."""
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
     return template.render(report=report, titles=TITLES, groups=GROUPS, labels=[c.label for c in columns])
 
 
 def _column(column: Column) -> dict[str, Any]:
     groups = summarize(column.scores)
-    return {"label": column.label, "groups": {g: {m: _proportion(p) for m, p in metrics.items()} for g, metrics in groups.items()}}
+    return {
+        "label": column.label,
+        "groups": {g: {m: _proportion(p) for m, p in metrics.items()} for g, metrics in groups.items()},
+    }
 
 
 def _proportion(p: Proportion) -> dict[str, Any]:

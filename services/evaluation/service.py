@@ -7,33 +7,43 @@ from typing import Any
 
 from google.protobuf import empty_pb2
 
-from fabrictune.v1 import job_pb2, evaluation_pb2, evaluation_pb2_grpc
+from fabrictune.v1 import evaluation_pb2, evaluation_pb2_grpc, job_pb2
 from services.common.job_api import JobApi
 
 
-class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):  # type: ignore[misc]  # generated without types
+class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
     """Serves fabrictune.v1.EvaluationService."""
 
-    def __init__(self, api: JobApi) -> None:
+    def __init__(self, api: JobApi[evaluation_pb2.EvaluationJob]) -> None:
         self._api = api
 
-    async def CreateEvaluationJob(self, request: evaluation_pb2.CreateEvaluationJobRequest, context: Any) -> evaluation_pb2.EvaluationJob:
+    async def CreateEvaluationJob(
+        self, request: evaluation_pb2.CreateEvaluationJobRequest, context: Any
+    ) -> evaluation_pb2.EvaluationJob:
         """Accept a job."""
         return await self._api.create(request.evaluation_job, request.evaluation_job_id, request)
 
-    async def GetEvaluationJob(self, request: evaluation_pb2.GetEvaluationJobRequest, context: Any) -> evaluation_pb2.EvaluationJob:
+    async def GetEvaluationJob(
+        self, request: evaluation_pb2.GetEvaluationJobRequest, context: Any
+    ) -> evaluation_pb2.EvaluationJob:
         """One job."""
         return await self._api.get(request.name)
 
-    async def ListEvaluationJobs(self, request: evaluation_pb2.ListEvaluationJobsRequest, context: Any) -> evaluation_pb2.ListEvaluationJobsResponse:
+    async def ListEvaluationJobs(
+        self, request: evaluation_pb2.ListEvaluationJobsRequest, context: Any
+    ) -> evaluation_pb2.ListEvaluationJobsResponse:
         """A page of jobs."""
         return await self._api.list(request, evaluation_pb2.ListEvaluationJobsResponse(), "evaluation_jobs")
 
-    async def CancelEvaluationJob(self, request: evaluation_pb2.CancelEvaluationJobRequest, context: Any) -> evaluation_pb2.EvaluationJob:
+    async def CancelEvaluationJob(
+        self, request: evaluation_pb2.CancelEvaluationJobRequest, context: Any
+    ) -> evaluation_pb2.EvaluationJob:
         """Ask a job to stop."""
         return await self._api.cancel(request.name)
 
-    async def DeleteEvaluationJob(self, request: evaluation_pb2.DeleteEvaluationJobRequest, context: Any) -> empty_pb2.Empty:
+    async def DeleteEvaluationJob(
+        self, request: evaluation_pb2.DeleteEvaluationJobRequest, context: Any
+    ) -> empty_pb2.Empty:
         """Forget an ended job."""
         return await self._api.delete(request.name)
 

@@ -54,7 +54,9 @@ def read_questions(dataset: Path, split: str, limit: int) -> list[Question]:
         messages = [{"role": m["role"], "content": m["content"]} for m in turns[: last + 1]]
         questions.append(Question(row["id"], messages, beside["tools"], beside["expected"]))
     if not questions:
-        raise InvalidData(f"the split {split!r} has no rows to score; convert with a larger split.{split}, or choose another one")
+        raise InvalidData(
+            f"the split {split!r} has no rows to score; convert with a larger split.{split}, or choose another one"
+        )
     return questions[:limit] if limit else questions
 
 
@@ -63,7 +65,9 @@ def find_address(target: Target) -> Address:
     if target.revision:
         gateway = os.environ.get("FABRICTUNE_GATEWAY_URL", "")
         if not gateway:
-            raise FailedPrecondition("FABRICTUNE_GATEWAY_URL does not say where the gateway is; give target.address instead")
+            raise FailedPrecondition(
+                "FABRICTUNE_GATEWAY_URL does not say where the gateway is; give target.address instead"
+            )
         _, deployment, _, revision = target.revision.split("/")
         return Address(f"{gateway.rstrip('/')}/v1", f"{deployment}@{revision}", os.environ.get("FABRICTUNE_TOKEN", ""))
     key = ""
@@ -80,11 +84,15 @@ def read_column(report: Path, questions: list[Question]) -> Column:
     kept = {a["id"]: Answer(**a) for a in _read_lines(report / ANSWERS)}
     missing = [q.id for q in questions if q.id not in kept]
     if missing:
-        raise InvalidData(f"the baseline has no answer to {len(missing)} of the rows, such as {missing[0]!r}: it was made on other rows")
+        raise InvalidData(
+            f"the baseline has no answer to {len(missing)} of the rows, such as {missing[0]!r}: it was made on other rows"
+        )
     return Column(told["columns"][-1]["label"], questions, [kept[q.id] for q in questions])
 
 
-async def _ask(spec: Spec, questions: list[Question], address: Address, output: Path, reporter: Reporter) -> list[Answer]:
+async def _ask(
+    spec: Spec, questions: list[Question], address: Address, output: Path, reporter: Reporter
+) -> list[Answer]:
     got: dict[str, Answer] = {}
     by_id = {q.id: q for q in questions}
     scores: list[Score] = []
@@ -109,7 +117,9 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
         with file.open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines if line.strip()]
     except FileNotFoundError:
-        raise InvalidData(f"there is no {file.name}; is this a folder that `fabrictune convert` or `evaluate` wrote?") from None
+        raise InvalidData(
+            f"there is no {file.name}; is this a folder that `fabrictune convert` or `evaluate` wrote?"
+        ) from None
     except ValueError as error:
         raise InvalidData(f"{file.name} has a line that is not JSON: {error}") from None
 

@@ -28,7 +28,7 @@ from services.inference.spec import RevisionSpec, parse_spec
 SUFFIX = "/deployment.json"
 
 
-class InferenceService(inference_pb2_grpc.InferenceServiceServicer):  # type: ignore[misc]  # generated without types
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Serves fabrictune.v1.InferenceService. address: the gateway's OpenAI base address, once it is known."""
 
     def __init__(
@@ -157,7 +157,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):  # type: ig
     def _revision(self, revision: Revision) -> inference_pb2.Revision:
         message = inference_pb2.Revision(
             name=revision.name,
-            state=inference_pb2.Revision.State.Value(revision.state.value),
+            state=revision.state.value,
             served_model=revision.served_model,
             address=self._address(),
             message=revision.message,

@@ -70,7 +70,7 @@ class Adapter:
         return Delta(a, b, self.scale_of(weight, a.shape[0]), bool(self.config.get("fan_in_fan_out")))
 
     def scale_of(self, weight: str, rank: int) -> float:
-        """alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023), with this module's own alpha."""
+        """Alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023), with this module's own alpha."""
         module = weight.removesuffix(".weight")
         alpha = float(_pattern_value(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"]))
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -111,7 +111,9 @@ def _sort(folder: Path, config: Mapping[str, Any], entries: Mapping[str, Entry])
             saved[bare.replace(".modules_to_save.default", "").replace(".modules_to_save", "")] = name
         else:
             unknown.append(name)
-    wrong = [Violation(WEIGHTS, f"{name} is no LoRA matrix of a linear layer and cannot be merged") for name in unknown[:5]]
+    wrong = [
+        Violation(WEIGHTS, f"{name} is no LoRA matrix of a linear layer and cannot be merged") for name in unknown[:5]
+    ]
     for weight, both in sides.items():
         if set(both) != {"A", "B"}:
             wrong.append(Violation(WEIGHTS, f"{weight} has lora_{'A' if 'A' in both else 'B'} only"))
@@ -126,9 +128,15 @@ def _sort(folder: Path, config: Mapping[str, Any], entries: Mapping[str, Entry])
 
 
 def _check_finite(tensors: TensorFile) -> None:
-    bad = [name for name, e in tensors.entries.items() if e.dtype in ("F64", "F32", "F16", "BF16") and not _is_finite(tensors.read(name))]
+    bad = [
+        name
+        for name, e in tensors.entries.items()
+        if e.dtype in ("F64", "F32", "F16", "BF16") and not _is_finite(tensors.read(name))
+    ]
     if bad:
-        raise InvalidData(f"{WEIGHTS} has NaN or infinite values in {len(bad)} tensors, such as {bad[0]}: the training diverged")
+        raise InvalidData(
+            f"{WEIGHTS} has NaN or infinite values in {len(bad)} tensors, such as {bad[0]}: the training diverged"
+        )
 
 
 def _is_finite(values: Array) -> bool:
@@ -148,7 +156,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """peft's lookup: a key is the end of a module's name, or a regular expression for it (utils/other.py)."""
+    """Peft's lookup: a key is the end of a module's name, or a regular expression for it (utils/other.py)."""
     for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value

@@ -45,7 +45,9 @@ def merge_folder(base: Path, adapter: Adapter, output: Path, on_tensor: OnTensor
     files = sorted(set(where.values()))
     needed, free = sum(f.stat().st_size for f in files), shutil.disk_usage(output).free
     if needed > free:
-        raise ResourceExhausted(f"the merged model needs {needed / 1e9:.1f} GB at {output}; {free / 1e9:.1f} GB are free")
+        raise ResourceExhausted(
+            f"the merged model needs {needed / 1e9:.1f} GB at {output}; {free / 1e9:.1f} GB are free"
+        )
     done = 0
     with TensorFile(adapter.folder / WEIGHTS) as deltas:
         for path in files:
@@ -53,7 +55,9 @@ def merge_folder(base: Path, adapter: Adapter, output: Path, on_tensor: OnTensor
                 try:
                     done = _merge_file(tensors, deltas, adapter, output / path.name, done, len(where), on_tensor)
                 except OSError as error:
-                    raise ResourceExhausted(f"writing {path.name} failed: {error.strerror}; is the disk full?") from None
+                    raise ResourceExhausted(
+                        f"writing {path.name} failed: {error.strerror}; is the disk full?"
+                    ) from None
         verify(base, adapter, output, deltas)
     return Merged(len(where), len(adapter.pairs), len(adapter.saved), needed)
 
@@ -77,11 +81,15 @@ def check_fit(base: Path, adapter: Adapter, where: dict[str, Path]) -> None:
         made = (adapter.entries[name_b].shape[0], adapter.entries[name_a].shape[-1])
         made = made[::-1] if flip else made
         if shapes.get(weight) != made:
-            wrong.append(Violation(weight, f"is {shapes.get(weight, 'not there')} in the base model, {made} in the adapter"))
+            wrong.append(
+                Violation(weight, f"is {shapes.get(weight, 'not there')} in the base model, {made} in the adapter")
+            )
     for weight, name in adapter.saved.items():
         if shapes.get(weight) != adapter.entries[name].shape:
             there = shapes.get(weight, "not there (tied?)")
-            wrong.append(Violation(weight, f"is {there} in the base model, {adapter.entries[name].shape} in modules_to_save"))
+            wrong.append(
+                Violation(weight, f"is {there} in the base model, {adapter.entries[name].shape} in modules_to_save")
+            )
     if wrong:
         raise InvalidData(f"the adapter was made for another base model than {base.name}", violations=wrong[:5])
 
@@ -108,7 +116,9 @@ def _merge_file(
             if entry.name in touched:
                 _copy(source, out, at, entry.begin)
                 if entry.dtype not in FLOATS:
-                    raise InvalidData(f"{entry.name} is {entry.dtype}; only {', '.join(FLOATS)} can be merged (quantized base?)")
+                    raise InvalidData(
+                        f"{entry.name} is {entry.dtype}; only {', '.join(FLOATS)} can be merged (quantized base?)"
+                    )
                 merged = merge_tensor(tensors.read(entry.name), adapter, deltas, entry.name)
                 if not np.isfinite(merged.astype(np.float32)).all():
                     raise InvalidData(f"{entry.name} would have NaN or infinite values")
@@ -134,21 +144,9 @@ def _copy(source: BinaryIO, out: BinaryIO, begin: int, end: int) -> None:
         if not count:
             source.seek(end - left)
             out.seek(end - left)
-            shutil.copyfileobj(_Limited(source, left), out, 1 << 20)
+            while data := source.read(min(left, CHUNK)):
+                left -= out.write(data)
             out.flush()
             break
         left -= count
     out.seek(end)
-
-
-class _Limited:
-    """Reads at most so many bytes of a file."""
-
-    def __init__(self, source: BinaryIO, left: int) -> None:
-        self._source, self._left = source, left
-
-    def read(self, size: int) -> bytes:
-        """The next bytes, b"" at the end."""
-        data = self._source.read(min(size, self._left))
-        self._left -= len(data)
-        return data

@@ -11,5 +11,7 @@ def merge_with_peft(base: Path, adapter: Path, output: Path) -> None:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    merged = peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=True).merge_and_unload(safe_merge=False)
+    merged = peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=True).merge_and_unload(
+        safe_merge=False
+    )
     merged.save_pretrained(output)

@@ -11,10 +11,10 @@ from fabrictune.v1 import job_pb2, merging_pb2, merging_pb2_grpc
 from services.common.job_api import JobApi
 
 
-class MergingService(merging_pb2_grpc.MergingServiceServicer):  # type: ignore[misc]  # generated without types
+class MergingService(merging_pb2_grpc.MergingServiceServicer):
     """Serves fabrictune.v1.MergingService."""
 
-    def __init__(self, api: JobApi) -> None:
+    def __init__(self, api: JobApi[merging_pb2.MergeJob]) -> None:
         self._api = api
 
     async def CreateMergeJob(self, request: merging_pb2.CreateMergeJobRequest, context: Any) -> merging_pb2.MergeJob:
@@ -25,7 +25,9 @@ class MergingService(merging_pb2_grpc.MergingServiceServicer):  # type: ignore[m
         """One job."""
         return await self._api.get(request.name)
 
-    async def ListMergeJobs(self, request: merging_pb2.ListMergeJobsRequest, context: Any) -> merging_pb2.ListMergeJobsResponse:
+    async def ListMergeJobs(
+        self, request: merging_pb2.ListMergeJobsRequest, context: Any
+    ) -> merging_pb2.ListMergeJobsResponse:
         """A page of jobs."""
         return await self._api.list(request, merging_pb2.ListMergeJobsResponse(), "merge_jobs")
 

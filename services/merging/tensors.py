@@ -98,12 +98,20 @@ def open_all(folder: Path) -> dict[str, Path]:
 def _read_header(path: Path, prefix: bytes, data: Any, size: int) -> tuple[bytes, dict[str, Entry]]:
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER + 1
     if length > min(MAX_HEADER, size - 8):
-        raise InvalidData(f"{path.name} is no safetensors file, or is truncated: its header would be {length} bytes long")
+        raise InvalidData(
+            f"{path.name} is no safetensors file, or is truncated: its header would be {length} bytes long"
+        )
     raw = data.read(length)
     try:
         told = json.loads(raw)
         entries = {
-            name: Entry(name, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0], 8 + length + e["data_offsets"][1])
+            name: Entry(
+                name,
+                e["dtype"],
+                tuple(e["shape"]),
+                8 + length + e["data_offsets"][0],
+                8 + length + e["data_offsets"][1],
+            )
             for name, e in told.items()
             if name != "__metadata__"
         }

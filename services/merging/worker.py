@@ -18,18 +18,31 @@ from services.merging.spec import Spec
 # What a model folder holds beside its weights; the adapter's copy wins where it has one.
 CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "*.py")
 NOT_CARRIED = frozenset({"adapter_config.json", "training_args.json", "manifest.json"})
-FROM_ADAPTER = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json")
+FROM_ADAPTER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter) -> dict[str, Any]:
     """Merge inputs["adapter"] into inputs["base_model"]."""
     begin = time.monotonic()
     base, adapter = inputs["base_model"], read_adapter(inputs["adapter"])
-    told: dict[str, Any] = {"engine": spec.engine, "rank": adapter.config.get("r"), "merged_tensors": len(adapter.pairs)}
+    told: dict[str, Any] = {
+        "engine": spec.engine,
+        "rank": adapter.config.get("r"),
+        "merged_tensors": len(adapter.pairs),
+    }
     if spec.engine == "peft":
         merge_with_peft(base, adapter.folder, output)
     else:
-        done = merge_folder(base, adapter, output, lambda n, total: reporter.progress(Progress("tensors", n, total, "merging")))
+        done = merge_folder(
+            base, adapter, output, lambda n, total: reporter.progress(Progress("tensors", n, total, "merging"))
+        )
         told |= {"tensors": done.tensors, "bytes": done.bytes}
     _carry(base, adapter.folder, output)
     told["seconds"] = round(time.monotonic() - begin, 2)
@@ -43,7 +56,6 @@ def _carry(base: Path, adapter: Path, output: Path) -> None:
             for file in folder.glob(pattern):
                 if file.name not in NOT_CARRIED:
                     shutil.copyfile(file, output / file.name)
-
 
 
 STAGE: Stage[Spec] = Stage(

@@ -23,7 +23,7 @@ from services.common.worker import versions
 KINDS = ("dataset", "rows", "model", "adapter", "report")
 
 
-class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):  # type: ignore[misc]  # generated without types
+class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
     """Serves fabrictune.v1.ArtifactService."""
 
     def __init__(self, store: Store, artifacts: Artifacts) -> None:
@@ -62,7 +62,9 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):  # type: ignor
     async def CreateUpload(self, request: artifact_pb2.CreateUploadRequest, context: Any) -> artifact_pb2.Upload:
         """Signed addresses to write to. What is planned is kept in the store, so any server can seal it."""
         if request.kind not in KINDS:
-            raise InvalidSpec("the upload is refused", violations=[Violation("kind", f"must be one of {', '.join(KINDS)}")])
+            raise InvalidSpec(
+                "the upload is refused", violations=[Violation("kind", f"must be one of {', '.join(KINDS)}")]
+            )
         check_files(request.name, request.kind, [f.path for f in request.files])
         files = [File(f.path, f.size_bytes, f.sha256) for f in request.files]
         digest = digest_of_files(files)

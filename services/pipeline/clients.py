@@ -133,7 +133,9 @@ class InferenceClient:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = inference_pb2_grpc.InferenceServiceStub(channel)
 
-    async def start_revision(self, deployment: str, revision_id: str, spec: Mapping[str, Any]) -> inference_pb2.Revision:
+    async def start_revision(
+        self, deployment: str, revision_id: str, spec: Mapping[str, Any]
+    ) -> inference_pb2.Revision:
         """Start a revision without traffic, or find it; returns when it is ready. Raises RemoteError when it fails."""
         wanted = inference_pb2.Revision()
         try:

@@ -130,7 +130,9 @@ class Reconciler:
             await self._evaluate(run, stage, made["conversion"], base, "before", "", reporter, keep=False)
         elif stage == "evaluation-after":
             baseline = made["evaluation-before"]
-            await self._evaluate(run, stage, made["conversion"], made["merging"], "after", baseline, reporter, keep=True)
+            await self._evaluate(
+                run, stage, made["conversion"], made["merging"], "after", baseline, reporter, keep=True
+            )
         else:
             deployment, revision_id, revision = await self._revision_of(run, made["merging"])
             status.job = f"{deployment}/revisions/{revision_id}"
@@ -167,7 +169,11 @@ class Reconciler:
         job = await client.find(job_id)
         if job is not None and job.execution.state == SUCCEEDED and await self._exists(job.output):
             status.reused = dict(job.labels).get("pipelineRun") != labels["pipelineRun"]
-        elif job is not None and job.execution.state in (job_pb2.Execution.FAILED, job_pb2.Execution.CANCELLED, SUCCEEDED):
+        elif job is not None and job.execution.state in (
+            job_pb2.Execution.FAILED,
+            job_pb2.Execution.CANCELLED,
+            SUCCEEDED,
+        ):
             job = await client.restart(job_id, spec, labels)
         elif job is None:
             job = await client.create(spec, job_id, labels)

@@ -107,7 +107,7 @@ class RunCluster:
             # Cancelled by a user: Jobs writes that down. Else this process ends and the next one goes on.
             outcome = {}
             raise
-        except Exception as error:  # the rim of the run
+        except Exception as error:  # noqa: BLE001 - the process's rim: what nobody knew of becomes INTERNAL
             if not isinstance(error, FabrictuneError):
                 self._log.error("unexpected", run=name, exc_info=error)
             status = error.to_status() if isinstance(error, FabrictuneError) else internal_status(name)

@@ -20,7 +20,7 @@ from services.pipeline.runs import stage_names
 from services.pipeline.spec import Spec
 
 
-class PipelineService(pipeline_pb2_grpc.PipelineServiceServicer):  # type: ignore[misc]  # generated without types
+class PipelineService(pipeline_pb2_grpc.PipelineServiceServicer):
     """Serves fabrictune.v1.PipelineService."""
 
     def __init__(self, jobs: Jobs, reconciler: Reconciler, store: Store) -> None:

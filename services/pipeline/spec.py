@@ -36,6 +36,8 @@ class Spec(BaseModel):
 
     conversion: dict[str, Any] = Field(description="fabrictune.v1.ConversionSpec")
     training: dict[str, Any] = Field(description="fabrictune.v1.TrainingSpec; dataset is filled in")
-    merging: dict[str, Any] = Field(default_factory=dict, description="fabrictune.v1.MergeSpec; both inputs are filled in")
+    merging: dict[str, Any] = Field(
+        default_factory=dict, description="fabrictune.v1.MergeSpec; both inputs are filled in"
+    )
     evaluation: dict[str, Any] | None = Field(None, description="absent: the model is not asked anything")
     deployment: DeploymentStage | None = Field(None, description="absent: nothing is deployed")

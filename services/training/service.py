@@ -11,25 +11,33 @@ from fabrictune.v1 import job_pb2, training_pb2, training_pb2_grpc
 from services.common.job_api import JobApi
 
 
-class TrainingService(training_pb2_grpc.TrainingServiceServicer):  # type: ignore[misc]  # generated without types
+class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     """Serves fabrictune.v1.TrainingService."""
 
-    def __init__(self, api: JobApi) -> None:
+    def __init__(self, api: JobApi[training_pb2.TrainingJob]) -> None:
         self._api = api
 
-    async def CreateTrainingJob(self, request: training_pb2.CreateTrainingJobRequest, context: Any) -> training_pb2.TrainingJob:
+    async def CreateTrainingJob(
+        self, request: training_pb2.CreateTrainingJobRequest, context: Any
+    ) -> training_pb2.TrainingJob:
         """Accept a job."""
         return await self._api.create(request.training_job, request.training_job_id, request)
 
-    async def GetTrainingJob(self, request: training_pb2.GetTrainingJobRequest, context: Any) -> training_pb2.TrainingJob:
+    async def GetTrainingJob(
+        self, request: training_pb2.GetTrainingJobRequest, context: Any
+    ) -> training_pb2.TrainingJob:
         """One job."""
         return await self._api.get(request.name)
 
-    async def ListTrainingJobs(self, request: training_pb2.ListTrainingJobsRequest, context: Any) -> training_pb2.ListTrainingJobsResponse:
+    async def ListTrainingJobs(
+        self, request: training_pb2.ListTrainingJobsRequest, context: Any
+    ) -> training_pb2.ListTrainingJobsResponse:
         """A page of jobs."""
         return await self._api.list(request, training_pb2.ListTrainingJobsResponse(), "training_jobs")
 
-    async def CancelTrainingJob(self, request: training_pb2.CancelTrainingJobRequest, context: Any) -> training_pb2.TrainingJob:
+    async def CancelTrainingJob(
+        self, request: training_pb2.CancelTrainingJobRequest, context: Any
+    ) -> training_pb2.TrainingJob:
         """Ask a job to stop."""
         return await self._api.cancel(request.name)
 
@@ -37,7 +45,9 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):  # type: ignor
         """Forget an ended job."""
         return await self._api.delete(request.name)
 
-    async def ResumeTrainingJob(self, request: training_pb2.ResumeTrainingJobRequest, context: Any) -> training_pb2.TrainingJob:
+    async def ResumeTrainingJob(
+        self, request: training_pb2.ResumeTrainingJobRequest, context: Any
+    ) -> training_pb2.TrainingJob:
         """Begin a failed or cancelled job again, from its newest checkpoint."""
         return await self._api.resume(request.name)
 

@@ -40,7 +40,8 @@ class Hardware:
 @dataclass(frozen=True)
 class Paths:
     """Folders of one run. The child's working directory is `work`, and datasets are named relative to it, since
-    ms-swift gives ':' and '#' in a dataset's path a meaning."""
+    ms-swift gives ':' and '#' in a dataset's path a meaning.
+    """
 
     model: Path
     work: Path

@@ -70,7 +70,9 @@ class Stack:
 
     async def create(self, engine: str, job_id: str = "t1", **fields: Any) -> merging_pb2.MergeJob:
         job = merging_pb2.MergeJob(spec=merging_pb2.MergeSpec(engine=engine))
-        return await self.stub.CreateMergeJob(merging_pb2.CreateMergeJobRequest(merge_job=job, merge_job_id=job_id, **fields))
+        return await self.stub.CreateMergeJob(
+            merging_pb2.CreateMergeJobRequest(merge_job=job, merge_job_id=job_id, **fields)
+        )
 
     async def wait(self, name: str = "mergeJobs/t1") -> list[job_pb2.WatchEvent]:
         stream = self.stub.WatchMergeJob(merging_pb2.WatchMergeJobRequest(name=name))
@@ -78,7 +80,9 @@ class Stack:
 
 
 @pytest.fixture
-async def stack(store: Store, object_store: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stack]:
+async def stack(
+    store: Store, object_store: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Stack]:
     real = jobs_module.render_workload
 
     def render(stage: Any, record: Any) -> Workload:
@@ -169,7 +173,9 @@ async def test_cancel_ends_the_worker_and_the_state_says_so(stack: Stack) -> Non
     await _until_running(stack)
     await stack.stub.CancelMergeJob(merging_pb2.CancelMergeJobRequest(name="mergeJobs/t1"))
     assert (await stack.wait())[-1].state.state == E.CANCELLED
-    while (await stack.cluster.list())[0].phase.value != "failed":  # the outcome is written just before the process ends
+    while (await stack.cluster.list())[
+        0
+    ].phase.value != "failed":  # the outcome is written just before the process ends
         await asyncio.sleep(0.05)
 
 
@@ -186,7 +192,9 @@ async def test_lists_come_in_pages(stack: Stack) -> None:
         await stack.create("write", job_id=f"p{number}")
     first = await stack.stub.ListMergeJobs(merging_pb2.ListMergeJobsRequest(page_size=2))
     assert [j.name for j in first.merge_jobs] == ["mergeJobs/p0", "mergeJobs/p1"]
-    rest = await stack.stub.ListMergeJobs(merging_pb2.ListMergeJobsRequest(page_size=2, page_token=first.next_page_token))
+    rest = await stack.stub.ListMergeJobs(
+        merging_pb2.ListMergeJobsRequest(page_size=2, page_token=first.next_page_token)
+    )
     assert [j.name for j in rest.merge_jobs] == ["mergeJobs/p2"]
     assert not rest.next_page_token
 

@@ -107,7 +107,9 @@ class LocalCluster:
         known = self._entries.get(workload.name)
         if known is not None:
             if known.workload.digest != workload.digest:
-                raise AlreadyExists(f"a workload {workload.name} made from another spec exists; delete it or take another id")
+                raise AlreadyExists(
+                    f"a workload {workload.name} made from another spec exists; delete it or take another id"
+                )
             return _status(known)
         gpus = count_gpus()
         if workload.gpus > gpus or workload.nodes > 1:
