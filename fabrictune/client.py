@@ -12,7 +12,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -232,7 +232,10 @@ class Artifacts:
 
     def get(self, name: str) -> artifact_pb2.Artifact:
         """One artifact."""
-        return self._client.call(self._stub.GetArtifact, artifact_pb2.GetArtifactRequest(name=name))
+        artifact: artifact_pb2.Artifact = self._client.call(
+            self._stub.GetArtifact, artifact_pb2.GetArtifactRequest(name=name)
+        )
+        return artifact
 
     def list(self, collection: str) -> Iterator[artifact_pb2.Artifact]:
         """All artifacts of a collection, page by page."""
@@ -255,15 +258,22 @@ class Artifacts:
 
     def begin_download(self, name: str) -> artifact_pb2.Download:
         """Signed addresses of an artifact's files."""
-        return self._client.call(self._stub.CreateDownload, artifact_pb2.CreateDownloadRequest(name=name))
+        download: artifact_pb2.Download = self._client.call(
+            self._stub.CreateDownload, artifact_pb2.CreateDownloadRequest(name=name)
+        )
+        return download
 
     def begin_upload(self, request: artifact_pb2.CreateUploadRequest) -> artifact_pb2.Upload:
         """Signed addresses to send files to."""
-        return self._client.call(self._stub.CreateUpload, request)
+        upload: artifact_pb2.Upload = self._client.call(self._stub.CreateUpload, request)
+        return upload
 
     def seal(self, upload_id: str) -> artifact_pb2.Artifact:
         """Make an uploaded artifact exist."""
-        return self._client.call(self._stub.SealUpload, artifact_pb2.SealUploadRequest(upload_id=upload_id))
+        artifact: artifact_pb2.Artifact = self._client.call(
+            self._stub.SealUpload, artifact_pb2.SealUploadRequest(upload_id=upload_id)
+        )
+        return artifact
 
 
 class Inference:
@@ -285,11 +295,15 @@ class Inference:
         request = inference_pb2.CreateDeploymentRequest(
             deployment=wanted, deployment_id=deployment_id, validate_only=validate_only
         )
-        return self._client.call(self._stub.CreateDeployment, request)
+        deployment: inference_pb2.Deployment = self._client.call(self._stub.CreateDeployment, request)
+        return deployment
 
     def get(self, name: str) -> inference_pb2.Deployment:
         """One deployment."""
-        return self._client.call(self._stub.GetDeployment, inference_pb2.GetDeploymentRequest(name=name))
+        deployment: inference_pb2.Deployment = self._client.call(
+            self._stub.GetDeployment, inference_pb2.GetDeploymentRequest(name=name)
+        )
+        return deployment
 
     def list(self) -> builtins.list[inference_pb2.Deployment]:
         """All deployments."""
@@ -301,9 +315,9 @@ class Inference:
 
     def update_traffic(self, name: str, traffic: Mapping[str, int]) -> inference_pb2.Deployment:
         """Move traffic between ready revisions."""
-        return self._client.call(
-            self._stub.UpdateTraffic, inference_pb2.UpdateTrafficRequest(name=name, traffic=traffic)
-        )
+        request = inference_pb2.UpdateTrafficRequest(name=name, traffic=traffic)
+        deployment: inference_pb2.Deployment = self._client.call(self._stub.UpdateTraffic, request)
+        return deployment
 
     def watch(self, name: str) -> Iterator[inference_pb2.Deployment]:
         """The deployment now, and at every change."""
@@ -312,7 +326,7 @@ class Inference:
             yield event.deployment
 
     def generate(
-        self, deployment: str, messages: builtins.list[Mapping[str, str]], **sampling: Any
+        self, deployment: str, messages: Sequence[Mapping[str, str]], **sampling: Any
     ) -> Iterator[inference_pb2.GenerateResponse]:
         """Answer a conversation in pieces. sampling: temperature, top_p, max_tokens, stop, seed."""
         request = inference_pb2.GenerateRequest(
@@ -351,7 +365,7 @@ def _open_channel(endpoint: str, ca_file: Path | None) -> grpc.Channel:
     return grpc.insecure_channel(address, options=options)
 
 
-class _Deadline(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]  # grpc ships no types
+class _Deadline(grpc.UnaryUnaryClientInterceptor):
     """A default deadline for unary calls; a service config's `timeout` would not reach the server."""
 
     def __init__(self, seconds: float) -> None:
@@ -361,7 +375,7 @@ class _Deadline(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]  # grpc
         return continuation(details._replace(timeout=details.timeout or self._seconds), request)
 
 
-class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc]
+class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
     """Sends the token with each call."""
 
     def __init__(self, token: str) -> None:
@@ -371,5 +385,5 @@ class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientIntercepto
         metadata = [*(details.metadata or []), *self._metadata]
         return continuation(details._replace(metadata=metadata), request)
 
-    intercept_unary_unary = _send
-    intercept_unary_stream = _send
+    intercept_unary_unary: Any = _send
+    intercept_unary_stream: Any = _send

@@ -81,7 +81,8 @@ class JobApi(Generic[R]):
 
     def _message(self, view: JobView) -> R:
         record = view.record
-        message: Any = self._resource(name=record.name, output=record.output, labels=dict(record.labels))
+        make: Any = self._resource
+        message = make(name=record.name, output=record.output, labels=dict(record.labels))
         json_format.ParseDict(dict(record.spec), message.spec)
         message.execution.CopyFrom(execution_of(view))
         made: R = message

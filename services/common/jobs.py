@@ -159,7 +159,8 @@ class Jobs:
                 first, last = last is None, seen
                 if first or execution.state not in ENDED:
                     yield Event(token, _now(), state=execution)
-            for token, event in await asyncio.to_thread(lambda t=token: list(read_events(self._store, name, t))):
+            new = await asyncio.to_thread(_read_all_events, self._store, name, token)
+            for token, event in new:
                 parts = {k: v for k, v in event.items() if k in ("progress", "log", "artifact")}
                 yield Event(token, float(event["time"]), **parts)
             if execution.state in ENDED:
@@ -315,6 +316,10 @@ def _make_id(kind: str, request_id: str) -> str:
 
 def _plain(record: JobRecord) -> dict[str, Any]:
     return {**asdict(record), "inputs": [dict(i) for i in record.inputs]}
+
+
+def _read_all_events(store: Store, name: str, token: str) -> list[tuple[str, dict[str, Any]]]:
+    return list(read_events(store, name, token))
 
 
 def _now() -> float:

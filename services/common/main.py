@@ -21,7 +21,7 @@ from services.common.store import open_store
 
 
 def serve_jobs(
-    stage: Stage[Any], resource: type[Any], servicer: Callable[[JobApi], Any], add: Callable[..., None]
+    stage: Stage[Any], resource: type[Any], servicer: Callable[[JobApi[Any]], Any], add: Callable[..., None]
 ) -> None:
     """Serve one kind of job until told to stop; exits non-zero with one clear error when that is impossible."""
     try:
@@ -32,7 +32,7 @@ def serve_jobs(
 
 
 async def _serve(
-    stage: Stage[Any], resource: type[Any], servicer: Callable[[JobApi], Any], add: Callable[..., None]
+    stage: Stage[Any], resource: type[Any], servicer: Callable[[JobApi[Any]], Any], add: Callable[..., None]
 ) -> None:
     config = load_server()
     configure(config.log_format, config.log_level)

@@ -171,7 +171,8 @@ class Store:
             return NotFound(f"there is no {where}")
         if code in DENIED:
             return PermissionDenied(
-                f"the object store refuses the key {self._key_id!r} for {where} ({code}); see FABRICTUNE_S3_ACCESS_KEY and _SECRET_KEY"
+                f"the object store refuses the key {self._key_id!r} for {where} ({code}); "
+                "see FABRICTUNE_S3_ACCESS_KEY and _SECRET_KEY"
             )
         if code in FULL:
             return ResourceExhausted(f"the object store at {self.endpoint} is full ({code})")

@@ -65,7 +65,7 @@ class Example:
 
 
 def language_of(query: str) -> str:
-    """ "zh" when a text has a Chinese character, else "en"; AgentFabric asks the query only."""
+    """Say "zh" when a text has a Chinese character, else "en"; AgentFabric asks the query only."""
     return "zh" if CHINESE.search(query) else "en"
 
 

@@ -131,7 +131,7 @@ class InferenceClient:
     """Deployments and their revisions."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        self._stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]  # generated
 
     async def start_revision(
         self, deployment: str, revision_id: str, spec: Mapping[str, Any]
@@ -151,7 +151,8 @@ class InferenceClient:
                 raise RemoteError(revision.error)
             await asyncio.sleep(POLL_SECONDS)
             revision = await call(self._stub.GetRevision, inference_pb2.GetRevisionRequest(name=revision.name))
-        return revision
+        ready: inference_pb2.Revision = revision
+        return ready
 
     async def delete_revision(self, name: str) -> None:
         """Stop a revision; one that has gone is fine."""
@@ -164,7 +165,8 @@ class InferenceClient:
     async def take_traffic(self, deployment: str, revision_id: str) -> inference_pb2.Deployment:
         """Move all traffic to one revision."""
         request = inference_pb2.UpdateTrafficRequest(name=deployment, traffic={revision_id: 100})
-        return await call(self._stub.UpdateTraffic, request)
+        told: inference_pb2.Deployment = await call(self._stub.UpdateTraffic, request)
+        return told
 
     async def delete(self, deployment: str) -> None:
         """Stop a deployment."""

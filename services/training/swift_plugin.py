@@ -29,7 +29,7 @@ _WORK = Path.cwd()
 
 
 def _append(name: str, value: dict[str, Any]) -> None:
-    with open(_WORK / name, "a") as file:
+    with (_WORK / name).open("a") as file:
         file.write(json.dumps(value) + "\n")
 
 
@@ -53,6 +53,7 @@ class Fabrictune(TrainerCallback):  # type: ignore[misc]  # ms-swift has no type
         self._computing, self._step_begin = 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say how many rows and steps there are."""
         if state.is_world_process_zero:
             evaluated = self.trainer.eval_dataset
             rows = {"train": len(self.trainer.train_dataset), "validation": 0 if evaluated is None else len(evaluated)}
@@ -60,15 +61,18 @@ class Fabrictune(TrainerCallback):  # type: ignore[misc]  # ms-swift has no type
             (_WORK / "dataset.json").write_text(json.dumps({**rows, **steps}))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock of a step."""
         self._step_begin = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop the clock, and the training when that was asked for."""
         self._computing += time.monotonic() - self._step_begin
         if self._asked_to_stop(args):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Add what ms-swift does not log."""
         if logs is None:
             return
         cuda = torch.cuda.is_available()
@@ -77,6 +81,7 @@ class Fabrictune(TrainerCallback):  # type: ignore[misc]  # ms-swift has no type
         logs["computing_seconds"] = self._computing
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tell of a checkpoint."""
         # After Trainer._save_checkpoint and ms-swift's barrier: every rank has written all of its files.
         if state.is_world_process_zero:
             _append("checkpoints.jsonl", {"step": state.global_step, "best_step": state.best_global_step})

@@ -60,7 +60,7 @@ class Stack:
         await self.server.start()
         self._settling = asyncio.create_task(self.jobs.settle_ended())
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.server.port}")
-        self.stub = merging_pb2_grpc.MergingServiceStub(self._channel)
+        self.stub = merging_pb2_grpc.MergingServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
 
     async def close(self, stop_workloads: bool = True) -> None:
         await self._channel.close()
@@ -70,9 +70,9 @@ class Stack:
 
     async def create(self, engine: str, job_id: str = "t1", **fields: Any) -> merging_pb2.MergeJob:
         job = merging_pb2.MergeJob(spec=merging_pb2.MergeSpec(engine=engine))
-        return await self.stub.CreateMergeJob(
-            merging_pb2.CreateMergeJobRequest(merge_job=job, merge_job_id=job_id, **fields)
-        )
+        request = merging_pb2.CreateMergeJobRequest(merge_job=job, merge_job_id=job_id, **fields)
+        made: merging_pb2.MergeJob = await self.stub.CreateMergeJob(request)
+        return made
 
     async def wait(self, name: str = "mergeJobs/t1") -> list[job_pb2.WatchEvent]:
         stream = self.stub.WatchMergeJob(merging_pb2.WatchMergeJobRequest(name=name))
