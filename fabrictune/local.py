@@ -65,7 +65,7 @@ def run_stage(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, Path], ou
 
 def deploy_folder(model: Path, port: int) -> None:
     """Serve a model folder in the foreground until Ctrl-C."""
-    _services("services.up").serve_model(model, port)
+    _services("services.inference.foreground").serve_folder(model, port)
 
 
 @contextmanager

@@ -10,8 +10,6 @@ import asyncio
 import json
 import os
 import shutil
-import ssl
-import sys
 import tempfile
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -21,27 +19,24 @@ from typing import Any
 import grpc
 
 from fabrictune.v1 import (
-    artifact_pb2_grpc,
     conversion_pb2,
     conversion_pb2_grpc,
     evaluation_pb2,
     evaluation_pb2_grpc,
-    inference_pb2_grpc,
     merging_pb2,
     merging_pb2_grpc,
-    pipeline_pb2_grpc,
     training_pb2,
     training_pb2_grpc,
 )
 from services.common.artifacts import Artifacts
-from services.common.auth import Authenticator, load_authenticator
+from services.common.auth import load_authenticator
 from services.common.clusters.local import LocalCluster, leftovers
 from services.common.clusters.processes import start_ticks
 from services.common.config import ServerConfig, StoreConfig, load_server, load_store
-from services.common.errors import FabrictuneError, FailedPrecondition
 from services.common.job_api import JobApi
 from services.common.jobs import Jobs
 from services.common.logs import configure
+from services.common.main import run_until_stopped, settle
 from services.common.server import Server, service, wait_for_stop
 from services.common.store import Store, open_store
 from services.common.weed import EmbeddedStore
@@ -49,18 +44,10 @@ from services.conversion.service import ConversionService
 from services.conversion.worker import STAGE as CONVERSION
 from services.evaluation.service import EvaluationService
 from services.evaluation.worker import STAGE as EVALUATION
-from services.inference.engine import detect_hardware
-from services.inference.gateway import Gateway
-from services.inference.rollout import Rollout
-from services.inference.routes import RouteTable
-from services.inference.service import InferenceService, stored_artifacts, stored_deployments
+from services.inference.host import open_inference
 from services.merging.service import MergingService
 from services.merging.worker import STAGE as MERGING
-from services.pipeline.artifacts import ArtifactService
-from services.pipeline.reconcile import Reconciler
-from services.pipeline.runs import STAGE as PIPELINE
-from services.pipeline.runs import RunCluster
-from services.pipeline.service import PipelineService
+from services.pipeline.host import open_pipeline
 from services.training.service import TrainingService
 from services.training.worker import STAGE as TRAINING
 
@@ -133,44 +120,21 @@ async def _serve(config: ServerConfig, store: Store, data_dir: Path, announce: b
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(inside.address))
         kinds = [(Jobs(stage, store, artifacts, cluster), *rest) for stage, *rest in STAGES]
 
-        routes = RouteTable()
-        gateway_url: list[str] = []
-        rollout = Rollout(
-            cluster, routes, stored_artifacts(store, artifacts, data_dir / "cluster" / "logs"), detect_hardware()
-        )
-        stack.push_async_callback(rollout.close)
-        gateway = Gateway(routes, _authorize(authenticator))
-        gateway_port = await gateway.start(config.host, config.gateway_port, _tls(config))
-        stack.push_async_callback(gateway.close)
-        gateway_url.append(f"{'https' if config.tls_certificate else 'http'}://{config.host}:{gateway_port}")
-        os.environ["FABRICTUNE_GATEWAY_URL"] = config.gateway_url or gateway_url[0]
+        inference = await open_inference(stack, config, store, artifacts, cluster, authenticator)
+        os.environ["FABRICTUNE_GATEWAY_URL"] = config.gateway_url or inference.url
         cluster.set_environment("FABRICTUNE_GATEWAY_URL", os.environ["FABRICTUNE_GATEWAY_URL"])
-
-        reconciler = Reconciler(channel, store, artifacts)
-        runs = RunCluster(reconciler, store)
-        stack.push_async_callback(runs.close)
-        run_jobs = Jobs(PIPELINE, store, artifacts, runs)
-        inference = InferenceService(rollout, routes, artifacts, lambda: f"{gateway_url[0]}/v1")
-        pipeline = PipelineService(run_jobs, reconciler, store)
-        services = [
-            service(servicer(JobApi(jobs, cluster, resource)), add) for jobs, resource, servicer, add in kinds
-        ] + [
-            service(inference, inference_pb2_grpc.add_InferenceServiceServicer_to_server),
-            service(pipeline, pipeline_pb2_grpc.add_PipelineServiceServicer_to_server),
-            service(ArtifactService(store, artifacts), artifact_pb2_grpc.add_ArtifactServiceServicer_to_server),
-        ]
-        server = Server(services, config, authenticator, inside.address)
+        pipeline = open_pipeline(stack, channel, store, artifacts)
+        offered = [service(servicer(JobApi(jobs, cluster, resource)), add) for jobs, resource, servicer, add in kinds]
+        server = Server([*offered, inference.service, *pipeline.services], config, authenticator, inside.address)
         await server.start()
         stack.push_async_callback(server.close)
-        for jobs in [k[0] for k in kinds] + [run_jobs]:
-            task = asyncio.create_task(jobs.settle_ended())
-            stack.callback(task.cancel)
-            await jobs.reconcile()
-        await rollout.restore(await asyncio.to_thread(stored_deployments, store))
-        said = _write_up_file(config, data_dir, server, gateway_url[0], store.endpoint)
+        for jobs in [k[0] for k in kinds] + [pipeline.jobs]:
+            await settle(stack, jobs)
+        await inference.restore()
+        said = _write_up_file(config, data_dir, server, inference.url, store.endpoint)
         if announce:
             print(
-                f"fabrictune is up\n  gRPC      {said['endpoint']}\n  OpenAI    {gateway_url[0]}/v1\n"
+                f"fabrictune is up\n  gRPC      {said['endpoint']}\n  OpenAI    {inference.url}/v1\n"
                 f"  metrics   http://{config.host}:{server.metrics_port}/metrics\n  S3        {store.endpoint}\n"
                 f"  data      {data_dir}\nCtrl-C ends it.",
                 flush=True,
@@ -208,34 +172,9 @@ def _hand_on(store: StoreConfig, data_dir: Path) -> None:
     }
 
 
-def _authorize(authenticator: Authenticator | None) -> Any:
-    if authenticator is None:
-        return None
-
-    async def ask(token: str) -> None:
-        await asyncio.to_thread(authenticator.allow, token, "/v1/chat/completions")
-
-    return ask
-
-
-def _tls(config: ServerConfig) -> ssl.SSLContext | None:
-    if not (config.tls_certificate and config.tls_key):
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(config.tls_certificate, config.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise FailedPrecondition(f"the TLS files cannot be used: {error}") from None
-    return context
-
-
 def main() -> None:
     """`python -m services.up`."""
-    try:
-        serve(announce=True)
-    except FabrictuneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_until_stopped(lambda: serve(announce=True))
 
 
 if __name__ == "__main__":

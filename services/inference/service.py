@@ -29,11 +29,9 @@ SUFFIX = "/deployment.json"
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
-    """Serves fabrictune.v1.InferenceService. address: the gateway's OpenAI base address, once it is known."""
+    """Serves fabrictune.v1.InferenceService. address: the gateway's OpenAI base address."""
 
-    def __init__(
-        self, rollout: Rollout, routes: RouteTable, artifacts: StoredArtifacts, address: Callable[[], str]
-    ) -> None:
+    def __init__(self, rollout: Rollout, routes: RouteTable, artifacts: StoredArtifacts, address: str) -> None:
         self._rollout, self._routes, self._artifacts, self._address = rollout, routes, artifacts, address
 
     async def CreateDeployment(
@@ -148,7 +146,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             name=f"deployments/{deployment.id}",
             traffic=deployment.traffic,
             revisions=[self._revision(r) for r in deployment.revisions.values()],
-            address=self._address(),
+            address=self._address,
             served_model=deployment.id,
         )
         message.create_time.FromMilliseconds(int(deployment.create_time * 1000))
@@ -159,7 +157,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             name=revision.name,
             state=revision.state.value,
             served_model=revision.served_model,
-            address=self._address(),
+            address=self._address,
             message=revision.message,
         )
         json_format.ParseDict(revision.spec.model_dump(mode="json", exclude_unset=True), message.spec)

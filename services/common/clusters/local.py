@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +28,9 @@ from services.common.clusters.processes import is_alive, signal_group, start_tic
 from services.common.errors import NEVER_RETRY, AlreadyExists, DeadlineExceeded, FailedPrecondition, WorkerLost
 from services.common.logs import get_logger
 
-GRACE_SECONDS = 30.0
+# From SIGTERM to SIGKILL. A training job saves a checkpoint once its step is done; an engine has nothing to save, and
+# vLLM is deaf to SIGTERM while it loads.
+JOB_GRACE_SECONDS, SERVER_GRACE_SECONDS = 120.0, 15.0
 POLL_SECONDS = 0.2
 LOST = WorkerLost("the worker's process has gone without an outcome; was it killed, or did memory run out?")
 
@@ -67,6 +69,11 @@ class LocalCluster:
         self._changed = asyncio.Event()
         self._log = get_logger("cluster")
 
+    @property
+    def logs(self) -> Path:
+        """Where the workloads' output is kept, as `{name}.log`."""
+        return self._folder / "logs"
+
     def set_environment(self, key: str, value: str) -> None:
         """One more variable for workloads that start from now on."""
         self._environment[key] = value
@@ -92,13 +99,8 @@ class LocalCluster:
         if not stop_workloads:
             return
         running = [e for e in self._entries.values() if e.phase is Phase.RUNNING]
+        await asyncio.to_thread(_end_all, running)
         for entry in running:
-            signal_group(entry.pid, signal.SIGTERM)
-        deadline = _now() + GRACE_SECONDS
-        while any(is_alive(e.pid, e.started) for e in running) and _now() < deadline:
-            await asyncio.sleep(0.05)
-        for entry in running:
-            signal_group(entry.pid, signal.SIGKILL)
             # Not an outcome: the next start begins this workload again if it is still wanted.
             self._forget(entry.workload.name)
 
@@ -167,7 +169,7 @@ class LocalCluster:
 
     def log_file(self, name: str) -> Path:
         """What its processes wrote to stdout and stderr."""
-        return self._folder / "logs" / f"{name}.log"
+        return self.logs / f"{name}.log"
 
     # The loop below is the only place where phases change.
 
@@ -230,7 +232,7 @@ class LocalCluster:
                 late = DeadlineExceeded(f"ran longer than {limit:.0f} s (run_timeout)")
                 entry.error, entry.stop_time = _status_dict(late.to_status()), now
                 signal_one(entry.pid, signal.SIGTERM)
-            if entry.stop_time and now - entry.stop_time > GRACE_SECONDS:
+            if entry.stop_time and now - entry.stop_time > _grace(work):
                 signal_group(entry.pid, signal.SIGKILL)
             return
         if entry.process is not None and code is None:
@@ -281,17 +283,30 @@ def leftovers(folder: Path) -> int:
     """End the processes in a journal that nobody looks after any more; returns how many. Blocks until they are gone."""
     entries = [e for f in (folder / "journal").glob("*.json") if (e := _read_entry(f)) is not None]
     running = [e for e in entries if e.phase is Phase.RUNNING and is_alive(e.pid, e.started)]
-    for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, 5.0)):
-        for entry in running:
-            if is_alive(entry.pid, entry.started):
-                signal_group(entry.pid, number)
-        deadline = _now() + seconds
-        while any(is_alive(e.pid, e.started) for e in running) and _now() < deadline:
-            time.sleep(0.05)
+    _end_all(running)
     for entry in entries:
         if entry.phase in (Phase.PENDING, Phase.RUNNING):
             (folder / "journal" / f"{entry.workload.name}.json").unlink(missing_ok=True)
     return len(running)
+
+
+def _end_all(entries: Sequence[_Entry]) -> None:
+    """SIGTERM, then SIGKILL to what has outlived its grace. Blocks until all are gone."""
+    for entry in entries:
+        if is_alive(entry.pid, entry.started):
+            signal_group(entry.pid, signal.SIGTERM)
+    begin = _now()
+    while left := [e for e in entries if is_alive(e.pid, e.started)]:
+        for entry in left:
+            if _now() - begin > _grace(entry.workload):
+                signal_group(entry.pid, signal.SIGKILL)
+        time.sleep(0.05)
+    for entry in entries:
+        signal_group(entry.pid, signal.SIGKILL)  # whatever its children left behind
+
+
+def _grace(workload: Workload) -> float:
+    return SERVER_GRACE_SECONDS if workload.port else JOB_GRACE_SECONDS
 
 
 def count_gpus() -> int:

@@ -1,0 +1,99 @@
+"""One model folder served in the foreground: `fabrictune deploy FOLDER`. The same rollout and gateway, without a store."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from services.common.clusters.local import LocalCluster
+from services.common.errors import FailedPrecondition
+from services.common.logs import configure
+from services.common.resources import check_id
+from services.common.server import wait_for_stop
+from services.inference.engine import detect_hardware, read_model_config
+from services.inference.gateway import Gateway
+from services.inference.reference import Reference
+from services.inference.revisions import Deployment, State
+from services.inference.rollout import Artifacts, Model, Rollout
+from services.inference.routes import RouteTable
+from services.inference.spec import RevisionSpec
+
+
+def serve_folder(model: Path, port: int) -> None:
+    """Serve until told to stop. port: 0 takes a free one. Raises InvalidData, FailedPrecondition, what a start raises."""
+    read_model_config(model)  # refused before anything starts
+    configure("console", "WARNING")
+    asyncio.run(_serve(model, port))
+
+
+async def _serve(folder: Path, port: int) -> None:
+    name = check_id(folder.resolve().name, "the folder's name, which is to be the model's")
+    async with AsyncExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fabrictune-")))
+        cluster = LocalCluster(scratch)
+        await cluster.start()
+        stack.push_async_callback(cluster.close)
+        routes = RouteTable()
+        rollout = Rollout(cluster, routes, _folder_artifacts(folder.resolve(), cluster.logs), detect_hardware())
+        stack.push_async_callback(rollout.close)
+        gateway = Gateway(routes, None)
+        port = await gateway.start("127.0.0.1", port)
+        stack.push_async_callback(gateway.close)
+        print(f"starting vLLM on {folder} and comparing it with the reference …", flush=True)
+        await rollout.create_revision(name, "r-1", RevisionSpec(model=f"models/{name}"), take_traffic=True)
+        stopped = asyncio.create_task(wait_for_stop())
+        watching = asyncio.create_task(_wait_until_ready(rollout, name))
+        await asyncio.wait({stopped, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not watching.done():
+            watching.cancel()
+            return
+        watching.result()
+        print(
+            f"{name} is served at http://127.0.0.1:{port}/v1\n\n  curl http://127.0.0.1:{port}/v1/chat/completions "
+            f'-H \'Content-Type: application/json\' \\\n    -d \'{{"model": "{name}", "messages": '
+            f'[{{"role": "user", "content": "Hello"}}]}}\'\n\nCtrl-C ends it.',
+            flush=True,
+        )
+        await stopped
+
+
+async def _wait_until_ready(rollout: Rollout, name: str) -> None:
+    async for deployment in rollout.watch(name):
+        for revision in deployment.revisions.values():
+            if revision.state is State.READY:
+                return
+            if revision.state is State.FAILED:
+                raise FailedPrecondition(f"the model cannot be served: {revision.message}")
+
+
+def _folder_artifacts(folder: Path, logs: Path) -> Artifacts:
+    """A folder in a store's place; nothing outlives the process."""
+    references: dict[tuple[str, str], Reference] = {}
+
+    async def fetch_model(_: str) -> Model:
+        weights = sorted(folder.glob("*.safetensors"))
+        digests = await asyncio.gather(*(asyncio.to_thread(_digest, f) for f in weights))
+        return Model(folder, hashlib.sha256("".join(digests).encode()).hexdigest())
+
+    async def fetch_reference(digest: str, dtype: str) -> Reference | None:
+        return references.get((digest, dtype))
+
+    async def store_reference(reference: Reference) -> None:
+        references[reference.model_digest, reference.dtype] = reference
+
+    async def keep_nothing(_: Deployment | str) -> None:
+        return None
+
+    async def read_log(workload: str) -> str:
+        file = logs / f"{workload}.log"
+        return await asyncio.to_thread(lambda: file.read_text(errors="replace")[-20_000:] if file.exists() else "")
+
+    return Artifacts(fetch_model, fetch_reference, store_reference, keep_nothing, keep_nothing, read_log)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()

@@ -1,0 +1,79 @@
+"""The inference service's parts put together: rollout, gateway, servicer. `up` and `python -m services.inference` use it."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from fabrictune.v1 import inference_pb2_grpc
+from services.common.artifacts import Artifacts
+from services.common.auth import Authenticator
+from services.common.clusters.local import LocalCluster
+from services.common.config import ServerConfig
+from services.common.errors import FailedPrecondition
+from services.common.server import Service, service
+from services.common.store import Store
+from services.inference.engine import detect_hardware
+from services.inference.gateway import Gateway
+from services.inference.rollout import Rollout
+from services.inference.routes import RouteTable
+from services.inference.service import InferenceService, stored_artifacts, stored_deployments
+
+
+@dataclass(frozen=True)
+class Inference:
+    """The running service."""
+
+    service: Service
+    url: str
+    """The gateway's address, without /v1."""
+    rollout: Rollout
+    store: Store
+
+    async def restore(self) -> None:
+        """Go on with the deployments of an earlier process."""
+        await self.rollout.restore(await asyncio.to_thread(stored_deployments, self.store))
+
+
+async def open_inference(
+    stack: AsyncExitStack,
+    config: ServerConfig,
+    store: Store,
+    artifacts: Artifacts,
+    cluster: LocalCluster,
+    authenticator: Authenticator | None,
+) -> Inference:
+    """Start the gateway and all behind it; the stack closes them. Raises FailedPrecondition, Unavailable."""
+    routes = RouteTable()
+    rollout = Rollout(cluster, routes, stored_artifacts(store, artifacts, cluster.logs), detect_hardware())
+    stack.push_async_callback(rollout.close)
+    gateway = Gateway(routes, _authorize(authenticator))
+    port = await gateway.start(config.host, config.gateway_port, _tls(config))
+    stack.push_async_callback(gateway.close)
+    url = f"{'https' if config.tls_certificate else 'http'}://{config.host}:{port}"
+    servicer = InferenceService(rollout, routes, artifacts, f"{url}/v1")
+    return Inference(service(servicer, inference_pb2_grpc.add_InferenceServiceServicer_to_server), url, rollout, store)
+
+
+def _authorize(authenticator: Authenticator | None) -> Callable[[str], Awaitable[None]] | None:
+    if authenticator is None:
+        return None
+
+    async def ask(token: str) -> None:
+        await asyncio.to_thread(authenticator.allow, token, "/v1/chat/completions")
+
+    return ask
+
+
+def _tls(config: ServerConfig) -> ssl.SSLContext | None:
+    if not (config.tls_certificate and config.tls_key):
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(config.tls_certificate, config.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise FailedPrecondition(f"the TLS files cannot be used: {error}") from None
+    return context
