@@ -125,9 +125,8 @@ def parse_turn(text: str, tools: Sequence[Tool]) -> Turn:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     names = {tool.name for tool in tools}
     marks = list(_TOKEN.finditer(text))
-    parts = [
-        (m[1], text[m.end() : n.start() if n else len(text)]) for m, n in zip(marks, [*marks[1:], None], strict=True)
-    ]
+    ends = [*(mark.start() for mark in marks[1:]), len(text)][: len(marks)]
+    parts = [(mark[1], text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)]
     lead = text[: marks[0].start()] if marks else text
     calls: list[Call] = []
     answer: list[str] = []
