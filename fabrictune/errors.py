@@ -54,4 +54,6 @@ def from_rpc(error: grpc.RpcError, endpoint: str) -> ApiError:
             f"no fabrictune server answers at {endpoint}: start one with `fabrictune up`, or name one with --endpoint"
         )
         return ApiError(text, code.name)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return ApiError(f"the server at {endpoint} did not answer in time", code.name)
     return ApiError(error.details() or code.name, code.name)

@@ -12,12 +12,40 @@ import pytest
 
 from services.common.artifacts import Artifacts
 from services.common.config import StoreConfig
+from services.common.reporter import Progress
 from services.common.store import Store, open_store
 from services.common.weed import EmbeddedStore
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+class Silent:
+    """A Reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[Progress] = []
+        self.lines: list[tuple[str, str]] = []
+        self.checkpoints: list[int] = []
+
+    def progress(self, progress: Progress) -> None:
+        """Keep it."""
+        self.steps.append(progress)
+
+    def log(self, text: str, severity: str = "INFO") -> None:
+        """Keep it."""
+        self.lines.append((severity, text))
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """Keep its number."""
+        self.checkpoints.append(step)
+
+
+@pytest.fixture
+def silent() -> Silent:
+    """A reporter for stages that a test runs itself."""
+    return Silent()
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ def _row(job: Any) -> dict[str, str]:
     return {
         "name": job.name,
         "state": job_pb2.Execution.State.Name(execution.state),
-        "progress": f"{progress.step}{total} {progress.unit}" if progress.unit else "",
+        "progress": f"{progress.step}{total} {progress.unit}" if progress.step else "",
         "created": execution.create_time.ToDatetime().strftime("%Y-%m-%d %H:%M"),
         "output": getattr(job, "output", ""),
         "message": execution.error.message.partition("\n")[0] or execution.message,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -22,12 +23,18 @@ TITLES: Mapping[str, str] = {
     "calls": "calls a tool",
     "right_tool": "the right tool",
     "exact_arguments": "exact arguments",
-    "parses": "arguments parse (of calls)",
-    "listed": "a listed tool (of calls)",
+    "parses": "arguments parse",
+    "listed": "a listed tool",
     "stops": "stops by itself",
-    "no_call": "no call when no tool fits",
+    "no_call": "no call when none fits",
 }
-GROUPS = ("all", "one tool", "two tools", "three or more tools")
+BY_GROUP = ("calls", "right_tool", "exact_arguments", "no_call")
+HEADINGS = {
+    "all": "all prompts",
+    "one tool": "that list one tool",
+    "two tools": "two tools",
+    "three or more tools": "three or more tools",
+}
 
 
 def show(client: Client, run: Any) -> None:
@@ -53,30 +60,29 @@ def show(client: Client, run: Any) -> None:
 
 
 def report_table(report: Mapping[str, Any]) -> Table:
-    """Before and after on the same rows: value, 95 % interval and n, by how many tools a prompt lists."""
+    """Before and after on the same rows: value, 95 % interval, k/n; all prompts first, then by how many tools they list."""
     table = Table(
-        title=str(report["title"]), title_justify="left", header_style="bold", caption="95 % intervals in brackets"
+        title=str(report["title"]),
+        title_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        caption="95 % intervals in brackets; parse, listed: of the answers that call",
     )
     table.add_column("")
-    for group in GROUPS:
-        table.add_column(group, justify="left")
-    for metric, title in TITLES.items():
-        cells = [_cell(report["columns"], group, metric) for group in GROUPS]
-        if any(cells):
-            table.add_row(title, *cells, end_section=True)
+    for column in report["columns"]:
+        table.add_column(str(column["label"]))
+    for group in HEADINGS:
+        table.add_row(f"[bold]{HEADINGS[group]}[/]")
+        for metric, title in TITLES.items():
+            cells = [_cell(column["groups"][group][metric]) for column in report["columns"]]
+            if group == "all" or (metric in BY_GROUP and any(cells)):
+                table.add_row(f"  {title}", *(cell or "-" for cell in cells))
+        table.add_section()
     return table
 
 
-def _cell(columns: list[Mapping[str, Any]], group: str, metric: str) -> str:
-    lines = []
-    for column in columns:
-        m = column["groups"][group][metric]
-        if m["n"]:
-            value = f"{m['value']:4.0%} [{m['low']:.0%}-{m['high']:.0%}] {m['k']}/{m['n']}"
-            lines.append(f"[dim]{column['label']:6}[/] {value}" if len(columns) > 1 else value)
-        elif group == "all":
-            lines.append(f"[dim]{column['label']:6} no such answers[/]")
-    return "\n".join(lines)
+def _cell(m: Mapping[str, Any]) -> str:
+    return f"{m['value']:4.0%} [{m['low']:.0%}-{m['high']:.0%}] {m['k']}/{m['n']}" if m["n"] else ""
 
 
 def _show_report(client: Client, outputs: Mapping[str, str]) -> None:

@@ -43,8 +43,7 @@ class Report:
             "line": raw.line,
             "offset": raw.offset,
             "code": refused.code,
-            "expected": EXPECTED[refused.code],
-            "found": refused.detail,
+            "expected": f"{EXPECTED[refused.code]}; found {refused.detail}",
             "excerpt": text[:EXCERPT],
         }
         examples = self.examples.setdefault(refused.code, [])

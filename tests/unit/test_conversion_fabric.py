@@ -85,11 +85,16 @@ def test_chinese_prompt_to_the_byte() -> None:
 
 
 def test_wording_of_0_7_2() -> None:
-    assert "结果。如果结果中出现url，请严格遵循Observation中url的格式进行展示。\n" in render_system([WEATHER], "", "zh", "0.7.2")
+    assert "结果。如果结果中出现url，请严格遵循Observation中url的格式进行展示。\n" in render_system(
+        [WEATHER], "", "zh", "0.7.2"
+    )
     assert "based on Observation.\n" in render_system([WEATHER], "", "en", "0.7.2")
 
 
-@pytest.mark.parametrize(("language", "wanted"), [("en", "(. you can use tools: [weather,画图])"), ("zh", "(。你可以使用工具：[weather,画图])")])
+@pytest.mark.parametrize(
+    ("language", "wanted"),
+    [("en", "(. you can use tools: [weather,画图])"), ("zh", "(。你可以使用工具：[weather,画图])")],
+)
 def test_prefix(language: str, wanted: str) -> None:
     assert render_prefix([WEATHER, DRAW], language) == wanted
 

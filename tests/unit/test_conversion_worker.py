@@ -11,25 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from services.common.errors import InvalidData
-from services.common.reporter import Progress
 from services.conversion.spec import Spec
 from services.conversion.worker import run
-
-
-class Silent:
-    """A reporter that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.steps: list[Progress] = []
-
-    def progress(self, progress: Progress) -> None:
-        self.steps.append(progress)
-
-    def log(self, text: str, severity: str = "INFO") -> None:
-        """Nobody reads it here."""
-
-    def checkpoint(self, step: int, folder: Path) -> None:
-        raise AssertionError("a conversion has no checkpoints")
+from tests.conftest import Silent
 
 
 def row(number: int, *tools: str, call: bool = True) -> dict[str, Any]:
@@ -39,12 +23,18 @@ def row(number: int, *tools: str, call: bool = True) -> dict[str, Any]:
         f"Parameters: {parameters}"
         for n, tool in enumerate(tools, 1)
     )
-    system = f"Answer … You have access to the following APIs:\n{apis}\n\nUse the following format:\n\nThought: …\nBegin!"
+    system = (
+        f"Answer … You have access to the following APIs:\n{apis}\n\nUse the following format:\n\nThought: …\nBegin!"
+    )
     answer = (
         f'Action: {tools[0]}\nAction Input: {{"q": "{number}"}}\nObservation: seen {number}\n'
         f"Thought: I now know the final answer\nFinal Answer: It is {number}."
     )
-    turns = [("system", system), ("user", f"Question {number} on {tools[0]}?"), ("assistant", answer if call else "No.")]
+    turns = [
+        ("system", system),
+        ("user", f"Question {number} on {tools[0]}?"),
+        ("assistant", answer if call else "No."),
+    ]
     return {"id": f"row-{number}", "conversations": [{"from": f, "value": v} for f, v in turns]}
 
 
@@ -129,7 +119,8 @@ def test_bad_rows_are_refused_by_name_with_their_line(tmp_path: Path) -> None:
     bad = ['{"id": "broken"', json.dumps({"id": "x", "conversations": []}), json.dumps({"conversations": [
         {"from": "system", "value": "Be nice"}, {"from": "user", "value": "q"}, {"from": "assistant", "value": "a"},
     ]})]  # fmt: skip
-    output, metadata = convert(tmp_path, write(tmp_path / "a.jsonl", row(1, "t"), *bad, row(2, "u"), row(3, "v"), row(4, "w")))
+    source = write(tmp_path / "a.jsonl", row(1, "t"), *bad, row(2, "u"), row(3, "v"), row(4, "w"))
+    output, metadata = convert(tmp_path, source)
     refused = lines(output / "rejects.jsonl")
     assert [(r["line"], r["code"]) for r in refused] == [
         (2, "INVALID_JSON"), (3, "EMPTY_CONVERSATIONS"), (4, "NOT_REACT_PROMPT"),
@@ -151,7 +142,11 @@ def test_too_many_rejects_fail(tmp_path: Path) -> None:
 
 def test_the_same_twice_and_another_with_another_seed(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", *many())
-    settings: dict[str, Any] = {"distractors": {"max": 3}, "questions": {"min": 2, "max": 3}, "refusals": {"ratio": 0.5}}
+    settings: dict[str, Any] = {
+        "distractors": {"max": 3},
+        "questions": {"min": 2, "max": 3},
+        "refusals": {"ratio": 0.5},
+    }
     first, second = (convert(tmp_path, source, folder=n, **settings)[0] for n in ("one", "two"))
     other = convert(tmp_path, source, folder="other", seed=7, **settings)[0]
     for name in ("train.jsonl", "tools.jsonl", "test.jsonl"):

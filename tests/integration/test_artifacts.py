@@ -1,0 +1,189 @@
+"""Artifacts in a real object store: sealed once, verified, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from services.common import transfer
+from services.common.artifacts import Artifacts
+from services.common.config import StoreConfig
+from services.common.errors import (
+    AlreadyExists,
+    DataLoss,
+    InvalidData,
+    InvalidSpec,
+    NotFound,
+    PermissionDenied,
+    Unavailable,
+)
+from services.common.store import Store, open_store
+
+
+def folder_of(path: Path, **files: bytes) -> Path:
+    for name, data in files.items():
+        file = path / name.replace("__", "/").replace("_", ".")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+    return path
+
+
+def publish(artifacts: Artifacts, folder: Path, name: str = "datasets/a", **more: object) -> str:
+    return artifacts.publish(folder, name, "dataset", more).digest
+
+
+def test_a_folder_comes_back_as_it_was(artifacts: Artifacts, tmp_path: Path) -> None:
+    big = os.urandom(3 * transfer.PART + 17)
+    folder = folder_of(tmp_path / "in", train_jsonl=b"{}\n", deep__big=big, empty=b"")
+    manifest = artifacts.publish(folder, "datasets/a", "dataset", {"job": "conversionJobs/x"}, {"rows": 1})
+    assert artifacts.get("datasets/a") == manifest
+    artifacts.fetch("datasets/a", tmp_path / "out")
+    assert (tmp_path / "out/deep/big").read_bytes() == big
+    assert (tmp_path / "out/empty").read_bytes() == b""
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["big", "empty", "train.jsonl"]
+
+
+def test_an_artifact_is_never_replaced(artifacts: Artifacts, tmp_path: Path) -> None:
+    digest = publish(artifacts, folder_of(tmp_path / "in", a=b"1"))
+    assert publish(artifacts, folder_of(tmp_path / "same", a=b"1")) == digest
+    with pytest.raises(AlreadyExists, match="datasets/a exists with other files"):
+        publish(artifacts, folder_of(tmp_path / "other", a=b"2"))
+    assert artifacts.get("datasets/a").digest == digest
+
+
+def test_of_two_that_publish_at_once_one_wins_and_nothing_is_left_over(
+    artifacts: Artifacts, store: Store, tmp_path: Path
+) -> None:
+    folders = [folder_of(tmp_path / str(n), a=bytes([n])) for n in range(6)]
+
+    def attempt(folder: Path) -> str | None:
+        try:
+            return publish(artifacts, folder)
+        except AlreadyExists:
+            return None
+
+    with ThreadPoolExecutor(6) as pool:
+        told = [digest for digest in pool.map(attempt, folders) if digest]
+    assert told == [artifacts.get("datasets/a").digest]
+    assert len(list(store.list_keys("datasets/a/"))) == 2  # the manifest and its one file
+
+
+def test_the_first_of_two_attempts_of_one_job_wins(artifacts: Artifacts, tmp_path: Path) -> None:
+    first = publish(artifacts, folder_of(tmp_path / "in", a=b"1"), digest="same spec and inputs")
+    assert publish(artifacts, folder_of(tmp_path / "again", a=b"2"), digest="same spec and inputs") == first
+
+
+def test_a_broken_download_goes_on_where_it_stopped(
+    artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(artifacts, folder_of(tmp_path / "in", big=os.urandom(5 * transfer.PART)))
+    fetch_part, fetched = transfer._fetch_part, []
+
+    def flaky(store: Store, address: str, key: str, out: int, part: int, size: int, on_bytes: transfer.OnBytes) -> None:
+        if part == 3 and not fetched.count(3):
+            fetched.append(3)
+            raise Unavailable("the network went away")
+        fetched.append(part)
+        fetch_part(store, address, key, out, part, size, on_bytes)
+
+    monkeypatch.setattr(transfer, "_fetch_part", flaky)
+    with pytest.raises(Unavailable):
+        artifacts.fetch("datasets/a", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    artifacts.fetch("datasets/a", tmp_path / "out")
+    assert fetched.count(0) == fetched.count(1) == fetched.count(2) == 1
+    assert (tmp_path / "out/big").read_bytes() == (tmp_path / "in/big").read_bytes()
+
+
+def test_changed_bytes_are_noticed(artifacts: Artifacts, store: Store, tmp_path: Path) -> None:
+    publish(artifacts, folder_of(tmp_path / "in", a=b"right"))
+    key = next(k for k in store.list_keys("datasets/a/") if k.endswith("/a"))
+    store.put_bytes(key, b"wrong")
+    with pytest.raises(DataLoss, match="not what its manifest says"):
+        artifacts.fetch("datasets/a", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_manifest_is_noticed(artifacts: Artifacts, store: Store, tmp_path: Path) -> None:
+    publish(artifacts, folder_of(tmp_path / "in", a=b"right"))
+    manifest = store.get_json("datasets/a/manifest.json")
+    assert manifest is not None
+    manifest["files"][0]["size"] = 99
+    store.put_json("datasets/a/manifest.json", manifest)
+    with pytest.raises(DataLoss, match="was changed"):
+        artifacts.get("datasets/a")
+
+
+def test_the_cache_fetches_once(artifacts: Artifacts, store: Store, tmp_path: Path) -> None:
+    digest = publish(artifacts, folder_of(tmp_path / "in", a=b"1"))
+    folder = artifacts.cached("datasets/a", digest)
+    for key in store.list_keys("datasets/a/"):
+        if key.endswith("/a"):
+            store.delete(key)
+    assert artifacts.cached("datasets/a") == folder
+    with pytest.raises(DataLoss, match="has changed"):
+        artifacts.cached("datasets/a", "0" * 64)
+
+
+def test_lineage_goes_back_to_the_rows(artifacts: Artifacts, tmp_path: Path) -> None:
+    rows = artifacts.publish(folder_of(tmp_path / "rows", a_jsonl=b"{}"), "datasets/rows", "rows")
+    data = artifacts.publish(
+        folder_of(tmp_path / "data", b_jsonl=b"{}"), "datasets/data", "dataset",
+        {"inputs": [{"name": rows.name, "digest": rows.digest}]},
+    )  # fmt: skip
+    assert [m.name for m in artifacts.lineage("datasets/data")] == ["datasets/data", "datasets/rows"]
+    artifacts.delete("datasets/rows")
+    assert artifacts.lineage("datasets/data") == [data]
+
+
+def test_what_may_not_be_published(artifacts: Artifacts, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidData, match="no files"):
+        artifacts.publish(tmp_path / "empty", "datasets/a", "dataset")
+    with pytest.raises(InvalidData, match=r"pickled weights \(pytorch_model\.bin\)"):
+        folder = folder_of(tmp_path / "m", model_safetensors=b"x", config_json=b"{}")
+        (folder / "pytorch_model.bin").write_bytes(b"x")
+        artifacts.publish(folder, "models/a", "model")
+    with pytest.raises(InvalidData, match=r"no \.safetensors"):
+        artifacts.publish(folder_of(tmp_path / "n", config_json=b"{}"), "models/a", "model")
+    with pytest.raises(InvalidSpec):
+        artifacts.publish(folder_of(tmp_path / "o", a=b"x"), "datasets/../a", "dataset")
+    with pytest.raises(NotFound):
+        artifacts.get("datasets/nothing")
+
+
+def test_pages(artifacts: Artifacts, tmp_path: Path) -> None:
+    for number in range(5):
+        publish(artifacts, folder_of(tmp_path / str(number), a=bytes([number])), f"datasets/d{number}")
+    first, token = artifacts.list("datasets", 3)
+    rest, end = artifacts.list("datasets", 3, token)
+    assert [m.name for m in first + rest] == [f"datasets/d{n}" for n in range(5)]
+    assert end == ""
+
+
+def test_a_store_that_is_down(object_store: StoreConfig) -> None:
+    with pytest.raises(Unavailable, match=r"127\.0\.0\.1:9 "):
+        open_store(object_store.model_copy(update={"endpoint": "http://127.0.0.1:9"}))
+
+
+def test_a_wrong_key(object_store: StoreConfig) -> None:
+    wrong = object_store.model_copy(update={"access_key": "nobody"})
+    with pytest.raises(PermissionDenied, match="refuses the key 'nobody'"):
+        open_store(wrong)
+
+
+def test_an_endpoint_that_is_none(object_store: StoreConfig) -> None:
+    with pytest.raises(InvalidSpec, match="http://host:port"):
+        open_store(object_store.model_copy(update={"endpoint": "minio:9000"}))
+
+
+def test_conditional_put(store: Store) -> None:
+    key = f"x/{secrets.token_hex(4)}.json"
+    assert store.put_json(key, {"n": 1}, only_if_absent=True)
+    assert not store.put_json(key, {"n": 2}, only_if_absent=True)
+    assert json.loads(store.get_bytes(key)) == {"n": 1}

@@ -1,0 +1,151 @@
+"""The server over a real socket: TLS, tokens, health, reflection, ports in use, errors that say nothing they should not."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import ipaddress
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+
+from fabrictune.client import Client
+from fabrictune.errors import ApiError
+from fabrictune.v1 import artifact_pb2, artifact_pb2_grpc
+from services.common.auth import Authenticator, TokenEntry
+from services.common.config import ServerConfig
+from services.common.errors import NotFound, Unavailable
+from services.common.server import Server, service
+
+
+class Artifacts(artifact_pb2_grpc.ArtifactServiceServicer):
+    """Answers one name, fails on two others."""
+
+    async def GetArtifact(self, request: artifact_pb2.GetArtifactRequest, context: Any) -> artifact_pb2.Artifact:
+        if request.name == "models/broken":
+            raise RuntimeError("a secret: hunter2")
+        if request.name != "models/m":
+            raise NotFound(f"there is no artifact {request.name}", {"name": request.name})
+        return artifact_pb2.Artifact(name=request.name)
+
+
+def make_server(authenticator: Authenticator | None = None, inside: str = "", **settings: Any) -> Server:
+    config = ServerConfig.model_validate({"port": 0, "metrics_port": 0, "drain_seconds": 0, **settings})
+    offered = service(Artifacts(), artifact_pb2_grpc.add_ArtifactServiceServicer_to_server)
+    return Server([offered], config, authenticator, inside)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    server = make_server()
+    await server.start()
+    yield server
+    await server.close()
+
+
+async def get(target: grpc.aio.Channel, name: str, **more: Any) -> artifact_pb2.Artifact:
+    stub: Any = artifact_pb2_grpc.ArtifactServiceStub(target)  # type: ignore[no-untyped-call]  # generated
+    answer: artifact_pb2.Artifact = await stub.GetArtifact(artifact_pb2.GetArtifactRequest(name=name), **more)
+    return answer
+
+
+async def test_health_reflection_and_metrics(server: Server) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "fabrictune.v1.ArtifactService"):
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        stream = reflection.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        listed = [s.name async for a in stream for s in a.list_services_response.service]
+        assert "fabrictune.v1.ArtifactService" in listed
+        await get(channel, "models/m")
+    async with httpx.AsyncClient() as http:
+        text = (await http.get(f"http://127.0.0.1:{server.metrics_port}/metrics")).text
+    assert "/fabrictune.v1.ArtifactService/GetArtifact" in text
+
+
+async def test_errors_carry_reason_and_metadata(server: Server) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await get(channel, "models/none")
+    status = rpc_status.from_call(refused.value)
+    info = error_details_pb2.ErrorInfo()
+    assert any(detail.Unpack(info) for detail in status.details)
+    assert (info.reason, info.domain, dict(info.metadata)) == ("NOT_FOUND", "fabrictune.dev", {"name": "models/none"})
+
+
+async def test_a_bug_says_a_request_id_and_nothing_else(server: Server) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await get(channel, "models/broken", metadata=(("x-request-id", "r-77"),))
+    assert refused.value.code() is grpc.StatusCode.INTERNAL
+    assert "r-77" in str(refused.value.details())
+    assert "hunter2" not in str(refused.value.details())
+
+
+async def test_a_port_in_use_is_one_clear_error() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(Unavailable, match=f"cannot listen on 127.0.0.1:{port}.*FABRICTUNE_PORT"):
+            await make_server(port=port).start()
+        with pytest.raises(Unavailable, match="FABRICTUNE_METRICS_PORT"):
+            await make_server(metrics_port=port).start()
+
+
+def write_certificate(folder: Path) -> tuple[Path, Path]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fabrictune test")])
+    now = datetime.datetime.now(datetime.UTC)
+    hosts = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    built = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    built = built.serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(1))
+    signed = built.not_valid_after(now + datetime.timedelta(1)).add_extension(hosts, False).sign(key, hashes.SHA256())
+    certificate, private = folder / "c.pem", folder / "k.pem"
+    certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    plain = serialization.NoEncryption()
+    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain))
+    return certificate, private
+
+
+async def test_tls_and_tokens(tmp_path: Path) -> None:
+    certificate, private = write_certificate(tmp_path)
+    entry = TokenEntry(name="ann", role="viewer", sha256=hashlib.sha256(b"key").hexdigest())
+    inside = f"unix:{tmp_path}/inside.sock"
+    server = make_server(Authenticator([entry]), inside, tls_certificate=certificate, tls_key=private)
+    await server.start()
+    try:
+        credentials = grpc.ssl_channel_credentials(certificate.read_bytes())
+        async with grpc.aio.secure_channel(f"localhost:{server.port}", credentials) as channel:
+            answer = await get(channel, "models/m", metadata=(("authorization", "Bearer key"),))
+            assert answer.name == "models/m"
+            for metadata in ((), (("authorization", "Bearer wrong"),)):
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await get(channel, "models/m", metadata=metadata)
+                assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())  # probes have no token
+        async with grpc.aio.insecure_channel(inside) as channel:
+            assert (await get(channel, "models/m")).name == "models/m"  # this process talks to itself
+    finally:
+        await server.close()
+
+
+def test_the_client_says_what_to_do_when_no_server_answers() -> None:
+    with Client("127.0.0.1:9") as client, pytest.raises(ApiError, match="`fabrictune up`") as refused:
+        client.artifacts.get("models/m")
+    assert refused.value.code == "UNAVAILABLE"
