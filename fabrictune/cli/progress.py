@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from fabrictune.cli.context import console, print_json, settings
+from fabrictune.cli.context import console, print_json_line, settings
 from fabrictune.v1 import job_pb2
 
 STYLES = {job_pb2.LogLine.WARNING: "yellow", job_pb2.LogLine.ERROR: "red", job_pb2.LogLine.DEBUG: "dim"}
@@ -69,7 +69,7 @@ def follow(name: str, events: Iterable[job_pb2.WatchEvent], logs: bool = True) -
     last = job_pb2.Execution()
     if settings().json:
         for event in events:
-            print_json(json_format.MessageToDict(event, preserving_proto_field_name=True))
+            print_json_line(json_format.MessageToDict(event, preserving_proto_field_name=True))
             if event.WhichOneof("event") == "state":
                 last = event.state
         return last

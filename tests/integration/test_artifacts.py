@@ -82,7 +82,8 @@ def test_a_broken_download_goes_on_where_it_stopped(
     artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(artifacts, folder_of(tmp_path / "in", big=os.urandom(5 * transfer.PART)))
-    fetch_part, fetched = transfer._fetch_part, []
+    fetch_part = transfer._fetch_part
+    fetched: list[int] = []
 
     def flaky(store: Store, address: str, key: str, out: int, part: int, size: int, on_bytes: transfer.OnBytes) -> None:
         if part == 3 and not fetched.count(3):

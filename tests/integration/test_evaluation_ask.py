@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ import pytest
 from aiohttp import web
 
 from services.common.errors import InvalidData, Unauthenticated, Unavailable
-from services.evaluation import ask
 from services.evaluation.ask import Address, Answer, Question, ask_all
 from services.evaluation.worker import STAGE
 from tests.conftest import Silent
@@ -71,13 +71,13 @@ async def test_what_is_sent_and_what_comes_back(server: Server) -> None:
 
 
 async def test_a_busy_server_is_asked_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ask.asyncio, "sleep", _no_sleep(ask.asyncio.sleep))
+    monkeypatch.setattr(asyncio, "sleep", _no_sleep(asyncio.sleep))
     server.behave = lambda number: web.Response(status=503, text="busy") if number < 4 else None
     assert len(await collect(server)) == 5
 
 
 async def test_a_server_that_stays_away(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ask.asyncio, "sleep", _no_sleep(ask.asyncio.sleep))
+    monkeypatch.setattr(asyncio, "sleep", _no_sleep(asyncio.sleep))
     server.behave = lambda _: web.Response(status=500, text="broken")
     with pytest.raises(Unavailable, match="in 6 tries; the last said HTTP 500: broken"):
         await collect(server)

@@ -21,7 +21,8 @@ ENGLISH = """
 weather: weather API. Query the weather. Parameters: {"type": "object", "properties": {"city": {"type": "string", \
 "description": "name"}}, "required": ["city"]} Format the arguments as a JSON object.
 
-画图: 画图 API。根据描述画图。 输入参数: {"type": "object", "properties": {}, "required": []} Format the arguments as a JSON object.
+画图: 画图 API。根据描述画图。 输入参数: {"type": "object", "properties": {}, "required": []} Format the arguments as a \
+JSON object.
 
 ## When you need to call a tool, please intersperse the following tool command in your reply. You can call zero or more \
 times according to your needs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from services.common.errors import InvalidData, ResourceExhausted
-from services.merging import merge
 from services.merging.adapter import read_adapter
 from services.merging.merge import merge_folder
 from services.merging.worker import STAGE
@@ -157,7 +157,7 @@ def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_said_before_a_byte_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(merge.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ResourceExhausted, match="needs"):
         merged(tmp_path, write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter"))
     assert not list((tmp_path / "out").iterdir())

@@ -1,0 +1,151 @@
+"""The command without any server: help that teaches, and one clear error for each kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fabrictune.cli import app
+
+COMMANDS = [
+    [], ["up"], ["down"], ["doctor"], ["run"], ["convert"], ["train"], ["merge"], ["evaluate"], ["deploy"], ["undeploy"],
+    ["deployments"], ["chat"], ["agentfabric", "config"], ["jobs", "list"], ["jobs", "get"], ["jobs", "watch"],
+    ["jobs", "cancel"], ["jobs", "logs"], ["jobs", "resume"], ["jobs", "delete"], ["models", "list"], ["models", "import"],
+    ["datasets", "list"], ["artifacts", "ls"], ["artifacts", "get"], ["artifacts", "pull"], ["artifacts", "push"],
+    ["artifacts", "rm"], ["lineage"], ["tokens", "new"],
+]  # fmt: skip
+NOBODY = "127.0.0.1:9"
+
+
+def call(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FABRICTUNE_")} | {"COLUMNS": "100"}
+    argv = [sys.executable, "-m", "fabrictune", *arguments]
+    return subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself(command: list[str]) -> None:
+    result = CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert len(result.output.split()) > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "status", "said"),
+    [
+        ("missing.yaml", None, 66, "missing.yaml cannot be read"),
+        ("broken.yaml", "a: [", 64, "broken.yaml is not YAML"),
+        ("list.yaml", "- a", 64, "must hold a mapping"),
+    ],
+)
+def test_bad_yaml(tmp_path: Path, name: str, text: str | None, status: int, said: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    done = call("run", name, folder=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_json_errors(tmp_path: Path) -> None:
+    done = call("run", "missing.yaml", "--json", folder=tmp_path)
+    assert "missing.yaml" in json.loads(done.stderr)["error"]["message"]
+
+
+def test_no_server(tmp_path: Path) -> None:
+    done = call("--endpoint", NOBODY, "jobs", "list", folder=tmp_path)
+    assert done.returncode == 75
+    assert "`fabrictune up`" in done.stderr
+
+
+def test_an_unknown_command_and_option(tmp_path: Path) -> None:
+    assert call("trian", folder=tmp_path).returncode == 2
+    done = call("convert", "--bogus", "x", folder=tmp_path)
+    assert done.returncode == 2
+    assert "--bogus" in done.stderr
+
+
+def test_a_data_set_with_no_valid_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("nothing\n")
+    done = call("convert", "rows.jsonl", "--output", "out", folder=tmp_path)
+    assert done.returncode == 65
+    assert "no row is left to train on" in done.stderr
+    assert "rows.jsonl line 1" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_an_output_folder_that_is_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("keep")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    done = call("convert", "rows.jsonl", "--output", "out", folder=tmp_path)
+    assert done.returncode == 64
+    assert "out exists and is not empty" in done.stderr
+    assert (tmp_path / "out/mine").read_text() == "keep"
+
+
+def test_an_unknown_preset_and_argument(tmp_path: Path) -> None:
+    for name in ("data", "base"):
+        (tmp_path / name).mkdir()
+    train = ("train", "data", "--model", "base", "--output", "out")
+    done = call(*train, "--preset", "nope", folder=tmp_path)
+    assert done.returncode == 64
+    assert "there is no preset 'nope'; there are" in done.stderr
+    done = call(*train, "--set", "learning_rat=1", "--set", "deepspeed=zero3", folder=tmp_path)
+    assert done.returncode == 64
+    assert "did you mean 'learning_rate'?" in done.stderr
+    assert "deepspeed" in done.stderr
+
+
+def test_a_base_model_without_safetensors(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text("{}")
+    (tmp_path / "base/pytorch_model.bin").write_bytes(b"x")
+    done = call("deploy", "base", folder=tmp_path)
+    assert done.returncode == 65, done.stderr
+    assert "no *.safetensors" in done.stderr
+    (tmp_path / "adapter").mkdir()
+    done = call("merge", "--model", "base", "--adapter", "adapter", "--output", "out", folder=tmp_path)
+    assert done.returncode == 65, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_up_with_bad_settings_says_all_of_them(tmp_path: Path) -> None:
+    env_port = call("up", "--port", "70000", folder=tmp_path)
+    assert env_port.returncode == 64
+    assert "FABRICTUNE_PORT" in env_port.stderr
+    open_host = call("up", "--host", "0.0.0.0", "--port", "0", folder=tmp_path)
+    assert open_host.returncode == 78
+    assert "refusing to listen on 0.0.0.0" in open_host.stderr
+
+
+def test_a_store_that_is_down(tmp_path: Path) -> None:
+    done = call("up", "--s3-endpoint", "http://127.0.0.1:9", "--port", "0", folder=tmp_path)
+    assert done.returncode == 75
+    assert "http://127.0.0.1:9" in done.stderr
+    assert "is it running?" in done.stderr
+
+
+def test_tokens_are_shown_once_and_kept_as_hashes(tmp_path: Path) -> None:
+    done = call("tokens", "new", "ann", "--role", "viewer", folder=tmp_path)
+    token = done.stdout.strip().partition("=")[2]
+    assert token.startswith("ft_")
+    file = tmp_path / "tokens.yaml"
+    assert token not in file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert call("tokens", "new", "ann", folder=tmp_path).returncode == 64
+    assert call("tokens", "new", "bob", "--role", "king", folder=tmp_path).returncode == 64
+
+
+def test_doctor_says_what_it_found(tmp_path: Path) -> None:
+    done = call("doctor", "--json", folder=tmp_path)
+    found = {f["what"]: f for f in json.loads(done.stdout)}
+    assert found["Python"]["fine"]
+    assert {"packages", "memory", "disk", "GPU", "server"} <= set(found)
