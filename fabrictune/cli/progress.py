@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -21,6 +23,7 @@ from rich.text import Text
 from fabrictune.cli.context import console, print_json_line, settings
 from fabrictune.v1 import job_pb2
 
+LINE_SECONDS = 20.0
 STYLES = {job_pb2.LogLine.WARNING: "yellow", job_pb2.LogLine.ERROR: "red", job_pb2.LogLine.DEBUG: "dim"}
 
 
@@ -31,8 +34,29 @@ class _Figures(ProgressColumn):
         return Text(str(task.fields.get("figures", "")), style="cyan")
 
 
+class _Lines(Progress):
+    """Where there is no terminal (a log file, CI): a line when something begins or ends, and one now and then."""
+
+    def __init__(self) -> None:
+        super().__init__(console=console, disable=True)
+        self._said: dict[TaskID, tuple[float, str]] = {}
+
+    def update(self, task_id: TaskID, *arguments: Any, **fields: Any) -> None:
+        """Move a bar that nobody sees, and say so when the last word is old."""
+        super().update(task_id, *arguments, **fields)
+        task = self.tasks[task_id]
+        total = f"/{task.total:.0f}" if task.total else ""
+        text = f"{task.description}  {task.completed:.0f}{total}  {task.fields.get('figures', '')}".rstrip()
+        when, before = self._said.get(task_id, (float("-inf"), ""))
+        if text != before and (task.finished or time.monotonic() - when > LINE_SECONDS):
+            self._said[task_id] = time.monotonic(), text
+            console.print(text, highlight=False)
+
+
 def new_progress() -> Progress:
     """A progress display with our columns. Tasks take a field `figures`."""
+    if not console.is_terminal:
+        return _Lines()
     return Progress(
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),

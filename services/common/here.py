@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from rich.progress import Progress as Display
 from services.common.errors import Cancelled
 from services.common.reporter import Progress
 from services.common.stage import Stage
+
+LINE_SECONDS = 20.0
 
 
 def run(stage: Stage[Any], spec: BaseModel, inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
@@ -37,6 +40,7 @@ class _Terminal:
     def __init__(self, display: Display, title: str) -> None:
         self._display = display
         self._task = display.add_task(title, total=None, figures="")
+        self._title, self._said = title, time.monotonic()
 
     def progress(self, progress: Progress) -> None:
         """Move the bar."""
@@ -45,10 +49,11 @@ class _Terminal:
         figures += [f"{progress.tokens_per_second:.0f} tok/s"] if progress.tokens_per_second else []
         if progress.eta_seconds:
             figures.append(f"ETA {int(progress.eta_seconds) // 60}:{int(progress.eta_seconds) % 60:02d}")
-        total = progress.total_steps or None
-        self._display.update(
-            self._task, completed=progress.step, total=total, figures="  ".join(f for f in figures if f)
-        )
+        total, text = progress.total_steps or None, "  ".join(f for f in figures if f)
+        self._display.update(self._task, completed=progress.step, total=total, figures=text)
+        if not self._display.console.is_terminal and time.monotonic() - self._said > LINE_SECONDS:
+            self._said = time.monotonic()
+            self.log(f"{self._title}  {progress.step}{f'/{total}' if total else ''}  {text}")
 
     def log(self, text: str, severity: str = "INFO") -> None:
         """A line above the bar."""

@@ -202,9 +202,8 @@ def _refusals(
     spec: Spec, row_id: str, questions: int, tools: Sequence[Tool], asked: Sequence[_Row]
 ) -> list[tuple[str, Turn]]:
     """Questions of other rows that none of these tools fits, each with a refusal as its answer."""
-    # The fraction that is left over becomes one more for that part of the prompts.
-    exact = questions * spec.refusals.ratio
-    count = int(exact) + (seeded(spec.seed, "refusals", row_id) % 1000 < (exact - int(exact)) * 1000)
+    # From none to twice as many as the ratio says: were it always the same number, a model could count instead of read.
+    count = pick_count(0, round(2 * questions * spec.refusals.ratio), spec.seed, "refusals", row_id)
     found: list[tuple[str, Turn]] = []
     start = seeded(spec.seed, "refused", row_id)
     for step in range(min(len(asked), 200)):

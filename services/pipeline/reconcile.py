@@ -156,11 +156,21 @@ class Reconciler:
         if there is None or there.execution.state != SUCCEEDED:
             reporter.log(f"{stage}: starting {model} as {name}, without traffic")
             await self._inference.start_revision(deployment, revision_id, revision)
+        passed = False
         try:
             await self._do_job(run, stage, spec, reporter)
+            passed = True
         finally:
-            if not keep or run.spec.deployment is None:
-                await self._inference.delete_revision(name)
+            if not (passed and keep and run.spec.deployment is not None):
+                await self._release(name)
+
+    async def _release(self, revision: str) -> None:
+        """Stop a revision that was started to be asked; one that takes traffic stays."""
+        try:
+            await self._inference.delete_revision(revision)
+        except RemoteError as error:
+            if error.status.code != code_pb2.FAILED_PRECONDITION:
+                raise
 
     async def _do_job(self, run: _Run, stage: str, spec: Mapping[str, Any], reporter: Reporter) -> None:
         client, status = self._clients[stage.partition("-")[0]], run.stages[stage]

@@ -59,6 +59,13 @@ class Here:
         assert done.returncode == status, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout if status == 0 else done.stderr
 
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """The command in the background."""
+        argv = [sys.executable, "-m", "fabrictune", *arguments]
+        return subprocess.Popen(
+            argv, cwd=self.folder, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
     def json(self, *arguments: str) -> Any:
         return json.loads(self.call("--json", *arguments))
 
@@ -145,6 +152,42 @@ def test_a_second_run_does_nothing_again(here: Here, told: str) -> None:
     assert {j["name"] for j in here.json("jobs", "list")} - before == {"pipelineRuns/second"}
     stages = here.json("jobs", "get", "pipelineRuns/second")["stages"]
     assert all(s.get("reused") for s in stages if s["stage"] != "deployment")
+
+
+def test_a_missed_gate_fails_the_run_with_the_numbers_and_keeps_the_report(here: Here, told: str) -> None:
+    spec = {**SMALL, "evaluation": {**SMALL["evaluation"], "gate": {"exact_arguments": 1.0}}}
+    said = here.call("run", here.write("gate.yaml", spec), "--id", "gated", status=78)
+    assert "exact_arguments: " in said
+    assert "the gate asks for 100.0%" in said
+    run = here.json("jobs", "get", "pipelineRuns/gated")
+    assert run["execution"]["error"]["details"][0]["reason"] == "GATE_NOT_MET"
+    assert [s["stage"] for s in run["stages"]][-1] == "evaluation-after"
+    assert len(here.json("artifacts", "ls", "reports")) >= 3
+    assert len(here.json("deployments")[0]["revisions"]) == 1  # what was served before is served still
+
+
+def test_folders_and_ctrl_c_leave_nothing_half(here: Here, told: str) -> None:
+    dataset = next(a["name"] for a in here.json("artifacts", "ls", "datasets") if a["kind"] == "dataset")
+    here.call("artifacts", "pull", dataset, "dataset")
+    here.call("artifacts", "pull", "models/smollm2-135m-instruct", "base")
+    argv = ["train", "dataset", "--model", "base", "--preset", "smollm2-cpu", "--output", "adapter"]
+    process = here.start(*argv, "--set", "max_steps=500")
+    _wait(lambda: list(here.folder.glob(".adapter-*/.work/run/logging.jsonl")))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) in (130, 143)
+    assert not list(here.folder.glob("*adapter*"))
+
+
+def test_ctrl_c_cancels_a_run_and_its_job(here: Here, told: str) -> None:
+    spec = {"conversion": SMALL["conversion"], "training": {**SMALL["training"], "arguments": {"max_steps": 501}}}
+    process = here.start("run", here.write("long.yaml", spec), "--id", "long")
+    job = _wait(lambda: _stage(here, "long", "training").get("job"))
+    _wait(lambda: here.json("jobs", "get", job)["execution"].get("progress", {}).get("step", 0) >= 1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    _wait(lambda: here.json("jobs", "get", job)["execution"]["state"] == "CANCELLED")
+    _wait(lambda: here.json("jobs", "get", "pipelineRuns/long")["execution"]["state"] == "CANCELLED")
+    _wait(lambda: not any("services.training.worker" in p.cmdline() for p in here.processes()))
 
 
 def test_a_run_outlives_kill_9_of_up_in_mid_training(here: Here, told: str) -> None:

@@ -1,0 +1,29 @@
+"""`make bench` (`python -m bench [NAME …]`): speed and memory, side by side with a named baseline in one run.
+
+These figures are ratios of medians of rounds in turn, since machines are noisy; none of them is a test.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+
+NAMES = ("transfer", "merging")
+
+
+def main() -> None:
+    """Run the named benchmarks, or all."""
+    wanted = sys.argv[1:] or list(NAMES)
+    unknown = [name for name in wanted if name not in NAMES]
+    if unknown:
+        sys.exit(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    failed = False
+    for name in wanted:
+        run: Callable[[], bool] = importlib.import_module(f"bench.{name}").run
+        failed |= not run()
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
