@@ -36,6 +36,8 @@ STEPS = 6
 ARGUMENTS = {
     **{"max_steps": STEPS, "save_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "logging_steps": 1},
     **{"max_length": 128, "lora_dropout": 0.1, "learning_rate": 1e-2, "lora_rank": 4, "save_total_limit": 10},
+    # The preset's upper layers are not there in a model of two.
+    **{"target_regex": r".*_proj", "effective_batch_size": 2, "per_device_train_batch_size": 2},
 }
 
 
@@ -228,10 +230,11 @@ from swift.model import get_processor
 from swift.template import get_template
 import dataclasses
 processor = get_processor(sys.argv[1], model_type="llama")
-template = get_template(processor, template_type="chatml", loss_scale="react", max_length=512)
-template.set_mode("train")
-found = []
-for row in map(json.loads, sys.stdin):
+def encode(loss_scale, rows):
+    template = get_template(processor, template_type="chatml", loss_scale=loss_scale, max_length=512)
+    template.set_mode("train")
+    return [weigh(template, row) for row in rows]
+def weigh(template, row):
     encoded = template.encode({"messages": row["messages"]})
     weights = encoded.get("loss_scale") or [1.0] * len(encoded["labels"])
     weights = [w if label != -100 else 0.0 for w, label in zip(weights, encoded["labels"])]
@@ -239,8 +242,10 @@ for row in map(json.loads, sys.stdin):
     for token, weight in zip(encoded["input_ids"], weights):
         if runs and runs[-1][0] == weight: runs[-1][1].append(token)
         else: runs.append([weight, [token]])
-    found.append([[weight, template.tokenizer.decode(tokens)] for weight, tokens in runs])
-print("RESULT" + json.dumps({"runs": found, "arguments": [f.name for f in dataclasses.fields(SftArguments)]}))
+    return [[weight, template.tokenizer.decode(tokens)] for weight, tokens in runs]
+rows = list(map(json.loads, sys.stdin))
+found = {scale: encode(scale, rows) for scale in ("react", "default")}
+print("RESULT" + json.dumps({**found, "arguments": [f.name for f in dataclasses.fields(SftArguments)]}))
 """
 
 
@@ -267,11 +272,20 @@ def encoded(tiny_model: Path) -> dict[str, Any]:
 
 
 def test_tool_calls_count_double_answers_once_and_the_rest_nothing_token_by_token(encoded: dict[str, Any]) -> None:
-    call, prose, summary, inline = encoded["runs"]
+    call, prose, summary, inline = encoded["react"]
     assert [w for w, _ in call] == [0.0, 2.0, 1.0] and call[1][1] == CALL and call[2][1].startswith("<|im_end|>")
     assert [w for w, _ in prose] == [0.0, 1.0, 2.0, 1.0] and prose[1][1] == "Let me look.\n" and prose[2][1] == CALL
     assert [w for w, _ in summary] == [0.0, 1.0] and summary[1][1].startswith(f"{SUMMARY}<|im_end|>")
     assert [w for w, _ in inline] == [0.0, 2.0, 0.0, 1.0]
+    assert inline[1][1] == CALL and inline[3][1].startswith(f" {SUMMARY}<|im_end|>")
+
+
+def test_with_the_default_scale_calls_and_answers_count_alike_and_results_nothing(encoded: dict[str, Any]) -> None:
+    call, prose, summary, inline = encoded["default"]
+    for row, text in ((call, CALL), (prose, f"Let me look.\n{CALL}"), (summary, SUMMARY)):
+        assert [w for w, _ in row] == [0.0, 1.0]
+        assert row[1][1].startswith(f"{text}<|im_end|>")
+    assert [w for w, _ in inline] == [0.0, 1.0, 0.0, 1.0]
     assert inline[1][1] == CALL and inline[3][1].startswith(f" {SUMMARY}<|im_end|>")
 
 

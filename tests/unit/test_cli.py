@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -149,3 +151,20 @@ def test_doctor_says_what_it_found(tmp_path: Path) -> None:
     found = {f["what"]: f for f in json.loads(done.stdout)}
     assert found["Python"]["fine"]
     assert {"packages", "memory", "disk", "GPU", "server"} <= set(found)
+
+
+@pytest.mark.parametrize("taken", ["--port", "--gateway-port", "--metrics-port"])
+def test_a_port_in_use_leaves_nothing_running(tmp_path: Path, taken: str) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        ports = {"--port": "0", "--gateway-port": "0", "--metrics-port": "0"} | {taken: port}
+        done = call("up", *(part for pair in ports.items() for part in pair), folder=tmp_path)
+    assert done.returncode in (75, 78), done.stderr
+    assert port in done.stderr
+    assert "FABRICTUNE_" in done.stderr
+    assert "Traceback" not in done.stderr
+    note = json.loads((tmp_path / ".fabrictune/store/weed.json").read_text())
+    assert not psutil.pid_exists(note["pid"])
+    assert not (tmp_path / ".fabrictune/up.json").exists()
