@@ -50,7 +50,7 @@ class _Lines(Progress):
         when, before = self._said.get(task_id, (float("-inf"), ""))
         if text != before and (task.finished or time.monotonic() - when > LINE_SECONDS):
             self._said[task_id] = time.monotonic(), text
-            console.print(text, highlight=False)
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def new_progress() -> Progress:

