@@ -174,6 +174,8 @@ def _list(collections: list[str]) -> None:
 def _label(artifact: artifact_pb2.Artifact | None, name: str, digest: str) -> str:
     if artifact is None:
         return f"{name}  [dim]sha256:{digest[:12]}  (deleted since)[/]"
+    if artifact.kind == "deployment":
+        return f"[bold]{name}[/]"
     by = artifact.created_by.job or "imported"
     metadata = json_format.MessageToDict(artifact.metadata)
     extra = f"  {metadata['description']}" if metadata.get("description") else ""

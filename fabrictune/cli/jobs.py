@@ -35,9 +35,10 @@ def list_jobs() -> None:
         "state": "STATE",
         "progress": "PROGRESS",
         "created": "CREATED",
-        "output": "OUTPUT",
         "message": "",
     }
+    if not any(row["message"] for row in rows):
+        del columns["message"]
     print_rows(rows, columns, "no jobs yet; `fabrictune run examples/quickstart.yaml` starts a whole run")
 
 

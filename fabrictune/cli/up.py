@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -22,7 +22,7 @@ from fabrictune.client import read_up_file
 from fabrictune.errors import ApiError
 
 START_SECONDS = 60.0
-STOP_SECONDS = 60.0
+STOP_SECONDS = 180.0
 DataDir = Annotated[Path, typer.Option(envvar="FABRICTUNE_DATA_DIR", help="Object store, cache, logs and journal.")]
 tokens = typer.Typer(name="tokens", help="API keys for servers that listen beyond loopback.", no_args_is_help=True)
 
@@ -81,7 +81,7 @@ def down(data_dir: DataDir = Path(".fabrictune")) -> None:
     if running:
         os.kill(int(running["pid"]), signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
-        while find_running(data_dir):
+        while _is_alive(running):
             if time.monotonic() > deadline:
                 raise ApiError(f"process {running['pid']} does not end; see {data_dir}/up.log", "DEADLINE_EXCEEDED")
             time.sleep(0.1)
@@ -117,12 +117,7 @@ def ensure_up(data_dir: Path | None = None) -> Iterator[None]:
 def find_running(data_dir: Path) -> dict[str, str]:
     """What the `fabrictune up` of a folder says of itself, if its process lives; else {}."""
     said = read_up_file(data_dir)
-    try:
-        started = Path(f"/proc/{said['pid']}/stat").read_text().rpartition(")")[2].split()
-    except (KeyError, OSError):
-        return {}
-    # The start time tells it from a later process with the same number.
-    return said if int(started[19]) == said.get("started") and started[0] not in "ZX" else {}
+    return said if _is_alive(said) else {}
 
 
 @tokens.command("new")
@@ -151,6 +146,15 @@ def new_token(
         print_json({"name": name, "role": role, "token": token})
     else:
         console.print(f"FABRICTUNE_TOKEN={token}", highlight=False, soft_wrap=True)
+
+
+def _is_alive(said: Mapping[str, Any]) -> bool:
+    """Whether the process of an up.json runs. Its start time tells it from a later one with the same number."""
+    try:
+        fields = Path(f"/proc/{said['pid']}/stat").read_text().rpartition(")")[2].split()
+    except (KeyError, OSError):
+        return False
+    return int(fields[19]) == said.get("started") and fields[0] not in "ZX"
 
 
 def _start_detached(data_dir: Path) -> None:

@@ -45,12 +45,13 @@ async def _serve(folder: Path, port: int) -> None:
         print(f"starting vLLM on {folder} and comparing it with the reference …", flush=True)
         await rollout.create_revision(name, "r-1", RevisionSpec(model=f"models/{name}"), take_traffic=True)
         stopped = asyncio.create_task(wait_for_stop())
-        watching = asyncio.create_task(_wait_until_ready(rollout, name))
-        await asyncio.wait({stopped, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if not watching.done():
-            watching.cancel()
+        starting = asyncio.create_task(rollout.wait(name, "r-1"))
+        await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
             return
-        watching.result()
+        if starting.result().state is not State.READY:
+            raise FailedPrecondition(f"the model cannot be served: {starting.result().message}")
         print(
             f"{name} is served at http://127.0.0.1:{port}/v1\n\n  curl http://127.0.0.1:{port}/v1/chat/completions "
             f'-H \'Content-Type: application/json\' \\\n    -d \'{{"model": "{name}", "messages": '
@@ -58,15 +59,6 @@ async def _serve(folder: Path, port: int) -> None:
             flush=True,
         )
         await stopped
-
-
-async def _wait_until_ready(rollout: Rollout, name: str) -> None:
-    async for deployment in rollout.watch(name):
-        for revision in deployment.revisions.values():
-            if revision.state is State.READY:
-                return
-            if revision.state is State.FAILED:
-                raise FailedPrecondition(f"the model cannot be served: {revision.message}")
 
 
 def _folder_artifacts(folder: Path, logs: Path) -> Artifacts:

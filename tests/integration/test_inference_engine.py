@@ -32,7 +32,8 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SPEC = {"model": "models/tiny", "max_model_len": 512, "max_concurrency": 4}
+# The random weights are made to be touchy: bfloat16, which "auto" picks on some CPUs, would rightly be refused.
+SPEC = {"model": "models/tiny", "dtype": "float32", "max_model_len": 512, "max_concurrency": 4}
 
 
 def make_tiny_model(folder: Path) -> Path:

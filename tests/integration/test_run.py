@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,11 +61,10 @@ class Here:
         return done.stdout if status == 0 else done.stderr
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """The command in the background."""
+        """The command in the background; what it prints goes to `said.txt`."""
         argv = [sys.executable, "-m", "fabrictune", *arguments]
-        return subprocess.Popen(
-            argv, cwd=self.folder, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        with (self.folder / "said.txt").open("wb") as said:
+            return subprocess.Popen(argv, cwd=self.folder, env=self.env, stdout=said, stderr=said)
 
     def json(self, *arguments: str) -> Any:
         return json.loads(self.call("--json", *arguments))
@@ -121,8 +121,8 @@ def test_watching_a_training_shows_its_figures(here: Here, told: str) -> None:
     lines = [json.loads(line) for line in here.call("--json", "jobs", "watch", name).splitlines()]
     progress = [e["progress"] for e in lines if "progress" in e]
     steps = [p for p in progress if p.get("loss")]
-    assert [p["step"] for p in steps] == [1, 2]
-    assert all(p["total_steps"] == 2 and p["tokens_per_second"] > 0 and p["memory_bytes"] for p in steps)
+    assert [int(p["step"]) for p in steps] == [1, 2]
+    assert all(int(p["total_steps"]) == 2 and p["tokens_per_second"] > 0 and p["memory_bytes"] for p in steps)
     assert "eta" in steps[0]
     assert any("log" in e for e in lines)
 
@@ -180,11 +180,25 @@ def test_folders_and_ctrl_c_leave_nothing_half(here: Here, told: str) -> None:
     assert not list(here.folder.glob("*adapter*"))
 
 
+def test_a_folder_is_served_in_the_foreground_until_ctrl_c(here: Here, told: str) -> None:
+    process = here.start("deploy", "base", "--port", "0")
+    said = here.folder / "said.txt"
+    _wait(lambda: process.poll() is not None or "is served at" in said.read_text())
+    assert process.poll() is None, said.read_text()
+    address = re.search(r"http://127\.0\.0\.1:\d+/v1", said.read_text())
+    assert address
+    body = {"model": "base", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    assert httpx.post(f"{address[0]}/chat/completions", json=body, timeout=60).status_code == 200
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    _wait(lambda: not any(str(here.folder / "base") in p.cmdline() for p in here.processes()))
+
+
 def test_ctrl_c_cancels_a_run_and_its_job(here: Here, told: str) -> None:
     spec = {"conversion": SMALL["conversion"], "training": {**SMALL["training"], "arguments": {"max_steps": 501}}}
     process = here.start("run", here.write("long.yaml", spec), "--id", "long")
     job = _wait(lambda: _stage(here, "long", "training").get("job"))
-    _wait(lambda: here.json("jobs", "get", job)["execution"].get("progress", {}).get("step", 0) >= 1)
+    _wait(lambda: _step(here, job) >= 1)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     _wait(lambda: here.json("jobs", "get", job)["execution"]["state"] == "CANCELLED")
@@ -197,7 +211,7 @@ def test_a_run_outlives_kill_9_of_up_in_mid_training(here: Here, told: str) -> N
     spec["training"] = {**SMALL["training"], "arguments": {"max_steps": 8, "save_steps": 2}}
     here.call("run", here.write("killed.yaml", spec), "--id", "killed", "--detach")
     job = _wait(lambda: _stage(here, "killed", "training").get("job"))
-    _wait(lambda: here.json("jobs", "get", job)["execution"].get("progress", {}).get("step", 0) >= 1)
+    _wait(lambda: _step(here, job) >= 1)
     pid = json.loads((here.folder / "data/up.json").read_text())["pid"]
     os.kill(pid, signal.SIGKILL)
     here.call("up", "--detach")
@@ -221,6 +235,12 @@ def test_down_leaves_nothing_running(here: Here, told: str) -> None:
 def _stage(here: Here, run: str, stage: str) -> dict[str, Any]:
     stages = here.json("jobs", "get", f"pipelineRuns/{run}").get("stages", [])
     return next((s for s in stages if s["stage"] == stage), {})
+
+
+def _step(here: Here, job: str) -> int:
+    return int(
+        here.json("jobs", "get", job)["execution"].get("progress", {}).get("step", 0)
+    )  # JSON of an int64 is text
 
 
 def _wait(ask: Any, seconds: float = 240) -> Any:
