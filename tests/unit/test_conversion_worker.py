@@ -168,7 +168,8 @@ def test_questions_share_a_prompt_and_refusals_fit_no_tool(tmp_path: Path) -> No
             tool = question["content"].rpartition(" ")[2].removesuffix("?")
             assert (answer["content"] == "I can't.") == (tool not in tools[line["id"]])
             asked, refused = asked + 1, refused + (answer["content"] == "I can't.")
-    assert (asked, refused) == (24, 12)
+    assert asked - refused == 12  # every row once
+    assert 0 < refused <= 24  # from none to twice as many
 
 
 def test_gzip_and_folders_are_read(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ HEAVY = {
     # library: the folders and files (from the root) that may import it, inside functions
     "torch": ("services/training", "services/inference", "services/common/base_models.py", "fabrictune/local.py"),
     "transformers": ("services", "fabrictune/local.py"),
-    "peft": ("services/training",),
+    "peft": ("services/training", "services/merging/peft_engine.py"),
     "swift": ("services/training",),
     "vllm": ("services/inference",),
     "matplotlib": ("services/training", "services/evaluation", "services/conversion"),
