@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,12 @@ class Settings:
     def connect(self) -> Client:
         """A client for the chosen server."""
         return Client(self.endpoint, ca_file=self.ca_file)
+
+
+def program() -> str:
+    """How the user can call this command again: its path where it is not on PATH."""
+    called = sys.argv[0]
+    return "fabrictune" if shutil.which("fabrictune") or not called.endswith("fabrictune") else called
 
 
 def settings() -> Settings:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fabrictune import transfer
-from fabrictune.cli.context import console
+from fabrictune.cli.context import console, program
 from fabrictune.cli.serving import model_config
 from fabrictune.client import Client
 
@@ -53,10 +53,11 @@ def show(client: Client, run: Any) -> None:
     _print(Text(json.dumps(model_config(deployment), indent=2)))
     report = outputs.get("evaluation-after", "reports/an-id")
     _print("\n[bold]Next[/]")
-    _print(f"  fabrictune chat {deployment.name}")
-    _print(f"  fabrictune lineage {deployment.name}")
-    _print(f"  fabrictune artifacts pull {report} report   # then open report/report.html")
-    _print("  fabrictune down                             # or `make stop`")
+    here = program()
+    _print(f"  {here} chat {deployment.name}")
+    _print(f"  {here} lineage {deployment.name}")
+    _print(f"  {here} artifacts pull {report} report   # then open report/report.html")
+    _print(f"  {here} down   # or `make stop`")
 
 
 def report_table(report: Mapping[str, Any]) -> Table:
