@@ -200,6 +200,7 @@ def test_a_folder_is_served_in_the_foreground_until_ctrl_c(here: Here, told: str
 def test_ctrl_c_cancels_a_run_and_its_job(here: Here, told: str) -> None:
     spec = {"conversion": SMALL["conversion"], "training": {**SMALL["training"], "arguments": {"max_steps": 501}}}
     process = here.start("run", here.write("long.yaml", spec), "--id", "long")
+    _wait(lambda: any(j["name"] == "pipelineRuns/long" for j in here.json("jobs", "list")))
     job = _wait(lambda: _stage(here, "long", "training").get("job"))
     _wait(lambda: _step(here, job) >= 1)
     process.send_signal(signal.SIGINT)
