@@ -78,9 +78,9 @@ def main() -> None:
         # People put it anywhere; it belongs to the program, not to one command.
         arguments = ["--json", *(a for a in arguments if a != "--json")]
     try:
-        app(args=arguments, standalone_mode=False)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
+        # Without standalone_mode an Exit, and Ctrl-C in the middle of a command, come back as a status.
+        status = app(args=arguments, standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("\ninterrupted\n")
         sys.exit(EXIT_INTERRUPTED)
