@@ -25,8 +25,8 @@ COMMANDS = [
 NOBODY = "127.0.0.1:9"
 
 
-def call(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("FABRICTUNE_")} | {"COLUMNS": "100"}
+def call(*arguments: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FABRICTUNE_")} | {"COLUMNS": "100"} | more
     argv = [sys.executable, "-m", "fabrictune", *arguments]
     return subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=60)
 
@@ -151,6 +151,13 @@ def test_doctor_says_what_it_found(tmp_path: Path) -> None:
     found = {f["what"]: f for f in json.loads(done.stdout)}
     assert found["Python"]["fine"]
     assert {"packages", "memory", "disk", "GPU", "server"} <= set(found)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        unhappy = call("doctor", folder=tmp_path, FABRICTUNE_PORT=port)
+    assert unhappy.returncode == 1
+    assert "set FABRICTUNE_PORT (0 takes a free one)" in unhappy.stdout
 
 
 @pytest.mark.parametrize("taken", ["--port", "--gateway-port", "--metrics-port"])
