@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE
 
 @dataclass(frozen=True)
 class Sample:
-    """One round. peak: bytes of resident memory at most (of the largest process of a command)."""
+    """One round. peak: bytes of resident memory at most."""
 
     seconds: float
     peak: int
@@ -45,13 +46,16 @@ def call(module: str, name: str, *arguments: str, env: Mapping[str, str] | None 
 
 def command(argv: Sequence[str], env: Mapping[str, str]) -> Sample:
     """Time a command, its start included."""
-    begin = time.perf_counter()
-    process = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    _, error = process.communicate()
-    seconds = time.perf_counter() - begin
-    if process.returncode:
-        raise RuntimeError(f"{argv[0]} failed: {error.decode(errors='replace')[-500:]}")
-    return Sample(seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+    with tempfile.TemporaryFile() as error:
+        begin = time.perf_counter()
+        process = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=error)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - begin
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            error.seek(0)
+            raise RuntimeError(f"{argv[0]} failed: {error.read().decode(errors='replace')[-500:]}")
+    return Sample(seconds, usage.ru_maxrss * 1024)
 
 
 def show(title: str, rows: Mapping[str, Sequence[Sample]], baseline: str, megabytes: float, note: str) -> None:

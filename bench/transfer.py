@@ -33,7 +33,7 @@ def run() -> bool:
             config = embedded.start()
             open_store(config)
             env = {
-                **os.environ,
+                **{k: v for k, v in os.environ.items() if k != "AWS_CA_BUNDLE"},  # rclone 1.60 cannot load one
                 "FABRICTUNE_S3_ENDPOINT": config.endpoint,
                 "FABRICTUNE_S3_ACCESS_KEY": config.access_key,
                 "FABRICTUNE_S3_SECRET_KEY": config.secret_key.get_secret_value(),
