@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from services.common.errors import InvalidSpec, Violation
 
@@ -20,7 +20,12 @@ def _parse_seconds(value: Any) -> Any:
     return value
 
 
-Seconds = Annotated[float, BeforeValidator(_parse_seconds), Field(ge=0)]
+Seconds = Annotated[
+    float,
+    BeforeValidator(_parse_seconds),
+    Field(ge=0),
+    PlainSerializer(lambda value: f"{value}s", return_type=str, when_used="json"),
+]
 """A duration in seconds; "300s", "5m", "2h" and "1d" are accepted, as is protobuf's JSON form of Duration."""
 
 

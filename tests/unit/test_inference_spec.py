@@ -154,3 +154,15 @@ def test_traffic_must_add_up_and_go_to_ready_revisions() -> None:
         check_traffic(deployment, {"c": 100})
     with pytest.raises(FailedPrecondition, match="is PENDING, not READY"):
         check_traffic(deployment, {"a": 50, "b": 50})
+
+
+def test_a_spec_that_was_stored_is_a_message_again() -> None:
+    from google.protobuf import json_format
+
+    from fabrictune.v1 import inference_pb2
+
+    stored = parse_spec({"model": "models/a", "resources": {"queue_timeout": "5m"}}).model_dump(mode="json")
+    restored = parse_spec(stored)
+    assert restored.resources.queue_timeout == 300
+    message = json_format.ParseDict(restored.model_dump(mode="json", exclude_unset=True), inference_pb2.RevisionSpec())
+    assert message.resources.queue_timeout.seconds == 300
