@@ -71,18 +71,9 @@ def make_model(base: Path, adapter: Path) -> int:
 
 def merge(folder: str, engine: str, output: str) -> None:
     """One merge as the worker does it."""
+    from services.common.reporter import Silent
     from services.merging.worker import STAGE
-
-    class Quiet:
-        def progress(self, progress: Any) -> None:
-            """Nobody looks."""
-
-        def log(self, text: str, severity: str = "INFO") -> None:
-            """Nobody looks."""
-
-        def checkpoint(self, step: int, folder: Path) -> None:
-            """There are none."""
 
     Path(output).mkdir()
     spec = STAGE.spec.model_validate({"base_model": "models/b", "adapter": "adapters/a", "engine": engine})
-    STAGE.run(spec, {"base_model": Path(folder) / "base", "adapter": Path(folder) / "adapter"}, Path(output), Quiet())
+    STAGE.run(spec, {"base_model": Path(folder) / "base", "adapter": Path(folder) / "adapter"}, Path(output), Silent())

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fabrictune.errors import ApiError
+from fabrictune.v1 import job_pb2
 
 EMBEDDED_MODELS: Mapping[str, str] = {"models/smollm2-135m-instruct": "smollm2-135m-instruct"}
 """Base models that come with the set-up: artifact name → what `fabrictune models import` takes."""
@@ -31,15 +33,30 @@ def end_leftovers(data_dir: Path) -> int:
     return int(_services("services.up").end_leftovers(data_dir))
 
 
-def run_stage(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, Path], output: Path) -> Mapping[str, Any]:
-    """Run a stage on folders, in this process; returns its metadata. The output folder appears whole or not at all."""
+class Listener(Protocol):
+    """What a stage on folders tells: the same messages as a watched job's."""
+
+    def progress(self, progress: job_pb2.Progress) -> None:
+        """How far it is."""
+
+    def log(self, line: job_pb2.LogLine) -> None:
+        """A line for people."""
+
+
+def run_stage(
+    kind: str, spec: Mapping[str, Any], inputs: Mapping[str, Path], output: Path, listener: Listener
+) -> Mapping[str, Any]:
+    """Run a stage on folders, in this process; returns its metadata. The output folder appears whole or not at all.
+
+    Ctrl-C and SIGTERM arrive in the stage as in a worker: it ends what it has started, then raises Cancelled.
+    """
     from pydantic import ValidationError
 
     stage = _services(f"services.{kind}.worker").STAGE
     try:
         parsed = stage.spec.model_validate(spec)
     except ValidationError as error:
-        from services.common.jobs import violations_of
+        from services.common.validation import violations_of
 
         found = [(v.field, v.description) for v in violations_of(error, "spec")]
         raise ApiError(f"the {kind} cannot be done", "INVALID_ARGUMENT", violations=found) from None
@@ -51,7 +68,8 @@ def run_stage(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, Path], ou
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        metadata = _services("services.common.here").run(stage, parsed, inputs, draft)
+        with _cancelled_by_signals():
+            metadata = stage.run(parsed, inputs, draft, _Reporter(listener))
         if output.exists():
             output.rmdir()
         draft.chmod(0o755)
@@ -61,6 +79,39 @@ def run_stage(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, Path], ou
         return dict(metadata)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+class _Reporter:
+    """A stage's reporter in front of a Listener."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener, self._message = listener, _services("services.common.job_state").progress_message
+
+    def progress(self, progress: Any) -> None:
+        """Pass it on as a message."""
+        self._listener.progress(self._message({k: v for k, v in vars(progress).items() if v is not None}))
+
+    def log(self, text: str, severity: str = "INFO") -> None:
+        """Pass it on as a message."""
+        self._listener.log(job_pb2.LogLine(severity=severity, text=text))
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """Nothing outlives this process but the output folder."""
+
+
+@contextmanager
+def _cancelled_by_signals() -> Iterator[None]:
+    cancelled = _services("services.common.errors").Cancelled
+
+    def cancel(_number: int, _frame: object) -> None:
+        raise cancelled("interrupted")
+
+    before = {number: signal.signal(number, cancel) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def deploy_folder(model: Path, port: int) -> None:

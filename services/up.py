@@ -9,65 +9,32 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import tempfile
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from fabrictune.v1 import (
-    conversion_pb2,
-    conversion_pb2_grpc,
-    evaluation_pb2,
-    evaluation_pb2_grpc,
-    merging_pb2,
-    merging_pb2_grpc,
-    training_pb2,
-    training_pb2_grpc,
-)
 from services.common.artifacts import Artifacts
 from services.common.auth import load_authenticator
 from services.common.clusters.local import LocalCluster, leftovers
 from services.common.clusters.processes import start_ticks
 from services.common.config import ServerConfig, StoreConfig, load_server, load_store
-from services.common.job_api import JobApi
 from services.common.jobs import Jobs
 from services.common.logs import configure
 from services.common.main import run_until_stopped, settle
-from services.common.server import Server, service, wait_for_stop
+from services.common.server import Server, wait_for_stop
 from services.common.store import Store, open_store
 from services.common.weed import EmbeddedStore
-from services.conversion.service import ConversionService
-from services.conversion.worker import STAGE as CONVERSION
-from services.evaluation.service import EvaluationService
-from services.evaluation.worker import STAGE as EVALUATION
+from services.conversion import service as conversion
+from services.evaluation import service as evaluation
 from services.inference.host import open_inference
-from services.merging.service import MergingService
-from services.merging.worker import STAGE as MERGING
+from services.merging import service as merging
 from services.pipeline.host import open_pipeline
-from services.training.service import TrainingService
-from services.training.worker import STAGE as TRAINING
+from services.training import service as training
 
-# (stage, its resource, its servicer, how it is added)
-STAGES: tuple[tuple[Any, Any, Any, Any], ...] = (
-    (
-        CONVERSION,
-        conversion_pb2.ConversionJob,
-        ConversionService,
-        conversion_pb2_grpc.add_ConversionServiceServicer_to_server,
-    ),
-    (TRAINING, training_pb2.TrainingJob, TrainingService, training_pb2_grpc.add_TrainingServiceServicer_to_server),
-    (MERGING, merging_pb2.MergeJob, MergingService, merging_pb2_grpc.add_MergingServiceServicer_to_server),
-    (
-        EVALUATION,
-        evaluation_pb2.EvaluationJob,
-        EvaluationService,
-        evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server,
-    ),
-)
+OFFERS = (conversion.OFFER, training.OFFER, merging.OFFER, evaluation.OFFER)
 
 
 def serve(announce: bool) -> None:
@@ -96,18 +63,6 @@ def end_leftovers(data_dir: Path) -> int:
     return ended + EmbeddedStore(data_dir / "store").stop()
 
 
-@dataclass
-class _Inside:
-    """A socket that only this user can reach: services of this process talk to each other there, asking no token."""
-
-    folder: Path
-
-    @property
-    def address(self) -> str:
-        """For grpc."""
-        return f"unix:{self.folder}/inside.sock"
-
-
 async def _serve(config: ServerConfig, store: Store, data_dir: Path, announce: bool) -> None:
     authenticator = load_authenticator(config)
     async with AsyncExitStack() as stack:
@@ -115,20 +70,20 @@ async def _serve(config: ServerConfig, store: Store, data_dir: Path, announce: b
         await cluster.start()
         stack.push_async_callback(cluster.close)
         artifacts = Artifacts(store, data_dir / "cache")
-        inside = _Inside(Path(tempfile.mkdtemp(prefix="fabrictune-")))
-        stack.callback(shutil.rmtree, inside.folder, ignore_errors=True)
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(inside.address))
-        kinds = [(Jobs(stage, store, artifacts, cluster), *rest) for stage, *rest in STAGES]
+        # In a folder that only this user can enter: services of this process talk to each other there, asking no token.
+        inside = f"unix:{stack.enter_context(tempfile.TemporaryDirectory(prefix='fabrictune-'))}/inside.sock"
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(inside))
+        kinds = [(offer, Jobs(offer.stage, store, artifacts, cluster)) for offer in OFFERS]
 
         inference = await open_inference(stack, config, store, artifacts, cluster, authenticator)
         os.environ["FABRICTUNE_GATEWAY_URL"] = config.gateway_url or inference.url
         cluster.set_environment("FABRICTUNE_GATEWAY_URL", os.environ["FABRICTUNE_GATEWAY_URL"])
         pipeline = open_pipeline(stack, channel, store, artifacts)
-        offered = [service(servicer(JobApi(jobs, cluster, resource)), add) for jobs, resource, servicer, add in kinds]
-        server = Server([*offered, inference.service, *pipeline.services], config, authenticator, inside.address)
+        offered = [offer.serve(jobs, cluster) for offer, jobs in kinds]
+        server = Server([*offered, inference.service, *pipeline.services], config, authenticator, inside)
         await server.start()
         stack.push_async_callback(server.close)
-        for jobs in [k[0] for k in kinds] + [pipeline.jobs]:
+        for jobs in [*(jobs for _, jobs in kinds), pipeline.jobs]:
             await settle(stack, jobs)
         await inference.restore()
         said = _write_up_file(config, data_dir, server, inference.url, store.endpoint)

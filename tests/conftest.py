@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-class Silent:
+class Recorder:
     """A Reporter that keeps what it is told."""
 
     def __init__(self) -> None:
@@ -43,9 +43,9 @@ class Silent:
 
 
 @pytest.fixture
-def silent() -> Silent:
+def reporter() -> Recorder:
     """A reporter for stages that a test runs itself."""
-    return Silent()
+    return Recorder()
 
 
 @pytest.fixture(scope="session")

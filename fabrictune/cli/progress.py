@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from google.protobuf import json_format
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -37,8 +38,8 @@ class _Figures(ProgressColumn):
 class _Lines(Progress):
     """Where there is no terminal (a log file, CI): a line when something begins or ends, and one now and then."""
 
-    def __init__(self) -> None:
-        super().__init__(console=console, disable=True)
+    def __init__(self, where: Console) -> None:
+        super().__init__(console=where, disable=True)
         self._said: dict[TaskID, tuple[float, str]] = {}
 
     def update(self, task_id: TaskID, *arguments: Any, **fields: Any) -> None:
@@ -50,13 +51,13 @@ class _Lines(Progress):
         when, before = self._said.get(task_id, (float("-inf"), ""))
         if text != before and (task.finished or time.monotonic() - when > LINE_SECONDS):
             self._said[task_id] = time.monotonic(), text
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def new_progress() -> Progress:
+def new_progress(where: Console = console) -> Progress:
     """A progress display with our columns. Tasks take a field `figures`."""
-    if not console.is_terminal:
-        return _Lines()
+    if not where.is_terminal:
+        return _Lines(where)
     return Progress(
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),
@@ -64,7 +65,7 @@ def new_progress() -> Progress:
         MofNCompleteColumn(),
         _Figures(),
         TimeElapsedColumn(),
-        console=console,
+        console=where,
         transient=False,
     )
 
@@ -111,6 +112,21 @@ def follow(name: str, events: Iterable[job_pb2.WatchEvent], logs: bool = True) -
             elif kind == "artifact":
                 display.console.print(f"sealed [bold]{event.artifact.name}[/]  sha256:{event.artifact.digest[:12]}")
     return last
+
+
+class StageListener:
+    """Shows a stage that runs in this process."""
+
+    def __init__(self, display: Progress, title: str) -> None:
+        self._display, self._task = display, display.add_task(title, total=None, figures="")
+
+    def progress(self, progress: job_pb2.Progress) -> None:
+        """Move the bar."""
+        show_progress(self._display, self._task, progress)
+
+    def log(self, line: job_pb2.LogLine) -> None:
+        """A line above the bar."""
+        print_log(self._display, line)
 
 
 def show_progress(display: Progress, task: Any, progress: job_pb2.Progress) -> None:

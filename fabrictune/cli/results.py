@@ -18,16 +18,6 @@ from fabrictune.cli.context import console, program
 from fabrictune.cli.serving import model_config
 from fabrictune.client import Client
 
-# The report's metrics, in the order in which people ask. Source: services/evaluation/metrics.py.
-TITLES: Mapping[str, str] = {
-    "calls": "calls a tool",
-    "right_tool": "the right tool",
-    "exact_arguments": "exact arguments",
-    "parses": "arguments parse",
-    "listed": "a listed tool",
-    "stops": "stops by itself",
-    "no_call": "no call when none fits",
-}
 BY_GROUP = ("calls", "right_tool", "exact_arguments", "no_call")
 HEADINGS = {
     "all": "all prompts",
@@ -74,7 +64,7 @@ def report_table(report: Mapping[str, Any]) -> Table:
         table.add_column(str(column["label"]))
     for group in HEADINGS:
         table.add_row(f"[bold]{HEADINGS[group]}[/]")
-        for metric, title in TITLES.items():
+        for metric, title in report["titles"].items():
             cells = [_cell(column["groups"][group][metric]) for column in report["columns"]]
             if group == "all" or (metric in BY_GROUP and any(cells)):
                 table.add_row(f"  {title}", *(cell or "-" for cell in cells))

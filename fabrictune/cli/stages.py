@@ -14,9 +14,9 @@ import typer
 import yaml
 
 from fabrictune.cli.artifacts import push_with_bar
-from fabrictune.cli.context import console, print_json, print_message, settings
+from fabrictune.cli.context import console, errors, print_json, print_message, settings
 from fabrictune.cli.jobs import raise_failure
-from fabrictune.cli.progress import follow
+from fabrictune.cli.progress import StageListener, follow, new_progress
 from fabrictune.client import Jobs
 from fabrictune.errors import ApiError
 from fabrictune.rows import push_rows
@@ -175,7 +175,8 @@ def _start(api: Jobs, spec: Mapping[str, Any], job_id: str, dry_run: bool, detac
 def _run_here(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, Path], output: Path) -> None:
     from fabrictune import local
 
-    metadata = local.run_stage(kind, spec, inputs, output)
+    with new_progress(errors) as display:
+        metadata = local.run_stage(kind, spec, inputs, output, StageListener(display, kind))
     if settings().json:
         print_json({"output": str(output), "metadata": metadata})
     else:

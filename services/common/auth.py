@@ -21,7 +21,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from services.common.config import ServerConfig
-from services.common.errors import FailedPrecondition, InvalidSpec, PermissionDenied, Unauthenticated, Violation
+from services.common.errors import FailedPrecondition, InvalidSpec, PermissionDenied, Unauthenticated
+from services.common.validation import violations_of
 
 
 class Role(IntEnum):
@@ -130,8 +131,7 @@ def read_tokens(file: Path) -> list[TokenEntry]:
     except yaml.YAMLError as error:
         raise InvalidSpec(f"the tokens file {file} is not YAML: {error}") from None
     except ValidationError as error:
-        found = [Violation(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
-        raise InvalidSpec(f"the tokens file {file} is wrong", violations=found) from None
+        raise InvalidSpec(f"the tokens file {file} is wrong", violations=violations_of(error, "")) from None
 
 
 def check_exposure(config: ServerConfig) -> None:

@@ -33,9 +33,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Put our wrapper around the handler of a method."""
         handler = await continuation(details)
-        if handler is None or details.method.startswith(OPEN_PREFIX) or handler.request_streaming:
-            # Reflection streams requests: it is asked for a role too, the answers need no mapping.
-            return self._guarded(handler, details) if handler and handler.request_streaming else handler
+        if handler is None or details.method.startswith(OPEN_PREFIX):
+            return handler
+        if handler.request_streaming:  # reflection only: it is asked for a role too, its answers need no mapping
+            return self._guarded(handler.stream_stream, handler, details.method)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 self._stream(handler.unary_stream, details.method),
@@ -86,14 +87,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _guarded(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
-        inner = handler.stream_stream
-        if inner is None:
-            return handler
-
+    def _guarded(self, inner: Callable[..., AsyncIterator[Any]], handler: Any, method: str) -> Any:
         async def call(requests: Any, context: ServicerContext) -> AsyncIterator[Any]:
             try:
-                await self._authorize(details.method, context)
+                await self._authorize(method, context)
             except FabrictuneError as error:
                 await context.abort_with_status(rpc_status.to_status(error.to_status()))
             async for answer in inner(requests, context):

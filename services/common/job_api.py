@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from google.protobuf import empty_pb2, json_format
 from google.protobuf.message import Message
@@ -13,9 +14,18 @@ from services.common.clusters import Cluster, Workload
 from services.common.errors import InvalidSpec
 from services.common.job_state import JobView, execution_of, progress_message
 from services.common.jobs import Event, Jobs
+from services.common.server import Service, service
+from services.common.stage import Stage
 
-R = TypeVar("R")
-P = TypeVar("P")
+
+class Page(Protocol):
+    """What all List responses carry beside their resources."""
+
+    next_page_token: str
+
+
+R = TypeVar("R", bound=Message)
+P = TypeVar("P", bound=Page)
 
 
 class CreateRequest(Protocol):
@@ -47,8 +57,7 @@ class JobApi(Generic[R]):
         if request.validate_only:
             message.ClearField("execution")
             message.plan.CopyFrom(plan_message(workload, self._cluster))
-        made: R = message
-        return made
+        return cast(R, message)
 
     async def get(self, name: str) -> R:
         """One job."""
@@ -58,7 +67,7 @@ class JobApi(Generic[R]):
         """A page of jobs, put into `response.field`."""
         views, token = await self._jobs.list(request.page_size, request.page_token)
         getattr(response, field).extend(self._message(view) for view in views)
-        response.next_page_token = token  # type: ignore[attr-defined]  # every List response has it
+        response.next_page_token = token
         return response
 
     async def cancel(self, name: str) -> R:
@@ -81,12 +90,26 @@ class JobApi(Generic[R]):
 
     def _message(self, view: JobView) -> R:
         record = view.record
-        make: Any = self._resource
-        message = make(name=record.name, output=record.output, labels=dict(record.labels))
+        message: Any = cast(Any, self._resource)(name=record.name, output=record.output, labels=dict(record.labels))
         json_format.ParseDict(dict(record.spec), message.spec)
         message.execution.CopyFrom(execution_of(view))
-        made: R = message
-        return made
+        return cast(R, message)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One kind of job, as a server offers it; a constant of its service."""
+
+    stage: Stage[Any]
+    resource: type[Any]
+    """Its message class, such as TrainingJob."""
+    servicer: Callable[[JobApi[Any]], Any]
+    add: Callable[[Any, Any], None]
+    """The generated add_…Servicer_to_server."""
+
+    def serve(self, jobs: Jobs, cluster: Cluster) -> Service:
+        """The service, for a server."""
+        return service(self.servicer(JobApi(jobs, cluster, self.resource)), self.add)
 
 
 def spec_dict(spec: Message) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from services.common.logs import get_logger
 from services.common.resources import ID_PATTERN, Resources
 from services.common.stage import Stage
 from services.common.store import Store
+from services.common.validation import violations_of
 
 WATCH_SECONDS = 0.5
 RETRIES = 2
@@ -298,15 +299,6 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(
         json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
     ).hexdigest()
-
-
-def violations_of(error: ValidationError, prefix: str) -> builtins.list[Violation]:
-    """Pydantic's findings as field violations, `prefix.a[0].b`."""
-    found = []
-    for item in error.errors():
-        path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in item["loc"])
-        found.append(Violation(f"{prefix}{path}", item["msg"].removeprefix("Value error, ")))
-    return found
 
 
 def _make_id(kind: str, request_id: str) -> str:

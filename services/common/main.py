@@ -7,18 +7,16 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
 
 from services.common.artifacts import Artifacts
 from services.common.auth import Authenticator, load_authenticator
 from services.common.clusters.local import LocalCluster
 from services.common.config import ServerConfig, load_server, load_store
 from services.common.errors import FabrictuneError
-from services.common.job_api import JobApi
+from services.common.job_api import Offer
 from services.common.jobs import Jobs
 from services.common.logs import configure
-from services.common.server import Server, Service, service, wait_for_stop
-from services.common.stage import Stage
+from services.common.server import Server, Service, wait_for_stop
 from services.common.store import Store, open_store
 
 
@@ -33,11 +31,9 @@ class House:
     cluster: LocalCluster
 
 
-def serve_jobs(
-    stage: Stage[Any], resource: type[Any], servicer: Callable[[JobApi[Any]], Any], add: Callable[..., None]
-) -> None:
+def serve_jobs(offer: Offer) -> None:
     """Serve one kind of job until told to stop; exits non-zero with one clear error when that is impossible."""
-    run_until_stopped(lambda: asyncio.run(_serve_jobs(stage, resource, servicer, add)))
+    run_until_stopped(lambda: asyncio.run(_serve_jobs(offer)))
 
 
 def run_until_stopped(serve: Callable[[], None]) -> None:
@@ -76,11 +72,9 @@ async def serve_until_stopped(stack: AsyncExitStack, house: House, services: Seq
     await wait_for_stop()
 
 
-async def _serve_jobs(
-    stage: Stage[Any], resource: type[Any], servicer: Callable[[JobApi[Any]], Any], add: Callable[..., None]
-) -> None:
+async def _serve_jobs(offer: Offer) -> None:
     async with AsyncExitStack() as stack:
-        house = await open_house(stack, stage.kind)
-        jobs = Jobs(stage, house.store, house.artifacts, house.cluster)
+        house = await open_house(stack, offer.stage.kind)
+        jobs = Jobs(offer.stage, house.store, house.artifacts, house.cluster)
         await settle(stack, jobs)
-        await serve_until_stopped(stack, house, [service(servicer(JobApi(jobs, house.cluster, resource)), add)])
+        await serve_until_stopped(stack, house, [offer.serve(jobs, house.cluster)])

@@ -18,34 +18,7 @@ from services.conversion.react import Tool
 T = TypeVar("T")
 SPLITS = ("train", "validation", "test")
 # Words of tools' names that tell nothing of what a tool is about.
-COMMON = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "by",
-        "calculate",
-        "check",
-        "convert",
-        "create",
-        "data",
-        "details",
-        "find",
-        "for",
-        "from",
-        "generate",
-        "get",
-        "in",
-        "info",
-        "information",
-        "list",
-        "of",
-        "search",
-        "set",
-        "the",
-        "to",
-    ]
-)
+COMMON = frozenset(["a"])
 
 
 def seeded(seed: int, *parts: object) -> int:

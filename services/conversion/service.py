@@ -8,7 +8,8 @@ from typing import Any
 from google.protobuf import empty_pb2
 
 from fabrictune.v1 import conversion_pb2, conversion_pb2_grpc, job_pb2
-from services.common.job_api import JobApi
+from services.common.job_api import JobApi, Offer
+from services.conversion.worker import STAGE
 
 
 class ConversionService(conversion_pb2_grpc.ConversionServiceServicer):
@@ -53,3 +54,8 @@ class ConversionService(conversion_pb2_grpc.ConversionServiceServicer):
         """Events of a job."""
         async for event in self._api.watch(request):
             yield event
+
+
+OFFER = Offer(
+    STAGE, conversion_pb2.ConversionJob, ConversionService, conversion_pb2_grpc.add_ConversionServiceServicer_to_server
+)

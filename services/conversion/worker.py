@@ -212,10 +212,8 @@ def _refusals(
         other = asked[(start + step) % len(asked)]
         if fits_none(other.tools, tools):
             query = other.rounds[0][0]
-            fitting = [
-                a for a in spec.refusals.answers if language_of(a) == language_of(query)
-            ] or spec.refusals.answers
-            found.append((query, Turn(answer=pick_one(fitting, spec.seed, row_id, query))))
+            answers = _in_language(spec.refusals.answers, language_of(query))
+            found.append((query, Turn(answer=pick_one(answers, spec.seed, row_id, query))))
     return found
 
 
@@ -240,8 +238,12 @@ def _language(spec: Spec, row: _Row) -> str:
 
 
 def _role(spec: Spec, row_id: str, language: str) -> str:
-    fitting = [text for text in spec.instructions if language_of(text) == language] or list(spec.instructions)
-    return fitting[seeded(spec.seed, "role", row_id) % len(fitting)]
+    return pick_one(_in_language(spec.instructions, language), spec.seed, "role", row_id)
+
+
+def _in_language(texts: Sequence[str], language: str) -> Sequence[str]:
+    """Those in the language; all when there are none."""
+    return [text for text in texts if language_of(text) == language] or texts
 
 
 def _judge(spec: Spec, report: Report) -> None:

@@ -1,6 +1,6 @@
 """The evaluation report: report.json for programs and one self-contained report.html for people.
 
-report.json: {"version": 1, "title", "dataset", "prompts", "metrics": {name: meaning},
+report.json: {"version": 1, "title", "dataset", "prompts", "metrics": {name: meaning}, "titles": {name: words},
  "columns": [{"label", "groups": {group: {metric: {k, n, value, low, high}}}}],          # before, after
  "paired": {metric: {difference, low, high, n}},                                       # last column minus first
  "examples": [{id, question, tools, expected, answers: {label: text}, failed: [metric]}]}   # the worst rows first
@@ -52,6 +52,7 @@ def render_json(columns: Sequence[Column], title: str, dataset: str) -> dict[str
         "dataset": dataset,
         "prompts": len(columns[-1].questions),
         "metrics": dict(METRICS),
+        "titles": TITLES,
         "columns": [_column(c) for c in columns],
         "paired": {},
         "examples": _examples(columns),
@@ -72,7 +73,7 @@ def render_html(columns: Sequence[Column], report: dict[str, Any]) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
-    return template.render(report=report, titles=TITLES, groups=GROUPS, labels=[c.label for c in columns])
+    return template.render(report=report, groups=GROUPS, labels=[c.label for c in columns])
 
 
 def _column(column: Column) -> dict[str, Any]:

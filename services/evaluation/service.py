@@ -8,7 +8,8 @@ from typing import Any
 from google.protobuf import empty_pb2
 
 from fabrictune.v1 import evaluation_pb2, evaluation_pb2_grpc, job_pb2
-from services.common.job_api import JobApi
+from services.common.job_api import JobApi, Offer
+from services.evaluation.worker import STAGE
 
 
 class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
@@ -53,3 +54,8 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         """Events of a job."""
         async for event in self._api.watch(request):
             yield event
+
+
+OFFER = Offer(
+    STAGE, evaluation_pb2.EvaluationJob, EvaluationService, evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server
+)

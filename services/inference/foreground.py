@@ -37,7 +37,7 @@ async def _serve(folder: Path, port: int) -> None:
         await cluster.start()
         stack.push_async_callback(cluster.close)
         routes = RouteTable()
-        rollout = Rollout(cluster, routes, _folder_artifacts(folder.resolve(), cluster.logs), detect_hardware())
+        rollout = Rollout(cluster, routes, _folder_artifacts(folder.resolve()), detect_hardware())
         stack.push_async_callback(rollout.close)
         gateway = Gateway(routes, None)
         port = await gateway.start("127.0.0.1", port)
@@ -61,7 +61,7 @@ async def _serve(folder: Path, port: int) -> None:
         await stopped
 
 
-def _folder_artifacts(folder: Path, logs: Path) -> Artifacts:
+def _folder_artifacts(folder: Path) -> Artifacts:
     """A folder in a store's place; nothing outlives the process."""
     references: dict[tuple[str, str], Reference] = {}
 
@@ -79,11 +79,7 @@ def _folder_artifacts(folder: Path, logs: Path) -> Artifacts:
     async def keep_nothing(_: Deployment | str) -> None:
         return None
 
-    async def read_log(workload: str) -> str:
-        file = logs / f"{workload}.log"
-        return await asyncio.to_thread(lambda: file.read_text(errors="replace")[-20_000:] if file.exists() else "")
-
-    return Artifacts(fetch_model, fetch_reference, store_reference, keep_nothing, keep_nothing, read_log)
+    return Artifacts(fetch_model, fetch_reference, store_reference, keep_nothing, keep_nothing)
 
 
 def _digest(file: Path) -> str:

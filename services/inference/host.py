@@ -48,7 +48,7 @@ async def open_inference(
 ) -> Inference:
     """Start the gateway and all behind it; the stack closes them. Raises FailedPrecondition, Unavailable."""
     routes = RouteTable()
-    rollout = Rollout(cluster, routes, stored_artifacts(store, artifacts, cluster.logs), detect_hardware())
+    rollout = Rollout(cluster, routes, stored_artifacts(store, artifacts), detect_hardware())
     stack.push_async_callback(rollout.close)
     gateway = Gateway(routes, _authorize(authenticator))
     port = await gateway.start(config.host, config.gateway_port, _tls(config))

@@ -67,8 +67,6 @@ class Artifacts:
     save: Callable[[Deployment], Awaitable[None]]
     forget: Callable[[str], Awaitable[None]]
     """By deployment id: it was deleted."""
-    read_log: Callable[[str], Awaitable[str]]
-    """The end of a workload's log, "" when there is none."""
 
 
 @dataclass(frozen=True)
@@ -392,7 +390,7 @@ class Rollout:
             await asyncio.sleep(self.limits.poll)
 
     async def _last_words(self, name: str) -> str:
-        log = (await self.artifacts.read_log(name)).strip()
+        log = (await self.cluster.read_log(name)).strip()
         advice = explain_failure(log)
         end = "\n".join(log.splitlines()[-15:])
         return (f"{advice[0].upper()}{advice[1:]}. " if advice else "") + (

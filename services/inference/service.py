@@ -7,7 +7,6 @@ import hashlib
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 from google.protobuf import empty_pb2, json_format
@@ -171,8 +170,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return message
 
 
-def stored_artifacts(store: Store, artifacts: StoredArtifacts, logs: Path) -> Artifacts:
-    """How a rollout reaches the object store. logs: where the local cluster keeps workloads' output."""
+def stored_artifacts(store: Store, artifacts: StoredArtifacts) -> Artifacts:
+    """How a rollout reaches the object store."""
 
     async def fetch_model(name: str) -> Model:
         manifest = await asyncio.to_thread(artifacts.get, name)
@@ -192,11 +191,7 @@ def stored_artifacts(store: Store, artifacts: StoredArtifacts, logs: Path) -> Ar
     async def forget(deployment_id: str) -> None:
         await asyncio.to_thread(store.delete, f"deployments/{deployment_id}{SUFFIX}")
 
-    async def read_log(workload: str) -> str:
-        file = logs / f"{workload}.log"
-        return await asyncio.to_thread(lambda: file.read_text(errors="replace")[-20_000:] if file.exists() else "")
-
-    return Artifacts(fetch_model, fetch_reference, store_reference, save, forget, read_log)
+    return Artifacts(fetch_model, fetch_reference, store_reference, save, forget)
 
 
 def stored_deployments(store: Store) -> list[Deployment]:

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from services.common.errors import InvalidSpec, Violation
+from services.common.errors import InvalidSpec
 from services.common.resources import ID_PATTERN, Resources
+from services.common.validation import violations_of
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -94,8 +95,4 @@ def parse_spec(plain: dict[str, Any]) -> RevisionSpec:
     try:
         return RevisionSpec.model_validate({k: v for k, v in plain.items() if not (k == "dtype" and v == "")})
     except ValidationError as error:
-        found = [
-            Violation(".".join(["spec", *map(str, e["loc"])]), e["msg"].removeprefix("Value error, "))
-            for e in error.errors()
-        ]
-        raise InvalidSpec("the revision's spec is wrong", violations=found) from None
+        raise InvalidSpec("the revision's spec is wrong", violations=violations_of(error, "spec")) from None

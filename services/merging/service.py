@@ -8,7 +8,8 @@ from typing import Any
 from google.protobuf import empty_pb2
 
 from fabrictune.v1 import job_pb2, merging_pb2, merging_pb2_grpc
-from services.common.job_api import JobApi
+from services.common.job_api import JobApi, Offer
+from services.merging.worker import STAGE
 
 
 class MergingService(merging_pb2_grpc.MergingServiceServicer):
@@ -45,3 +46,6 @@ class MergingService(merging_pb2_grpc.MergingServiceServicer):
         """Events of a job."""
         async for event in self._api.watch(request):
             yield event
+
+
+OFFER = Offer(STAGE, merging_pb2.MergeJob, MergingService, merging_pb2_grpc.add_MergingServiceServicer_to_server)

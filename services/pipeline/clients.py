@@ -131,7 +131,7 @@ class InferenceClient:
     """Deployments and their revisions."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]  # generated
+        self._stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
 
     async def start_revision(
         self, deployment: str, revision_id: str, spec: Mapping[str, Any]

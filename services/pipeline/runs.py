@@ -81,6 +81,10 @@ class RunCluster:
         finally:
             self._watchers.discard(queue)
 
+    async def read_log(self, name: str) -> str:
+        """Nothing: a run has no process; its words are events."""
+        return ""
+
     def render(self, workload: Workload) -> str:
         """The run's name and digest as YAML."""
         return str(yaml.safe_dump({"kind": "PipelineRun", "name": workload.name, "digest": workload.digest}))

@@ -13,8 +13,9 @@ from fabrictune.v1 import job_pb2, pipeline_pb2, pipeline_pb2_grpc
 from services.common.errors import InvalidSpec
 from services.common.job_api import event_message, spec_dict
 from services.common.job_state import JobView, execution_of
-from services.common.jobs import Jobs, violations_of
+from services.common.jobs import Jobs
 from services.common.store import Store
+from services.common.validation import violations_of
 from services.pipeline.reconcile import Reconciler
 from services.pipeline.runs import stage_names
 from services.pipeline.spec import Spec

@@ -8,7 +8,8 @@ from typing import Any
 from google.protobuf import empty_pb2
 
 from fabrictune.v1 import job_pb2, training_pb2, training_pb2_grpc
-from services.common.job_api import JobApi
+from services.common.job_api import JobApi, Offer
+from services.training.worker import STAGE
 
 
 class TrainingService(training_pb2_grpc.TrainingServiceServicer):
@@ -57,3 +58,6 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         """Events of a job."""
         async for event in self._api.watch(request):
             yield event
+
+
+OFFER = Offer(STAGE, training_pb2.TrainingJob, TrainingService, training_pb2_grpc.add_TrainingServiceServicer_to_server)

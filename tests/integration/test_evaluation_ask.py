@@ -15,7 +15,7 @@ from aiohttp import web
 from services.common.errors import InvalidData, Unauthenticated, Unavailable
 from services.evaluation.ask import Address, Answer, Question, ask_all
 from services.evaluation.worker import STAGE
-from tests.conftest import Silent
+from tests.conftest import Recorder
 
 QUESTIONS = [Question(str(n), [{"role": "user", "content": f"q{n}"}], [], []) for n in range(5)]
 
@@ -100,7 +100,7 @@ async def test_refusals_are_not_tried_again(
     assert len(server.asked) <= 3
 
 
-def test_the_stage_writes_a_report_and_compares_with_a_baseline(tmp_path: Path, silent: Silent) -> None:
+def test_the_stage_writes_a_report_and_compares_with_a_baseline(tmp_path: Path, reporter: Recorder) -> None:
     import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -138,7 +138,7 @@ def test_the_stage_writes_a_report_and_compares_with_a_baseline(tmp_path: Path, 
             output.mkdir()
             target = {"address": f"http://127.0.0.1:{http.server_port}/v1", "model": label}
             spec = {"dataset": "datasets/d", "target": target, "gate": {"calls": 1.0}}
-            told = STAGE.run(STAGE.spec.model_validate(spec), inputs, output, silent)
+            told = STAGE.run(STAGE.spec.model_validate(spec), inputs, output, reporter)
             inputs = {"dataset": data, "baseline": tmp_path / "before"}
         http.shutdown()
     report = json.loads((tmp_path / "after/report.json").read_text())

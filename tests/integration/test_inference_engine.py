@@ -106,12 +106,8 @@ async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
     async def forget(deployment: str) -> None:
         saved.pop(deployment)
 
-    async def read_log(name: str) -> str:
-        file = cluster.log_file(name)
-        return file.read_text(errors="replace")[-4000:] if file.exists() else ""
-
     routes = RouteTable()
-    artifacts = Artifacts(fetch_model, fetch_reference, store_reference, save, forget, read_log)
+    artifacts = Artifacts(fetch_model, fetch_reference, store_reference, save, forget)
     rollout = Rollout(cluster, routes, artifacts, detect_hardware(), Limits(start=600))
     gateway = Gateway(routes)
     port = await gateway.start("127.0.0.1", 0)

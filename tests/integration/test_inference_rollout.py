@@ -76,11 +76,7 @@ class House:
         async def forget(deployment: str) -> None:
             del self.saved[deployment]
 
-        async def read_log(name: str) -> str:
-            file = self.cluster.log_file(name)
-            return file.read_text() if file.exists() else ""
-
-        artifacts = Artifacts(fetch_model, fetch_reference, store_reference, save, forget, read_log)
+        artifacts = Artifacts(fetch_model, fetch_reference, store_reference, save, forget)
         limits = Limits(start=20, drain=1, keep_warm=keep_warm, restarts=2, first_pause=0.05, poll=0.05)
         self.rollouts.append(Rollout(self.cluster, self.routes, artifacts, Hardware(0, 2, 8 * 1024**3), limits))
         return self.rollouts[-1]

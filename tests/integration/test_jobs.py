@@ -60,7 +60,7 @@ class Stack:
         await self.server.start()
         self._settling = asyncio.create_task(self.jobs.settle_ended())
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.server.port}")
-        self.stub = merging_pb2_grpc.MergingServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+        self.stub = merging_pb2_grpc.MergingServiceStub(self._channel)
 
     async def close(self, stop_workloads: bool = True) -> None:
         await self._channel.close()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from services.merging.worker import STAGE
+from tests.conftest import Recorder
 
 pytestmark = pytest.mark.heavy
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.heavy
     ],
     ids=["plain", "patterns", "saved"],
 )
-def test_equal_to_peft(tmp_path: Path, silent: Any, dtype: str, settings: dict[str, Any]) -> None:
+def test_equal_to_peft(tmp_path: Path, reporter: Recorder, dtype: str, settings: dict[str, Any]) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
@@ -42,7 +43,7 @@ def test_equal_to_peft(tmp_path: Path, silent: Any, dtype: str, settings: dict[s
         output = tmp_path / engine
         output.mkdir()
         spec = STAGE.spec.model_validate({"base_model": "models/b", "adapter": "adapters/a", "engine": engine})
-        STAGE.run(spec, {"base_model": tmp_path / "base", "adapter": tmp_path / "adapter"}, output, silent)
+        STAGE.run(spec, {"base_model": tmp_path / "base", "adapter": tmp_path / "adapter"}, output, reporter)
         found[engine] = {k: v for f in output.glob("*.safetensors") for k, v in load_file(f).items()}
     assert found["stream"].keys() == found["peft"].keys()
     for name, tensor in found["peft"].items():

@@ -57,7 +57,7 @@ async def server() -> AsyncIterator[Server]:
 
 
 async def get(target: grpc.aio.Channel, name: str, **more: Any) -> artifact_pb2.Artifact:
-    stub: Any = artifact_pb2_grpc.ArtifactServiceStub(target)  # type: ignore[no-untyped-call]  # generated
+    stub: Any = artifact_pb2_grpc.ArtifactServiceStub(target)
     answer: artifact_pb2.Artifact = await stub.GetArtifact(artifact_pb2.GetArtifactRequest(name=name), **more)
     return answer
 

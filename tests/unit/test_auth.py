@@ -116,8 +116,8 @@ def test_an_issuer_that_is_away() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("- {name: a, role: king, sha256: x}", "0.role"),
-        ("- {name: a, role: viewer}", "0.sha256"),
+        ("- {name: a, role: king, sha256: x}", r"\[0\]\.role"),
+        ("- {name: a, role: viewer}", r"\[0\]\.sha256"),
         ("a: [", "not YAML"),
         ("hello", "is wrong"),
     ],

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from services.common.errors import InvalidData
 from services.conversion.spec import Spec
 from services.conversion.worker import run
-from tests.conftest import Silent
+from tests.conftest import Recorder
 
 
 def row(number: int, *tools: str, call: bool = True) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def convert(tmp_path: Path, *sources: Path, folder: str = "out", **settings: Any
     spec = Spec.model_validate({"sources": listed, **settings})
     output = tmp_path / folder
     output.mkdir()
-    metadata = run(spec, {f"sources/{n}": s for n, s in enumerate(sources)}, output, Silent())
+    metadata = run(spec, {f"sources/{n}": s for n, s in enumerate(sources)}, output, Recorder())
     return output, metadata
 
 

@@ -17,6 +17,7 @@ from services.common.errors import InvalidData, ResourceExhausted
 from services.merging.adapter import read_adapter
 from services.merging.merge import merge_folder
 from services.merging.worker import STAGE
+from tests.conftest import Recorder
 
 RNG = np.random.default_rng(0)
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -95,12 +96,12 @@ def test_saved_modules_replace(tmp_path: Path) -> None:
     np.testing.assert_array_equal(merged(tmp_path, write_base(tmp_path / "base"), adapter)["lm_head.weight"], head)
 
 
-def test_the_stage_carries_the_tokenizer(tmp_path: Path, silent: Any) -> None:
+def test_the_stage_carries_the_tokenizer(tmp_path: Path, reporter: Recorder) -> None:
     base, adapter, output = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter"), tmp_path / "out"
     (adapter / "tokenizer.json").write_text("adapter's")
     output.mkdir()
     spec = STAGE.spec.model_validate({"base_model": "models/b", "adapter": "adapters/a"})
-    told = STAGE.run(spec, {"base_model": base, "adapter": adapter}, output, silent)
+    told = STAGE.run(spec, {"base_model": base, "adapter": adapter}, output, reporter)
     assert (output / "tokenizer.json").read_text() == "adapter's"
     assert (output / "config.json").exists()
     assert not (output / "adapter_config.json").exists()

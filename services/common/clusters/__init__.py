@@ -97,5 +97,8 @@ class Cluster(Protocol):
     def watch(self) -> AsyncIterator[WorkloadStatus]:
         """Every change of any workload from now on."""
 
+    async def read_log(self, name: str) -> str:
+        """The end of what its processes wrote to stdout and stderr; "" when there is nothing."""
+
     def render(self, workload: Workload) -> str:
         """The cluster's own form of the workload as YAML; for validate_only and --dry-run."""

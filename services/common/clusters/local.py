@@ -69,11 +69,6 @@ class LocalCluster:
         self._changed = asyncio.Event()
         self._log = get_logger("cluster")
 
-    @property
-    def logs(self) -> Path:
-        """Where the workloads' output is kept, as `{name}.log`."""
-        return self._folder / "logs"
-
     def set_environment(self, key: str, value: str) -> None:
         """One more variable for workloads that start from now on."""
         self._environment[key] = value
@@ -167,9 +162,13 @@ class LocalCluster:
         """The workload as YAML."""
         return str(yaml.safe_dump({"kind": "LocalWorkload", **_plain(workload)}, sort_keys=False, allow_unicode=True))
 
-    def log_file(self, name: str) -> Path:
-        """What its processes wrote to stdout and stderr."""
-        return self.logs / f"{name}.log"
+    async def read_log(self, name: str) -> str:
+        """The last 20,000 characters that its processes wrote to stdout and stderr."""
+        file = self._log_file(name)
+        return await asyncio.to_thread(lambda: file.read_text(errors="replace")[-20_000:] if file.exists() else "")
+
+    def _log_file(self, name: str) -> Path:
+        return self._folder / "logs" / f"{name}.log"
 
     # The loop below is the only place where phases change.
 
@@ -208,7 +207,7 @@ class LocalCluster:
         termination.unlink(missing_ok=True)
         env = {**self._environment, **work.env, "FABRICTUNE_TERMINATION_LOG": str(termination)}
         entry.attempt += 1
-        with self.log_file(name).open("ab") as log:
+        with self._log_file(name).open("ab") as log:
             try:
                 entry.process = await asyncio.create_subprocess_exec(
                     *argv, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
