@@ -10,8 +10,6 @@ Specs are plain dicts in the API's own field names; answers are protobuf message
 from __future__ import annotations
 
 import builtins
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from typing import Any, NamedTuple
 import grpc
 from google.protobuf import json_format
 
+from fabrictune.connection import DEADLINE_SECONDS, find_endpoint, open_channel
 from fabrictune.errors import ApiError, from_rpc, from_status
 from fabrictune.v1 import (
     artifact_pb2,
@@ -38,27 +37,8 @@ from fabrictune.v1 import (
     training_pb2_grpc,
 )
 
-DEFAULT_ENDPOINT = "127.0.0.1:8470"
-DEADLINE_SECONDS = 60.0
 SUCCEEDED, FAILED, CANCELLED = job_pb2.Execution.SUCCEEDED, job_pb2.Execution.FAILED, job_pb2.Execution.CANCELLED
 ENDED = (SUCCEEDED, FAILED, CANCELLED)
-# Only UNAVAILABLE is tried again: the call has not been begun.
-SERVICE_CONFIG = json.dumps(
-    {
-        "methodConfig": [
-            {
-                "name": [{}],
-                "retryPolicy": {
-                    "maxAttempts": 4,
-                    "initialBackoff": "0.2s",
-                    "maxBackoff": "2s",
-                    "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
-                },
-            }
-        ]
-    }
-)
 
 
 class Kind(NamedTuple):
@@ -86,11 +66,7 @@ class Client:
         self, endpoint: str = "", token: str = "", ca_file: Path | None = None, timeout: float = DEADLINE_SECONDS
     ) -> None:
         self.endpoint = endpoint or find_endpoint()
-        self._channel = grpc.intercept_channel(
-            _open_channel(self.endpoint, ca_file),
-            _Deadline(timeout),
-            _Bearer(token or os.environ.get("FABRICTUNE_TOKEN", "")),
-        )
+        self._channel = open_channel(self.endpoint, token, ca_file, timeout)
         self.conversion = Jobs(self, "conversion")
         self.training = Jobs(self, "training")
         self.merging = Jobs(self, "merging")
@@ -335,55 +311,3 @@ class Inference:
             sampling=inference_pb2.Sampling(**sampling),
         )
         yield from self._client.stream(self._stub.Generate, request)
-
-
-def find_endpoint() -> str:
-    """FABRICTUNE_ENDPOINT, else the address of the `fabrictune up` of this folder, else the default."""
-    named = os.environ.get("FABRICTUNE_ENDPOINT", "")
-    return named or str(read_up_file().get("endpoint", DEFAULT_ENDPOINT))
-
-
-def read_up_file(data_dir: Path | None = None) -> dict[str, Any]:
-    """What a running `fabrictune up` says of itself: {pid, endpoint, gateway, metrics, s3}; {} when there is none."""
-    folder = data_dir or Path(os.environ.get("FABRICTUNE_DATA_DIR", ".fabrictune"))
-    try:
-        return dict(json.loads((folder / "up.json").read_text()))
-    except (OSError, ValueError):
-        return {}
-
-
-def _open_channel(endpoint: str, ca_file: Path | None) -> grpc.Channel:
-    ca_file = ca_file or (Path(os.environ["FABRICTUNE_CA_FILE"]) if os.environ.get("FABRICTUNE_CA_FILE") else None)
-    options = [("grpc.service_config", SERVICE_CONFIG), ("grpc.max_receive_message_length", 16 * 2**20)]
-    address = endpoint.removeprefix("https://").removeprefix("http://")
-    if endpoint.startswith("https://") or ca_file is not None:
-        try:
-            roots = ca_file.read_bytes() if ca_file else None
-        except OSError as error:
-            raise ApiError(f"the CA file {ca_file} cannot be read: {error.strerror}", "INVALID_ARGUMENT") from None
-        return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots), options=options)
-    return grpc.insecure_channel(address, options=options)
-
-
-class _Deadline(grpc.UnaryUnaryClientInterceptor):
-    """A default deadline for unary calls; a service config's `timeout` would not reach the server."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-
-    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        return continuation(details._replace(timeout=details.timeout or self._seconds), request)
-
-
-class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
-    """Sends the token with each call."""
-
-    def __init__(self, token: str) -> None:
-        self._metadata = [("authorization", f"Bearer {token}")] if token else []
-
-    def _send(self, continuation: Any, details: Any, request: Any) -> Any:
-        metadata = [*(details.metadata or []), *self._metadata]
-        return continuation(details._replace(metadata=metadata), request)
-
-    intercept_unary_unary: Any = _send
-    intercept_unary_stream: Any = _send

@@ -16,7 +16,8 @@ import typer
 
 from fabrictune.cli.context import console, print_json, settings
 from fabrictune.cli.up import find_running
-from fabrictune.client import Client, find_endpoint
+from fabrictune.client import Client
+from fabrictune.connection import find_endpoint
 from fabrictune.errors import ApiError
 
 MIN_DISK_GB, MIN_MEMORY_GB = 6.0, 6.0

@@ -18,7 +18,7 @@ import typer
 import yaml
 
 from fabrictune.cli.context import console, print_json, settings
-from fabrictune.client import read_up_file
+from fabrictune.connection import read_up_file
 from fabrictune.errors import ApiError
 
 START_SECONDS = 60.0

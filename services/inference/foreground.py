@@ -15,9 +15,10 @@ from services.common.resources import check_id
 from services.common.server import wait_for_stop
 from services.inference.engine import detect_hardware, read_model_config
 from services.inference.gateway import Gateway
+from services.inference.launch import Artifacts, Model
 from services.inference.reference import Reference
 from services.inference.revisions import Deployment, State
-from services.inference.rollout import Artifacts, Model, Rollout
+from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
 from services.inference.spec import RevisionSpec
 

@@ -9,19 +9,16 @@ back to it needs no loading.
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import aiohttp
 
-from services.common.clusters import Cluster, Phase, Workload
+from services.common.clusters import Cluster
 from services.common.errors import (
     AlreadyExists,
-    DeadlineExceeded,
     FabrictuneError,
     FailedPrecondition,
     NotFound,
@@ -29,63 +26,19 @@ from services.common.errors import (
     WorkerLost,
 )
 from services.common.logs import get_logger
-from services.inference import parity
 from services.inference.engine import (
     Hardware,
     engine_name,
-    explain_failure,
-    reference_dtype,
     render_engine,
     weight_bytes,
 )
-from services.inference.reference import Reference, run_reference
+from services.inference.launch import Artifacts, Launcher, Limits, run_both
 from services.inference.revisions import COMING, Deployment, Revision, State, check_traffic, move
 from services.inference.routes import RouteTable, Target
 from services.inference.spec import RevisionSpec
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model on this machine, verified."""
-
-    folder: Path
-    digest: str
-
-
-@dataclass(frozen=True)
-class Artifacts:
-    """How a rollout reaches what is stored. All may raise errors of services.common.errors."""
-
-    fetch_model: Callable[[str], Awaitable[Model]]
-    """By "models/{id}"."""
-    fetch_reference: Callable[[str, str], Awaitable[Reference | None]]
-    """By model digest and dtype; None when there is none of this version."""
-    store_reference: Callable[[Reference], Awaitable[None]]
-    save: Callable[[Deployment], Awaitable[None]]
-    forget: Callable[[str], Awaitable[None]]
-    """By deployment id: it was deleted."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Times in seconds."""
-
-    start: float = 900
-    """From the engine's start until it answers."""
-    drain: float = 300
-    """What is in flight may take this long once a revision is to stop."""
-    keep_warm: float = 300
-    """How long a revision without traffic that once had some stays ready for a rollback."""
-    restarts: int = 5
-    """Crashes in a row after which a revision has failed."""
-    first_pause: float = 1
-    """Before the first restart; it doubles each time, up to a minute."""
-    calm: float = 600
-    """Having been READY for so long forgives earlier crashes."""
-    poll: float = 0.25
 
 
 @dataclass
@@ -111,18 +64,13 @@ class Rollout:
         self._addresses: dict[str, str] = {}
         self._watchers: set[asyncio.Queue[Deployment]] = set()
         self._saving = asyncio.Lock()
-        self._reference_lock = asyncio.Lock()
-        self._session: aiohttp.ClientSession | None = None
+        self._launcher = Launcher(self.cluster, self.artifacts, self.hardware, self.limits)
         self._log = get_logger("rollout")
 
     @property
     def session(self) -> aiohttp.ClientSession:
         """For requests to engines; `generate` uses it too."""
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=5), connector=aiohttp.TCPConnector(limit=0)
-            )
-        return self._session
+        return self._launcher.session
 
     async def restore(self, deployments: Iterable[Deployment]) -> None:
         """Go on with what an earlier process left; engines that still run are adopted, others started again."""
@@ -144,8 +92,7 @@ class Rollout:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._session:
-            await self._session.close()
+        await self._launcher.close()
 
     def get(self, deployment: str) -> Deployment:
         """By id. Raises NotFound."""
@@ -284,7 +231,7 @@ class Rollout:
                     if revision.take_traffic:
                         await self.set_traffic(owner.id, {revision.revision: 100})
                     since = time.monotonic()
-                    lost = await self._watch_engine(name)
+                    lost = await self._launcher.watch(name)
                     revision.restarts *= time.monotonic() - since < self.limits.calm
                 adopt = False
                 revision.restarts += 1
@@ -317,120 +264,32 @@ class Rollout:
         work = render_engine(revision.deployment, revision.revision, spec, model.folder, self.hardware)
         revision.seconds = {"fetch": round(time.monotonic() - clock, 2)}
         clock = time.monotonic()
-        adopted = adopt and await self._runs_already(work)
-        await self._start(work)
+        adopted = adopt and await self._launcher.runs_already(work)
+        await self._launcher.start(work)
         move(revision, State.LOADING, "the engine loads the model")
         await self._publish(owner)
         if adopted:
-            address = await self._healthy(work)
+            address = await self._launcher.healthy(work)
         else:
             # Importing vLLM takes one core for most of the start; the reference is computed on the other meanwhile,
             # unless both copies of the weights would not fit into memory.
             small = 4 * weight_bytes(model.folder) < self.hardware.memory_bytes / 2
             if small:
-                address, reference = await _both(
-                    self._timed(revision, "load", self._healthy(work)),
-                    self._timed(revision, "reference", self._reference(model, spec)),
+                address, reference = await run_both(
+                    self._timed(revision, "load", self._launcher.healthy(work)),
+                    self._timed(revision, "reference", self._launcher.reference(model, spec)),
                 )
             else:
-                address = await self._timed(revision, "load", self._healthy(work))
-                reference = await self._timed(revision, "reference", self._reference(model, spec))
+                address = await self._timed(revision, "load", self._launcher.healthy(work))
+                reference = await self._timed(revision, "reference", self._launcher.reference(model, spec))
             move(revision, State.PROBING, "the engine is compared with the reference")
             await self._publish(owner)
-            await self._timed(revision, "probe", self._probe(revision, work, address, reference))
+            await self._timed(revision, "probe", self._launcher.probe(revision, work, address, reference))
         move(revision, State.READY)
         revision.ready_time = time.time()
         self._addresses[revision.name] = address
         self._log.info("ready", revision=revision.name, seconds=revision.seconds)
         await self._publish(owner)
-
-    async def _runs_already(self, work: Workload) -> bool:
-        status = await self.cluster.get(work.name)
-        return (
-            status is not None
-            and status.phase is Phase.RUNNING
-            and status.digest == work.digest
-            and not status.stopping
-        )
-
-    async def _start(self, work: Workload) -> None:
-        status = await self.cluster.get(work.name)
-        stale = status is not None and (status.digest != work.digest or status.phase in (Phase.SUCCEEDED, Phase.FAILED))
-        if stale:
-            await self.cluster.delete(work.name)
-        await self.cluster.create(work)
-
-    async def _healthy(self, work: Workload) -> str:
-        """The engine's address once it answers. Raises WorkerLost, DeadlineExceeded; both with the end of its log."""
-        deadline = time.monotonic() + self.limits.start
-        while time.monotonic() < deadline:
-            status = await self.cluster.get(work.name)
-            if status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
-                raise WorkerLost(f"the engine ended while it started. {await self._last_words(work.name)}")
-            if status.address and await self._answers(status.address + work.health_path):
-                return status.address
-            await asyncio.sleep(self.limits.poll)
-        raise DeadlineExceeded(
-            f"the engine did not answer within {self.limits.start:.0f} s. {await self._last_words(work.name)}"
-        )
-
-    async def _answers(self, url: str) -> bool:
-        try:
-            async with self.session.get(url, timeout=aiohttp.ClientTimeout(total=5)) as response:
-                return response.status == 200
-        except (aiohttp.ClientError, TimeoutError):
-            return False
-
-    async def _watch_engine(self, name: str) -> str:
-        """Until the engine has gone; returns why."""
-        while True:
-            status = await self.cluster.get(name)
-            if status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
-                return await self._last_words(name)
-            await asyncio.sleep(self.limits.poll)
-
-    async def _last_words(self, name: str) -> str:
-        log = (await self.cluster.read_log(name)).strip()
-        advice = explain_failure(log)
-        end = "\n".join(log.splitlines()[-15:])
-        return (f"{advice[0].upper()}{advice[1:]}. " if advice else "") + (
-            f"The end of its log:\n{end}" if end else "It left no log"
-        )
-
-    async def _reference(self, model: Model, spec: RevisionSpec) -> Reference:
-        """The stored reference, or a new one; never two computations at a time."""
-        dtype = reference_dtype(model.folder, self.hardware)
-        async with self._reference_lock:
-            known = await self.artifacts.fetch_reference(model.digest, dtype)
-            if known is not None:
-                return known
-            with tempfile.TemporaryDirectory(prefix="fabrictune-reference-") as scratch:
-                trusted = any(a.replace("_", "-") == "--trust-remote-code" for a in spec.engine_args)
-                made = await run_reference(model.folder, model.digest, dtype, Path(scratch) / "reference.json", trusted)
-            await self.artifacts.store_reference(made)
-            return made
-
-    async def _probe(self, revision: Revision, work: Workload, address: str, reference: Reference) -> None:
-        dtype, length = (work.argv[work.argv.index(flag) + 1] for flag in ("--dtype", "--max-model-len"))
-        wanted = revision.spec.parity
-        result = await parity.probe(self.session, address, revision.deployment, reference, dtype, wanted, int(length))
-        revision.parity = asdict(result)
-        parity.check(result, wanted)
-        await self._smoke(revision, address)
-
-    async def _smoke(self, revision: Revision, address: str) -> None:
-        """One chat answer of one token: the chat template is there and sampling works. Raises FailedPrecondition."""
-        body = {"model": revision.deployment, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 1}
-        try:
-            async with self.session.post(f"{address}/v1/chat/completions", json=body) as response:
-                if response.status != 200:
-                    raise FailedPrecondition(
-                        f"the engine refuses a chat (HTTP {response.status}): {(await response.text())[:500]}. A model "
-                        "needs a chat template (chat_template.jinja beside its tokenizer)",
-                        reason_override="SMOKE_TEST_FAILED",
-                    )
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise Unavailable(f"the engine went away during its first chat: {error!r}") from None
 
     async def _timed(self, revision: Revision, step: str, work: Coroutine[Any, Any, _T]) -> _T:
         clock = time.monotonic()
@@ -479,14 +338,3 @@ class Rollout:
     def _tell(self, deployment: Deployment) -> None:
         for queue in self._watchers:
             queue.put_nowait(deployment)
-
-
-async def _both(first: Coroutine[Any, Any, _T], second: Coroutine[Any, Any, _U]) -> tuple[_T, _U]:
-    """Run both; the first failure cancels the other one and is raised as it is."""
-    one, two = asyncio.create_task(first), asyncio.create_task(second)
-    try:
-        return await asyncio.gather(one, two)
-    finally:
-        for task in (one, two):
-            task.cancel()
-        await asyncio.gather(one, two, return_exceptions=True)

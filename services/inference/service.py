@@ -18,9 +18,10 @@ from services.common.job_api import spec_dict
 from services.common.resources import check_id, split_name
 from services.common.store import Store
 from services.inference.generate import generate
+from services.inference.launch import Artifacts, Model
 from services.inference.reference import Reference, reference_from_json, reference_to_json
 from services.inference.revisions import Deployment, Revision, from_json, to_json
-from services.inference.rollout import Artifacts, Model, Rollout
+from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
 from services.inference.spec import RevisionSpec, parse_spec
 

@@ -20,9 +20,10 @@ from services.inference import parity
 from services.inference.engine import detect_hardware
 from services.inference.gateway import Gateway
 from services.inference.generate import generate
+from services.inference.launch import Artifacts, Limits, Model
 from services.inference.reference import PROMPTS, Reference
 from services.inference.revisions import Deployment, State
-from services.inference.rollout import Artifacts, Limits, Model, Rollout
+from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
 from services.inference.spec import Parity, parse_spec
 

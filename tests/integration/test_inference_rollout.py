@@ -18,9 +18,10 @@ from services.common.clusters import Phase, Workload, WorkloadStatus
 from services.common.clusters.local import LocalCluster
 from services.common.errors import AlreadyExists, FailedPrecondition
 from services.inference.engine import Hardware
+from services.inference.launch import Artifacts, Limits, Model
 from services.inference.reference import PROMPTS_VERSION, ForcedText, Reference
 from services.inference.revisions import Deployment, State, from_json, to_json
-from services.inference.rollout import Artifacts, Limits, Model, Rollout
+from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
 from services.inference.spec import RevisionSpec, parse_spec
 

@@ -195,3 +195,17 @@ def test_gzip_and_folders_are_read(tmp_path: Path) -> None:
 def test_bad_specs_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Spec.model_validate(wrong)
+
+
+def test_a_shared_prompt_that_is_too_long_is_taken_apart_and_what_is_still_too_long_is_refused(tmp_path: Path) -> None:
+    rows = [row(n, name(n)) for n in range(4)]
+    rows[3]["conversations"][1]["value"] += " please" * 400
+    source = write(tmp_path / "a.jsonl", *rows)
+    output, metadata = convert(
+        tmp_path, source, split={"test": 0, "validation": 0}, questions={"min": 4, "max": 4}, summaries=0,
+        max_row_characters=2500,
+    )  # fmt: skip
+    assert max(sum(len(m["content"]) for m in r["messages"]) for r in lines(output / "train.jsonl")) <= 2500
+    assert {r["id"].partition("/")[0] for r in lines(output / "train.jsonl")} == {"row-0", "row-1", "row-2"}
+    assert [(r["code"], r["line"]) for r in lines(output / "rejects.jsonl")] == [("ROW_TOO_LONG", 4)]
+    assert metadata["rows_converted"] == 3

@@ -14,16 +14,22 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import yaml
 from google.protobuf import json_format
 from google.rpc import status_pb2
 
 from services.common.clusters import Phase, Workload, WorkloadStatus
+from services.common.clusters.journal import (
+    Entry,
+    read_entry,
+    read_termination,
+    status_of,
+    status_to_json,
+    workload_to_json,
+)
 from services.common.clusters.processes import is_alive, signal_group, start_ticks
 from services.common.errors import NEVER_RETRY, AlreadyExists, DeadlineExceeded, FailedPrecondition, WorkerLost
 from services.common.logs import get_logger
@@ -35,27 +41,6 @@ POLL_SECONDS = 0.2
 LOST = WorkerLost("the worker's process has gone without an outcome; was it killed, or did memory run out?")
 
 
-@dataclass
-class _Entry:
-    """One workload in the journal."""
-
-    workload: Workload
-    phase: Phase = Phase.PENDING
-    attempt: int = 0
-    pid: int = 0
-    started: int = 0
-    exit_code: int | None = None
-    port: int = 0
-    create_time: float = 0
-    start_time: float = 0
-    end_time: float = 0
-    not_before: float = 0
-    stop_time: float = 0
-    message: str = ""
-    error: dict[str, Any] = field(default_factory=dict)
-    process: asyncio.subprocess.Process | None = None
-
-
 class LocalCluster:
     """Runs workloads on this machine. folder: journal, logs and termination messages. Use `start` and `close`."""
 
@@ -63,7 +48,7 @@ class LocalCluster:
         self._folder = folder
         self._max_jobs = max_jobs
         self._environment = dict(os.environ if environment is None else environment)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._watchers: set[asyncio.Queue[WorkloadStatus]] = set()
         self._loop_task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -78,7 +63,7 @@ class LocalCluster:
         for part in ("journal", "logs", "termination"):
             (self._folder / part).mkdir(parents=True, exist_ok=True)
         for file in sorted((self._folder / "journal").glob("*.json")):
-            entry = _read_entry(file)
+            entry = read_entry(file)
             if entry is None:
                 self._log.warning("a journal entry cannot be read and is put aside", file=str(file))
                 file.rename(file.with_suffix(".broken"))
@@ -107,27 +92,27 @@ class LocalCluster:
                 raise AlreadyExists(
                     f"a workload {workload.name} made from another spec exists; delete it or take another id"
                 )
-            return _status(known)
+            return status_of(known)
         gpus = count_gpus()
         if workload.gpus > gpus or workload.nodes > 1:
             raise FailedPrecondition(
                 f"{workload.name} asks for {workload.nodes} node(s) with {workload.gpus} GPU(s); this machine is 1 node "
                 f"with {gpus}. Ask for resources.gpus: {gpus}, or use a cluster that has more"
             )
-        entry = _Entry(workload, create_time=_now(), message="waits for its turn")
+        entry = Entry(workload, create_time=_now(), message="waits for its turn")
         self._entries[workload.name] = entry
         self._save(entry)
         self._changed.set()
-        return _status(entry)
+        return status_of(entry)
 
     async def get(self, name: str) -> WorkloadStatus | None:
         """Its status, or None."""
         entry = self._entries.get(name)
-        return _status(entry) if entry else None
+        return status_of(entry) if entry else None
 
     async def list(self, kind: str = "") -> list[WorkloadStatus]:
         """All workloads, of one kind or of every kind."""
-        return [_status(e) for e in self._entries.values() if not kind or e.workload.kind == kind]
+        return [status_of(e) for e in self._entries.values() if not kind or e.workload.kind == kind]
 
     async def stop(self, name: str) -> None:
         """SIGTERM now, SIGKILL after the grace period."""
@@ -160,7 +145,9 @@ class LocalCluster:
 
     def render(self, workload: Workload) -> str:
         """The workload as YAML."""
-        return str(yaml.safe_dump({"kind": "LocalWorkload", **_plain(workload)}, sort_keys=False, allow_unicode=True))
+        return str(
+            yaml.safe_dump({"kind": "LocalWorkload", **workload_to_json(workload)}, sort_keys=False, allow_unicode=True)
+        )
 
     async def read_log(self, name: str) -> str:
         """The last 20,000 characters that its processes wrote to stdout and stderr."""
@@ -199,7 +186,7 @@ class LocalCluster:
                 await self._spawn(entry)
                 running += not entry.workload.port
 
-    async def _spawn(self, entry: _Entry) -> None:
+    async def _spawn(self, entry: Entry) -> None:
         work, name = entry.workload, entry.workload.name
         entry.port = _free_port() if work.port else 0
         argv = [a.replace("{port}", str(entry.port)) for a in work.argv]
@@ -222,14 +209,14 @@ class LocalCluster:
         self._log.info("started", workload=name, pid=entry.pid, attempt=entry.attempt)
         self._save(entry)
 
-    def _observe(self, entry: _Entry) -> None:
+    def _observe(self, entry: Entry) -> None:
         now, work = _now(), entry.workload
         code = entry.process.returncode if entry.process else None
         if code is None and is_alive(entry.pid, entry.started):
             limit = work.run_timeout_seconds
             if limit and now - entry.start_time > limit and not entry.stop_time:
                 late = DeadlineExceeded(f"ran longer than {limit:.0f} s (run_timeout)")
-                entry.error, entry.stop_time = _status_dict(late.to_status()), now
+                entry.error, entry.stop_time = status_to_json(late.to_status()), now
                 signal_one(entry.pid, signal.SIGTERM)
             if entry.stop_time and now - entry.stop_time > _grace(work):
                 signal_group(entry.pid, signal.SIGKILL)
@@ -237,7 +224,7 @@ class LocalCluster:
         if entry.process is not None and code is None:
             return  # gone a moment ago; asyncio has its exit code at the next look
         signal_group(entry.pid, signal.SIGKILL)  # whatever its children left behind
-        told = _read_termination(self._termination_file(work.name))
+        told = read_termination(self._termination_file(work.name))
         if code is None:
             code = int(told["exit_code"]) if told else 70
         status = json_format.ParseDict(told["status"], status_pb2.Status()) if told and told.get("status") else None
@@ -252,22 +239,22 @@ class LocalCluster:
         else:
             self._end(entry, Phase.FAILED, code, status or (None if entry.error else LOST.to_status()))
 
-    def _end(self, entry: _Entry, phase: Phase, exit_code: int, error: status_pb2.Status | None = None) -> None:
+    def _end(self, entry: Entry, phase: Phase, exit_code: int, error: status_pb2.Status | None = None) -> None:
         entry.phase, entry.exit_code, entry.end_time, entry.process = phase, exit_code, _now(), None
-        entry.error = entry.error or _status_dict(error)
+        entry.error = entry.error or status_to_json(error)
         entry.message = str(entry.error.get("message", ""))
         self._log.info("ended", workload=entry.workload.name, phase=phase.value, exit_code=exit_code)
         self._save(entry)
 
-    def _save(self, entry: _Entry) -> None:
+    def _save(self, entry: Entry) -> None:
         record = {k: v for k, v in vars(entry).items() if k not in ("workload", "phase", "process")}
-        record |= {"phase": entry.phase.value, "workload": _plain(entry.workload)}
+        record |= {"phase": entry.phase.value, "workload": workload_to_json(entry.workload)}
         file = self._folder / "journal" / f"{entry.workload.name}.json"
         draft = file.with_suffix(".tmp")
         draft.write_text(json.dumps(record, indent=1))
         draft.replace(file)
         for queue in self._watchers:
-            queue.put_nowait(_status(entry))
+            queue.put_nowait(status_of(entry))
 
     def _forget(self, name: str) -> None:
         if self._entries.pop(name, None) is not None:
@@ -280,7 +267,7 @@ class LocalCluster:
 
 def leftovers(folder: Path) -> int:
     """End the processes in a journal that nobody looks after any more; returns how many. Blocks until they are gone."""
-    entries = [e for f in (folder / "journal").glob("*.json") if (e := _read_entry(f)) is not None]
+    entries = [e for f in (folder / "journal").glob("*.json") if (e := read_entry(f)) is not None]
     running = [e for e in entries if e.phase is Phase.RUNNING and is_alive(e.pid, e.started)]
     _end_all(running)
     for entry in entries:
@@ -289,7 +276,7 @@ def leftovers(folder: Path) -> int:
     return len(running)
 
 
-def _end_all(entries: Sequence[_Entry]) -> None:
+def _end_all(entries: Sequence[Entry]) -> None:
     """SIGTERM, then SIGKILL to what has outlived its grace. Blocks until all are gone."""
     for entry in entries:
         if is_alive(entry.pid, entry.started):
@@ -319,51 +306,6 @@ def signal_one(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         return
-
-
-def _status(entry: _Entry) -> WorkloadStatus:
-    work = entry.workload
-    return WorkloadStatus(
-        name=work.name,
-        kind=work.kind,
-        digest=work.digest,
-        phase=entry.phase,
-        attempt=max(entry.attempt, 1),
-        message=entry.message,
-        error=json_format.ParseDict(entry.error, status_pb2.Status()) if entry.error else None,
-        address=f"http://127.0.0.1:{entry.port}" if entry.port and entry.phase is Phase.RUNNING else "",
-        start_time=datetime.fromtimestamp(entry.start_time, UTC) if entry.start_time else None,
-        end_time=datetime.fromtimestamp(entry.end_time, UTC) if entry.end_time else None,
-        stopping=bool(entry.stop_time),
-    )
-
-
-def _plain(workload: Workload) -> dict[str, Any]:
-    plain = asdict(replace(workload, env=dict(workload.env), labels=dict(workload.labels)))
-    plain["argv"] = list(workload.argv)
-    return plain
-
-
-def _read_entry(file: Path) -> _Entry | None:
-    try:
-        record = json.loads(file.read_text())
-        work = record.pop("workload")
-        work["argv"] = tuple(work["argv"])
-        return _Entry(Workload(**work), Phase(record.pop("phase")), **record)
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _read_termination(file: Path) -> dict[str, Any] | None:
-    try:
-        told = json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return told if isinstance(told, dict) and "exit_code" in told else None
-
-
-def _status_dict(status: status_pb2.Status | None) -> dict[str, Any]:
-    return json_format.MessageToDict(status) if status is not None else {}
 
 
 def _free_port() -> int:

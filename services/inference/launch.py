@@ -1,0 +1,193 @@
+"""One engine from its workload to its first right answer: start it, wait until it answers, compare it with the reference.
+
+Nothing here knows of deployments and traffic; see `rollout`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+
+from services.common.clusters import Cluster, Phase, Workload
+from services.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable, WorkerLost
+from services.inference import parity
+from services.inference.engine import Hardware, explain_failure, reference_dtype
+from services.inference.reference import Reference, run_reference
+from services.inference.revisions import Deployment, Revision
+from services.inference.spec import RevisionSpec
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on this machine, verified."""
+
+    folder: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """How a rollout reaches what is stored. All may raise errors of services.common.errors."""
+
+    fetch_model: Callable[[str], Awaitable[Model]]
+    """By "models/{id}"."""
+    fetch_reference: Callable[[str, str], Awaitable[Reference | None]]
+    """By model digest and dtype; None when there is none of this version."""
+    store_reference: Callable[[Reference], Awaitable[None]]
+    save: Callable[[Deployment], Awaitable[None]]
+    forget: Callable[[str], Awaitable[None]]
+    """By deployment id: it was deleted."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Times in seconds."""
+
+    start: float = 900
+    """From the engine's start until it answers."""
+    drain: float = 300
+    """What is in flight may take this long once a revision is to stop."""
+    keep_warm: float = 300
+    """How long a revision without traffic that once had some stays ready for a rollback."""
+    restarts: int = 5
+    """Crashes in a row after which a revision has failed."""
+    first_pause: float = 1
+    """Before the first restart; it doubles each time, up to a minute."""
+    calm: float = 600
+    """Having been READY for so long forgives earlier crashes."""
+    poll: float = 0.25
+
+
+class Launcher:
+    """Starts engines. Close it at the end."""
+
+    def __init__(self, cluster: Cluster, artifacts: Artifacts, hardware: Hardware, limits: Limits) -> None:
+        self.cluster, self.artifacts, self.hardware, self.limits = cluster, artifacts, hardware, limits
+        self._reference_lock = asyncio.Lock()
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """For requests to engines; `generate` uses it too."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=5), connector=aiohttp.TCPConnector(limit=0)
+            )
+        return self._session
+
+    async def close(self) -> None:
+        """Close the connections to engines."""
+        if self._session:
+            await self._session.close()
+
+    async def runs_already(self, work: Workload) -> bool:
+        """Whether this very engine runs, from an earlier process."""
+        status = await self.cluster.get(work.name)
+        return (
+            status is not None
+            and status.phase is Phase.RUNNING
+            and status.digest == work.digest
+            and not status.stopping
+        )
+
+    async def start(self, work: Workload) -> None:
+        """Give it to the cluster; one of that name that is another, or has ended, goes first."""
+        status = await self.cluster.get(work.name)
+        stale = status is not None and (status.digest != work.digest or status.phase in (Phase.SUCCEEDED, Phase.FAILED))
+        if stale:
+            await self.cluster.delete(work.name)
+        await self.cluster.create(work)
+
+    async def healthy(self, work: Workload) -> str:
+        """The engine's address once it answers. Raises WorkerLost, DeadlineExceeded; both with the end of its log."""
+        deadline = time.monotonic() + self.limits.start
+        while time.monotonic() < deadline:
+            status = await self.cluster.get(work.name)
+            if status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
+                raise WorkerLost(f"the engine ended while it started. {await self._last_words(work.name)}")
+            if status.address and await self._answers(status.address + work.health_path):
+                return status.address
+            await asyncio.sleep(self.limits.poll)
+        raise DeadlineExceeded(
+            f"the engine did not answer within {self.limits.start:.0f} s. {await self._last_words(work.name)}"
+        )
+
+    async def _answers(self, url: str) -> bool:
+        try:
+            async with self.session.get(url, timeout=aiohttp.ClientTimeout(total=5)) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def watch(self, name: str) -> str:
+        """Until the engine has gone; returns why."""
+        while True:
+            status = await self.cluster.get(name)
+            if status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
+                return await self._last_words(name)
+            await asyncio.sleep(self.limits.poll)
+
+    async def _last_words(self, name: str) -> str:
+        log = (await self.cluster.read_log(name)).strip()
+        advice = explain_failure(log)
+        end = "\n".join(log.splitlines()[-15:])
+        return (f"{advice[0].upper()}{advice[1:]}. " if advice else "") + (
+            f"The end of its log:\n{end}" if end else "It left no log"
+        )
+
+    async def reference(self, model: Model, spec: RevisionSpec) -> Reference:
+        """The stored reference, or a new one; never two computations at a time."""
+        dtype = reference_dtype(model.folder, self.hardware)
+        async with self._reference_lock:
+            known = await self.artifacts.fetch_reference(model.digest, dtype)
+            if known is not None:
+                return known
+            with tempfile.TemporaryDirectory(prefix="fabrictune-reference-") as scratch:
+                trusted = any(a.replace("_", "-") == "--trust-remote-code" for a in spec.engine_args)
+                made = await run_reference(model.folder, model.digest, dtype, Path(scratch) / "reference.json", trusted)
+            await self.artifacts.store_reference(made)
+            return made
+
+    async def probe(self, revision: Revision, work: Workload, address: str, reference: Reference) -> None:
+        """Compare a running engine with the reference. Raises FailedPrecondition when it is too far off."""
+        dtype, length = (work.argv[work.argv.index(flag) + 1] for flag in ("--dtype", "--max-model-len"))
+        wanted = revision.spec.parity
+        result = await parity.probe(self.session, address, revision.deployment, reference, dtype, wanted, int(length))
+        revision.parity = asdict(result)
+        parity.check(result, wanted)
+        await self._smoke(revision, address)
+
+    async def _smoke(self, revision: Revision, address: str) -> None:
+        """One chat answer of one token: the chat template is there and sampling works. Raises FailedPrecondition."""
+        body = {"model": revision.deployment, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 1}
+        try:
+            async with self.session.post(f"{address}/v1/chat/completions", json=body) as response:
+                if response.status != 200:
+                    raise FailedPrecondition(
+                        f"the engine refuses a chat (HTTP {response.status}): {(await response.text())[:500]}. A model "
+                        "needs a chat template (chat_template.jinja beside its tokenizer)",
+                        reason_override="SMOKE_TEST_FAILED",
+                    )
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Unavailable(f"the engine went away during its first chat: {error!r}") from None
+
+
+async def run_both(first: Coroutine[Any, Any, _T], second: Coroutine[Any, Any, _U]) -> tuple[_T, _U]:
+    """Run both; the first failure cancels the other one and is raised as it is."""
+    one, two = asyncio.create_task(first), asyncio.create_task(second)
+    try:
+        return await asyncio.gather(one, two)
+    finally:
+        for task in (one, two):
+            task.cancel()
+        await asyncio.gather(one, two, return_exceptions=True)
