@@ -144,4 +144,4 @@ def show_state(display: Progress, task: Any, execution: job_pb2.Execution) -> No
 
 def print_log(display: Progress, line: job_pb2.LogLine) -> None:
     """A worker's line, above the bars."""
-    display.console.print(Text(line.text, style=STYLES.get(line.severity, "")))
+    display.console.print(Text(line.text, style=STYLES.get(line.severity, "")), soft_wrap=True)

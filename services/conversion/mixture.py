@@ -18,7 +18,12 @@ from services.conversion.react import Tool
 T = TypeVar("T")
 SPLITS = ("train", "validation", "test")
 # Words of tools' names that tell nothing of what a tool is about.
-COMMON = frozenset(["a"])
+# fmt: off
+COMMON = frozenset({
+    "a", "an", "and", "by", "calculate", "check", "convert", "create", "data", "details", "find", "for",
+    "from", "generate", "get", "in", "info", "information", "list", "of", "search", "set", "the", "to",
+})
+# fmt: on
 
 
 def seeded(seed: int, *parts: object) -> int:

@@ -1,0 +1,64 @@
+"""Which tools may stand beside a question, and how tools are dealt to the splits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.common.errors import InvalidData
+from services.conversion.mixture import ToolGroups, add_distractors, assign_splits, fits_none
+from services.conversion.react import Tool
+
+NAMES = st.lists(st.sampled_from([f"t{n}" for n in range(30)]), min_size=1, max_size=4)
+
+
+def tool(name: str) -> Tool:
+    parameters: dict[str, Any] = {"type": "object", "properties": {}, "required": []}
+    return Tool(name, "", parameters)
+
+
+@pytest.mark.parametrize(
+    ("asked", "listed", "none_fits"),
+    [
+        ("get_weather", "get_news", True),  # "get" tells nothing
+        ("calculate_area", "calculate_tax_for_data", True),
+        ("findDetailsOfBooks", "search.find_details", True),
+        ("get_weather", "weather_forecast", False),
+        ("currentWeather", "weather.get", False),
+        ("get_weather", "get_weather", False),
+    ],
+)
+def test_common_words_do_not_make_tools_alike(asked: str, listed: str, none_fits: bool) -> None:
+    assert fits_none([tool(asked)], [tool(listed)]) is none_fits
+    beside = add_distractors([tool(asked)], [tool(listed)], 1, 42, "row")
+    assert (len(beside) == 2) is none_fits
+
+
+def test_distractors_are_other_tools_in_a_seeded_order() -> None:
+    pool = [tool(name) for name in ("alpha", "bravo", "charlie", "delta", "echo")]
+    beside = add_distractors([pool[0]], pool, 3, 42, "row")
+    assert len({t.name for t in beside}) == 4
+    assert pool[0] in beside
+    assert beside == add_distractors([pool[0]], pool, 3, 42, "row")
+    assert len(add_distractors([pool[0]], pool, 99, 42, "row")) == 5
+
+
+@given(st.lists(NAMES, min_size=1, max_size=20), st.integers(0, 5))
+def test_tools_of_one_prompt_are_never_separated(prompts: list[list[str]], seed: int) -> None:
+    groups = ToolGroups()
+    for names in prompts:
+        groups.tie(names)
+    assigned = assign_splits(groups, {}, 0.2, 0.2, seed)
+    assert set(assigned) == set(groups.members())
+    for names in prompts:
+        assert len({assigned[groups.root(name)] for name in names}) == 1
+
+
+def test_a_group_in_two_named_splits_is_refused() -> None:
+    groups = ToolGroups()
+    groups.tie(["a", "b"])
+    with pytest.raises(InvalidData, match="no tool may be in two splits"):
+        assign_splits(groups, {groups.root("a"): {"train", "test"}}, 0, 0, 1)
