@@ -31,6 +31,7 @@ from services.conversion import service as conversion
 from services.evaluation import service as evaluation
 from services.inference.host import open_inference
 from services.merging import service as merging
+from services.pipeline.channels import SERVICES
 from services.pipeline.host import open_pipeline
 from services.training import service as training
 
@@ -78,7 +79,7 @@ async def _serve(config: ServerConfig, store: Store, data_dir: Path, announce: b
         inference = await open_inference(stack, config, store, artifacts, cluster, authenticator)
         os.environ["FABRICTUNE_GATEWAY_URL"] = config.gateway_url or inference.url
         cluster.set_environment("FABRICTUNE_GATEWAY_URL", os.environ["FABRICTUNE_GATEWAY_URL"])
-        pipeline = open_pipeline(stack, channel, store, artifacts)
+        pipeline = open_pipeline(stack, dict.fromkeys(SERVICES, channel), store, artifacts)
         offered = [offer.serve(jobs, cluster) for offer, jobs in kinds]
         server = Server([*offered, inference.service, *pipeline.services], config, authenticator, inside)
         await server.start()

@@ -190,6 +190,16 @@ class Artifacts:
         draft.rename(folder)
         return manifest
 
+    def read(self, manifest: Manifest, path: str) -> bytes:
+        """One small file, verified. Raises NotFound, DataLoss."""
+        file = next((f for f in manifest.files if f.path == path), None)
+        if file is None:
+            raise NotFound(f"{manifest.name} has no {path}")
+        data = self._store.get_bytes(f"{manifest.name}/{manifest.attempt}/{path}")
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise DataLoss(f"{manifest.name}/{path} is not what was stored: its hash differs")
+        return data
+
     def cached(self, name: str, digest: str = "") -> Path:
         """The artifact's folder on this machine, read-only by agreement; fetched once for all processes.
 

@@ -7,6 +7,7 @@ server that started it: the local cluster hands its own environment on, Kubernet
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -48,9 +49,19 @@ class ServerConfig(BaseSettings):
     data_dir: Path = Field(Path(".fabrictune"), description="cache, scratch and, on one machine, everything else")
     log_format: str = Field("json", pattern="^(json|console)$")
     log_level: str = "INFO"
-    endpoint: str = Field("", description="where the other services are, for the pipeline; its own server when empty")
     gateway_url: str = Field("", description="where evaluation reaches the gateway; its own when empty")
+    endpoints: dict[str, str] = Field(
+        default_factory=dict, description='the other services, for the pipeline: {"training": "host:port", …}'
+    )
+    ca_file: Path | None = Field(None, description="a certificate authority, to call other services over TLS")
+    token: SecretStr = Field(SecretStr(""), description="sent when other services are called")
+    cluster: Literal["local", "kubernetes"] = Field("local", description="where jobs and engines run")
     max_concurrent_jobs: int = Field(1, ge=1, description="jobs that the local cluster runs side by side")
+    namespace: str = Field("", description="Kubernetes: where Jobs and engines are made; the server's own when empty")
+    release: str = Field("fabrictune", description="Kubernetes: app.kubernetes.io/instance of what this release makes")
+    templates: Path = Field(Path("/etc/fabrictune/templates"), description="Kubernetes: the chart's job templates")
+    owner: str = Field("", description="Kubernetes: the Deployment that owns the engines, so that they go with it")
+    engine_hardware: str = Field("", description="Kubernetes: what an engine's node has, as JSON; see inference.engine")
 
 
 def load(kind: type[BaseSettings]) -> BaseSettings:

@@ -16,29 +16,26 @@ from __future__ import annotations
 import asyncio
 import builtins
 import hashlib
-import json
 import re
 import secrets
 import sys
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
-
-from pydantic import BaseModel, ValidationError
 
 from fabrictune.v1 import job_pb2
 from services.common import metrics
 from services.common.artifacts import Artifacts
 from services.common.clusters import Cluster, Phase, Workload, WorkloadStatus
-from services.common.errors import AlreadyExists, FailedPrecondition, InvalidSpec, NotFound, Violation
+from services.common.errors import AlreadyExists, FailedPrecondition, InvalidSpec, NotFound
 from services.common.events import read_events
 from services.common.job_state import ENDED, JobRecord, JobView, execution_of, outcome_of
 from services.common.logs import get_logger
+from services.common.records import plan_record, record_from_json, record_to_json
 from services.common.resources import ID_PATTERN, Resources
 from services.common.stage import Stage
 from services.common.store import Store
-from services.common.validation import violations_of
 
 WATCH_SECONDS = 0.5
 RETRIES = 2
@@ -78,14 +75,21 @@ class Jobs:
 
         Raises InvalidSpec, NotFound (inputs), AlreadyExists (reason REQUEST_ID_REUSED), FailedPrecondition (cluster).
         """
-        record = await self._plan(
-            spec, job_id or _make_id(self._stage.kind, request_id), request_id, output, labels or {}
+        record = await asyncio.to_thread(
+            plan_record,
+            self._stage,
+            self._artifacts,
+            spec,
+            job_id or _make_id(self._stage.kind, request_id),
+            output=output,
+            request_id=request_id,
+            labels=labels,
         )
         workload = render_workload(self._stage, record)
         if validate_only:
             return JobView(record), workload
         key = f"{record.name}/job.json"
-        if not await asyncio.to_thread(self._store.put_json, key, _plain(record), only_if_absent=True):
+        if not await asyncio.to_thread(self._store.put_json, key, record_to_json(record), only_if_absent=True):
             there = await self._record(record.name)
             if (there.digest, there.output) != (record.digest, record.output):
                 raise AlreadyExists(
@@ -200,45 +204,13 @@ class Jobs:
         except NotFound:
             return None
 
-    async def _plan(
-        self, spec: Mapping[str, Any], job_id: str, request_id: str, output: str, labels: Mapping[str, str]
-    ) -> JobRecord:
-        stage, found = self._stage, []
-        if not re.fullmatch(ID_PATTERN, job_id):
-            found.append(Violation("id", f"{job_id!r} must match {ID_PATTERN}"))
-        output = output or f"{stage.output_collection}/{job_id}"
-        if not re.fullmatch(f"{stage.output_collection}/{ID_PATTERN}", output):
-            found.append(Violation("output", f"{output!r} must look like {stage.output_collection}/an-id"))
-        try:
-            parsed = stage.spec.model_validate(spec)
-        except ValidationError as error:
-            found += violations_of(error, "spec")
-        if found:
-            raise InvalidSpec(f"the {stage.kind} job cannot be accepted", violations=found)
-        plain = parsed.model_dump(mode="json", exclude_unset=True)
-        inputs = await asyncio.to_thread(self._resolve_inputs, parsed)
-        digest = digest_of({"kind": stage.kind, "spec": plain, "inputs": [i["digest"] for i in inputs]})
-        name = f"{stage.collection}/{job_id}"
-        return JobRecord(name, plain, output, digest, tuple(inputs), request_id, dict(labels), _now())
-
-    def _resolve_inputs(self, spec: BaseModel) -> builtins.list[dict[str, str]]:
-        inputs, found = [], []
-        for role, name in self._stage.inputs(spec).items():
-            try:
-                inputs.append({"role": role, "name": name, "digest": self._artifacts.get(name).digest})
-            except (NotFound, InvalidSpec) as error:
-                found.append(Violation(f"spec.{role}", error.message))
-        if found:
-            raise NotFound(f"the {self._stage.kind} job's inputs do not exist", violations=found)
-        return inputs
-
     async def _record(self, name: str) -> JobRecord:
         if not re.fullmatch(f"{self._stage.collection}/{ID_PATTERN}", name):
             raise InvalidSpec(f"{name!r} is no job's name; it looks like {self._stage.collection}/an-id")
         stored = await asyncio.to_thread(self._store.get_json, f"{name}/job.json")
         if stored is None:
             raise NotFound(f"there is no {name}", {"name": name})
-        return JobRecord(**{**stored, "inputs": tuple(stored["inputs"])})
+        return record_from_json(stored)
 
     def _read_view(self, record: JobRecord, status: WorkloadStatus | None) -> JobView:
         keys = {k.removeprefix(f"{record.name}/") for k in self._store.list_keys(f"{record.name}/")}
@@ -294,20 +266,9 @@ def workload_name(kind: str, job_id: str) -> str:
     return f"{kind}-{job_id}"
 
 
-def digest_of(value: Any) -> str:
-    """sha256 over the canonical JSON of a value, lower-case hex."""
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
-    ).hexdigest()
-
-
 def _make_id(kind: str, request_id: str) -> str:
     tail = hashlib.sha256(request_id.encode()).hexdigest()[:16] if request_id else secrets.token_hex(5)
     return f"{kind[:5].rstrip('-')}-{tail}"
-
-
-def _plain(record: JobRecord) -> dict[str, Any]:
-    return {**asdict(record), "inputs": [dict(i) for i in record.inputs]}
 
 
 def _read_all_events(store: Store, name: str, token: str) -> list[tuple[str, dict[str, Any]]]:

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from services.common.artifacts import Artifacts
 from services.common.auth import Authenticator, load_authenticator
-from services.common.clusters.local import LocalCluster
+from services.common.clusters import Cluster
 from services.common.config import ServerConfig, load_server, load_store
 from services.common.errors import FabrictuneError
 from services.common.job_api import Offer
@@ -25,10 +26,10 @@ class House:
     """What every server process has."""
 
     config: ServerConfig
+    data_dir: Path
     authenticator: Authenticator | None
     store: Store
     artifacts: Artifacts
-    cluster: LocalCluster
 
 
 def serve_jobs(offer: Offer) -> None:
@@ -45,16 +46,31 @@ def run_until_stopped(serve: Callable[[], None]) -> None:
         sys.exit(error.exit_code)
 
 
-async def open_house(stack: AsyncExitStack, kind: str) -> House:
-    """Settings, store and a started cluster from the environment. The stack closes them."""
+async def open_house() -> House:
+    """Settings and store from the environment."""
     config = load_server()
     configure(config.log_format, config.log_level)
     store = await asyncio.to_thread(open_store, load_store())
     data_dir = config.data_dir.absolute()
-    cluster = LocalCluster(data_dir / kind, config.max_concurrent_jobs)
-    await cluster.start()
-    stack.push_async_callback(cluster.close)
-    return House(config, load_authenticator(config), store, Artifacts(store, data_dir / "cache"), cluster)
+    return House(config, data_dir, load_authenticator(config), store, Artifacts(store, data_dir / "cache"))
+
+
+async def open_cluster(stack: AsyncExitStack, house: House, kind: str) -> Cluster:
+    """The started cluster for one kind of work: Kubernetes, or this machine. The stack closes it."""
+    config = house.config
+    if config.cluster == "kubernetes":
+        from services.common.clusters.kubernetes import KubernetesCluster, Place
+
+        there = KubernetesCluster(Place(config.namespace, config.release, config.templates, config.owner), [kind])
+        stack.push_async_callback(there.close)
+        await there.start()
+        return there
+    from services.common.clusters.local import LocalCluster
+
+    here = LocalCluster(house.data_dir / kind, config.max_concurrent_jobs)
+    await here.start()
+    stack.push_async_callback(here.close)
+    return here
 
 
 async def settle(stack: AsyncExitStack, jobs: Jobs) -> None:
@@ -74,7 +90,8 @@ async def serve_until_stopped(stack: AsyncExitStack, house: House, services: Seq
 
 async def _serve_jobs(offer: Offer) -> None:
     async with AsyncExitStack() as stack:
-        house = await open_house(stack, offer.stage.kind)
-        jobs = Jobs(offer.stage, house.store, house.artifacts, house.cluster)
+        house = await open_house()
+        cluster = await open_cluster(stack, house, offer.stage.kind)
+        jobs = Jobs(offer.stage, house.store, house.artifacts, cluster)
         await settle(stack, jobs)
-        await serve_until_stopped(stack, house, [offer.serve(jobs, house.cluster)])
+        await serve_until_stopped(stack, house, [offer.serve(jobs, cluster)])

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+import threading
+from collections.abc import Callable
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
 REGISTRY = CollectorRegistry()
 
@@ -19,7 +25,35 @@ jobs_ended = Counter("fabrictune_jobs_ended_total", "Jobs ended", ["kind", "stat
 streams_open = Gauge("fabrictune_watch_streams", "Watch streams that are open", registry=REGISTRY)
 
 
-def serve(host: str, port: int) -> int:
-    """Answer GET /metrics on host:port (0 takes a free one) from a daemon thread; returns the port."""
-    server, _ = start_http_server(port, addr=host, registry=REGISTRY)
+def serve(host: str, port: int, ready: Callable[[], bool]) -> int:
+    """Answer GET /metrics, /livez and /readyz on host:port (0 takes a free one) from daemon threads; returns the port.
+
+    Kubernetes' own gRPC probe knows no TLS and a program as a probe costs half a second of CPU each time; these ask
+    `ready` instead: whether the server's event loop answers, and whether it serves (/readyz only).
+    """
+    figures = make_wsgi_app(REGISTRY)
+
+    def answer(environ: Any, start_response: Any) -> Any:
+        path = environ["PATH_INFO"]
+        if path not in ("/livez", "/readyz"):
+            return figures(environ, start_response)
+        try:
+            well = ready() or path == "/livez"
+        except TimeoutError:
+            well = False
+        start_response("200 OK" if well else "503 Service Unavailable", [("Content-Type", "text/plain")])
+        return [b"ok\n" if well else b"not ready\n"]
+
+    server = make_server(host, port, answer, _ThreadingServer, _SilentHandler)
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return int(server.server_port)
+
+
+class _ThreadingServer(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+
+class _SilentHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """A probe every few seconds is not worth a line."""

@@ -70,6 +70,7 @@ class Server:
         reflection.enable_server_reflection(
             [*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME], self._server
         )
+        self._serving = False
         self.port = 0
         self.metrics_port = 0
 
@@ -91,7 +92,7 @@ class Server:
             self._server.add_insecure_port(self._inside)
         await self._server.start()
         try:
-            self.metrics_port = metrics.serve(config.host, config.metrics_port)
+            self.metrics_port = metrics.serve(config.host, config.metrics_port, self._answers())
         except OSError as error:
             await self._server.stop(0)
             raise Unavailable(
@@ -99,12 +100,23 @@ class Server:
             ) from None
         for name in ["", *(s.name for s in self._services)]:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._serving = True
         self._log.info("serving", address=f"{config.host}:{self.port}", services=[s.name for s in self._services])
 
     async def close(self) -> None:
         """Say NOT_SERVING, let calls in flight end, stop."""
+        self._serving = False
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._config.drain_seconds)
+
+    def _answers(self) -> Callable[[], bool]:
+        """For other threads: whether it serves. Raises TimeoutError when the event loop is stuck."""
+        loop = asyncio.get_running_loop()
+
+        async def ask() -> bool:
+            return self._serving
+
+        return lambda: asyncio.run_coroutine_threadsafe(ask(), loop).result(5)
 
 
 async def wait_for_stop() -> signal.Signals:

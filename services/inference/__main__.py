@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack
 
-from services.common.main import open_house, run_until_stopped, serve_until_stopped
+from services.common.main import open_cluster, open_house, run_until_stopped, serve_until_stopped
 from services.inference.host import open_inference
 
 
 async def _serve() -> None:
     async with AsyncExitStack() as stack:
-        house = await open_house(stack, "inference")
+        house = await open_house()
+        cluster = await open_cluster(stack, house, "engine")
         inference = await open_inference(
-            stack, house.config, house.store, house.artifacts, house.cluster, house.authenticator
+            stack, house.config, house.store, house.artifacts, cluster, house.authenticator
         )
         await inference.restore()
         await serve_until_stopped(stack, house, [inference.service])

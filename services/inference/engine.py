@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +41,22 @@ FAILURES = {
 
 
 @dataclass(frozen=True)
+class Model:
+    """A model as an engine's flags depend on it."""
+
+    name: str
+    """"models/{id}"."""
+    digest: str
+    folder: Path
+    """Where the engine finds it."""
+    config: Mapping[str, Any]
+    """config.json, its text part if it has several."""
+    weight_bytes: int
+    remote: bool = False
+    """The engine runs in a pod of its own, which fetches the model and makes the reference (see `prepare`)."""
+
+
+@dataclass(frozen=True)
 class Hardware:
     """What decides how an engine is run."""
 
@@ -62,6 +79,19 @@ def detect_hardware() -> Hardware:
     return Hardware(gpus, len(os.sched_getaffinity(0)), memory, frozenset(flags))
 
 
+def read_hardware(told: str) -> Hardware:
+    """FABRICTUNE_ENGINE_HARDWARE: what the nodes have that engines run on, as JSON. Raises InvalidSpec."""
+    try:
+        plain = json.loads(told)
+        return Hardware(
+            int(plain["gpus"]), int(plain["cores"]), int(plain["memory_bytes"]), frozenset(plain.get("cpu_flags", []))
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidSpec(
+            f"FABRICTUNE_ENGINE_HARDWARE is {told!r} ({error!r}); it must be JSON with gpus, cores and memory_bytes"
+        ) from None
+
+
 def choose_dtype(requested: str, hardware: Hardware) -> str:
     """The dtype to compute in. "auto": bfloat16 where the hardware multiplies it, else float32 (emulated is slow)."""
     if requested != "auto":
@@ -76,14 +106,15 @@ def engine_name(deployment: str, revision: str) -> str:
     return f"engine-{deployment[:23].rstrip('-')}-{revision[:22].rstrip('-')}-{mark}"
 
 
-def render_engine(deployment: str, revision: str, spec: RevisionSpec, model: Path, hardware: Hardware) -> Workload:
-    """The engine of one revision. model: its folder. Raises InvalidSpec, InvalidData (no readable config.json)."""
-    config = read_model_config(model)
+def render_engine(deployment: str, revision: str, spec: RevisionSpec, model: Model, hardware: Hardware) -> Workload:
+    """The engine of one revision. Raises InvalidSpec."""
+    config = model.config
     dtype = choose_dtype(spec.dtype, hardware)
     gpus = spec.resources.gpus or min(hardware.gpus, 1)
     max_len = _max_model_len(spec, config, on_gpu=bool(gpus))
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    argv += ["--served-model-name", deployment, "--host", "127.0.0.1", "--port", "{port}", "--dtype", dtype]
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.folder)]
+    host = "0.0.0.0" if model.remote else "127.0.0.1"
+    argv += ["--served-model-name", deployment, "--host", host, "--port", "{port}", "--dtype", dtype]
     argv += [
         "--max-model-len",
         str(max_len),
@@ -103,6 +134,13 @@ def render_engine(deployment: str, revision: str, spec: RevisionSpec, model: Pat
         # would die with ModuleNotFoundError. Empty: no plugin is loaded.
         "VLLM_PLUGINS": "",
     }
+    if model.remote:
+        env |= {
+            "FABRICTUNE_MODEL": model.name,
+            "FABRICTUNE_MODEL_DIGEST": model.digest,
+            "FABRICTUNE_REFERENCE_DTYPE": reference_dtype(model, hardware),
+            "FABRICTUNE_TRUST_REMOTE_CODE": str(trusts_remote_code(spec)).lower(),
+        }
     if gpus:
         argv += ["--tensor-parallel-size", str(gpus)] if gpus > 1 else []
     else:
@@ -131,34 +169,45 @@ def render_engine(deployment: str, revision: str, spec: RevisionSpec, model: Pat
     )
 
 
+def trusts_remote_code(spec: RevisionSpec) -> bool:
+    """Whether the model's own Python code may run."""
+    return any(a.replace("_", "-") == "--trust-remote-code" for a in spec.engine_args)
+
+
+def describe_model(name: str, digest: str, folder: Path) -> Model:
+    """A model in a folder of this machine. Raises InvalidData."""
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return Model(name, digest, folder, read_model_config(folder), weights)
+
+
 def read_model_config(model: Path) -> dict[str, Any]:
     """A model folder's config.json, its text part if it has several. Raises InvalidData."""
     try:
-        config = json.loads((model / "config.json").read_text())
+        told = (model / "config.json").read_text()
     except FileNotFoundError:
         raise InvalidData(
             f"{model} has no config.json; a model is a folder as transformers' save_pretrained writes it"
         ) from None
-    except ValueError as error:
-        raise InvalidData(f"{model / 'config.json'} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InvalidData(f"{model / 'config.json'} is not a JSON object")
     if not any(model.glob("*.safetensors")):
         raise InvalidData(f"{model} has no *.safetensors; other formats can carry code and are not read")
+    return parse_model_config(told, str(model / "config.json"))
+
+
+def parse_model_config(told: str | bytes, where: str) -> dict[str, Any]:
+    """The text part of a config.json. Raises InvalidData."""
+    try:
+        config = json.loads(told)
+    except ValueError as error:
+        raise InvalidData(f"{where} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InvalidData(f"{where} is not a JSON object")
     return dict(config.get("text_config") or config)
 
 
-def weight_bytes(model: Path) -> int:
-    """Size of a model's weights on disk."""
-    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
-
-
-def reference_dtype(model: Path, hardware: Hardware) -> str:
+def reference_dtype(model: Model, hardware: Hardware) -> str:
     """float32 where the weights fit into half the memory in it, else bfloat16."""
-    stored = DTYPE_BYTES.get(
-        str(read_model_config(model).get("dtype") or read_model_config(model).get("torch_dtype")), 2
-    )
-    return "float32" if weight_bytes(model) * 4 / stored < hardware.memory_bytes / 2 else "bfloat16"
+    stored = DTYPE_BYTES.get(str(model.config.get("dtype") or model.config.get("torch_dtype")), 2)
+    return "float32" if model.weight_bytes * 4 / stored < hardware.memory_bytes / 2 else "bfloat16"
 
 
 def explain_failure(log: str) -> str:
@@ -166,7 +215,7 @@ def explain_failure(log: str) -> str:
     return next((advice for text, advice in FAILURES.items() if text in log), "")
 
 
-def _max_model_len(spec: RevisionSpec, config: dict[str, Any], on_gpu: bool) -> int:
+def _max_model_len(spec: RevisionSpec, config: Mapping[str, Any], on_gpu: bool) -> int:
     known = int(config.get("max_position_embeddings") or CPU_MAX_MODEL_LEN)
     if spec.max_model_len is None:
         return known if on_gpu else min(known, CPU_MAX_MODEL_LEN)
@@ -176,7 +225,7 @@ def _max_model_len(spec: RevisionSpec, config: dict[str, Any], on_gpu: bool) -> 
     return spec.max_model_len
 
 
-def _kv_cache_gib(spec: RevisionSpec, config: dict[str, Any], max_len: int, dtype: str, hardware: Hardware) -> int:
+def _kv_cache_gib(spec: RevisionSpec, config: Mapping[str, Any], max_len: int, dtype: str, hardware: Hardware) -> int:
     """Whole GiB (vLLM takes no parts) for a quarter of the concurrent answers at full length, at most 1/8 of memory."""
     heads = int(config.get("num_attention_heads") or 1)
     head_dim = int(config.get("head_dim") or int(config.get("hidden_size") or 4096) // heads)

@@ -13,9 +13,9 @@ from services.common.errors import FailedPrecondition
 from services.common.logs import configure
 from services.common.resources import check_id
 from services.common.server import wait_for_stop
-from services.inference.engine import detect_hardware, read_model_config
+from services.inference.engine import Model, describe_model, detect_hardware, read_model_config
 from services.inference.gateway import Gateway
-from services.inference.launch import Artifacts, Model
+from services.inference.launch import Artifacts
 from services.inference.reference import Reference
 from services.inference.revisions import Deployment, State
 from services.inference.rollout import Rollout
@@ -66,10 +66,10 @@ def _folder_artifacts(folder: Path) -> Artifacts:
     """A folder in a store's place; nothing outlives the process."""
     references: dict[tuple[str, str], Reference] = {}
 
-    async def fetch_model(_: str) -> Model:
+    async def fetch_model(name: str) -> Model:
         weights = sorted(folder.glob("*.safetensors"))
         digests = await asyncio.gather(*(asyncio.to_thread(_digest, f) for f in weights))
-        return Model(folder, hashlib.sha256("".join(digests).encode()).hexdigest())
+        return describe_model(name, hashlib.sha256("".join(digests).encode()).hexdigest(), folder)
 
     async def fetch_reference(digest: str, dtype: str) -> Reference | None:
         return references.get((digest, dtype))

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from fabrictune.v1 import inference_pb2_grpc
 from services.common.artifacts import Artifacts
 from services.common.auth import Authenticator
-from services.common.clusters.local import LocalCluster
+from services.common.clusters import Cluster
 from services.common.config import ServerConfig
 from services.common.errors import FailedPrecondition
 from services.common.server import Service, service
 from services.common.store import Store
-from services.inference.engine import detect_hardware
+from services.inference.engine import detect_hardware, read_hardware
 from services.inference.gateway import Gateway
 from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
@@ -43,17 +43,20 @@ async def open_inference(
     config: ServerConfig,
     store: Store,
     artifacts: Artifacts,
-    cluster: LocalCluster,
+    cluster: Cluster,
     authenticator: Authenticator | None,
 ) -> Inference:
     """Start the gateway and all behind it; the stack closes them. Raises FailedPrecondition, Unavailable."""
     routes = RouteTable()
-    rollout = Rollout(cluster, routes, stored_artifacts(store, artifacts), detect_hardware())
+    remote = config.cluster == "kubernetes"
+    hardware = read_hardware(config.engine_hardware) if remote else detect_hardware()
+    rollout = Rollout(cluster, routes, stored_artifacts(store, artifacts, remote), hardware)
     stack.push_async_callback(rollout.close)
     gateway = Gateway(routes, _authorize(authenticator))
     port = await gateway.start(config.host, config.gateway_port, _tls(config))
     stack.push_async_callback(gateway.close)
-    url = f"{'https' if config.tls_certificate else 'http'}://{config.host}:{port}"
+    # In a cluster the gateway listens everywhere, and is reached under its Service's name.
+    url = config.gateway_url or f"{'https' if config.tls_certificate else 'http'}://{config.host}:{port}"
     servicer = InferenceService(rollout, routes, artifacts, f"{url}/v1")
     return Inference(service(servicer, inference_pb2_grpc.add_InferenceServiceServicer_to_server), url, rollout, store)
 

@@ -18,21 +18,13 @@ import aiohttp
 from services.common.clusters import Cluster, Phase, Workload
 from services.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable, WorkerLost
 from services.inference import parity
-from services.inference.engine import Hardware, explain_failure, reference_dtype
+from services.inference.engine import Hardware, Model, explain_failure, reference_dtype, trusts_remote_code
 from services.inference.reference import Reference, run_reference
 from services.inference.revisions import Deployment, Revision
 from services.inference.spec import RevisionSpec
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model on this machine, verified."""
-
-    folder: Path
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -53,8 +45,10 @@ class Artifacts:
 class Limits:
     """Times in seconds."""
 
+    place: float = 1800
+    """Until there is a place to run (resources.queue_timeout says otherwise)."""
     start: float = 900
-    """From the engine's start until it answers."""
+    """From then on until it answers."""
     drain: float = 300
     """What is in flight may take this long once a revision is to stop."""
     keep_warm: float = 300
@@ -108,16 +102,29 @@ class Launcher:
             await self.cluster.delete(work.name)
         await self.cluster.create(work)
 
-    async def healthy(self, work: Workload) -> str:
-        """The engine's address once it answers. Raises WorkerLost, DeadlineExceeded; both with the end of its log."""
-        deadline = time.monotonic() + self.limits.start
+    async def healthy(self, work: Workload, tell: Callable[[str], Awaitable[None]]) -> str:
+        """The engine's address once it answers. tell: what it waits for, when that changes.
+
+        Raises WorkerLost, DeadlineExceeded; both with the end of its log.
+        """
+        deadline = time.monotonic() + (work.queue_timeout_seconds or self.limits.place)
+        waits, said = True, ""
         while time.monotonic() < deadline:
             status = await self.cluster.get(work.name)
             if status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
-                raise WorkerLost(f"the engine ended while it started. {await self._last_words(work.name)}")
+                why = status.message if status else ""
+                raise WorkerLost(f"the engine ended while it started. {why} {await self._last_words(work.name)}")
+            if waits and status.phase is Phase.RUNNING:
+                waits, deadline = False, time.monotonic() + self.limits.start
+            message = status.message if waits else "the engine loads the model"
+            if message and message != said:
+                said = message
+                await tell(message)
             if status.address and await self._answers(status.address + work.health_path):
                 return status.address
             await asyncio.sleep(self.limits.poll)
+        if waits:
+            raise DeadlineExceeded(f"the engine found no place to run: {said}")
         raise DeadlineExceeded(
             f"the engine did not answer within {self.limits.start:.0f} s. {await self._last_words(work.name)}"
         )
@@ -147,14 +154,16 @@ class Launcher:
 
     async def reference(self, model: Model, spec: RevisionSpec) -> Reference:
         """The stored reference, or a new one; never two computations at a time."""
-        dtype = reference_dtype(model.folder, self.hardware)
+        dtype = reference_dtype(model, self.hardware)
         async with self._reference_lock:
             known = await self.artifacts.fetch_reference(model.digest, dtype)
             if known is not None:
                 return known
+            if model.remote:
+                raise FailedPrecondition("the engine's pod has left no parity reference; the log of `prepare` says why")
             with tempfile.TemporaryDirectory(prefix="fabrictune-reference-") as scratch:
-                trusted = any(a.replace("_", "-") == "--trust-remote-code" for a in spec.engine_args)
-                made = await run_reference(model.folder, model.digest, dtype, Path(scratch) / "reference.json", trusted)
+                output, trusted = Path(scratch) / "reference.json", trusts_remote_code(spec)
+                made = await run_reference(model.folder, model.digest, dtype, output, trusted)
             await self.artifacts.store_reference(made)
             return made
 

@@ -81,6 +81,11 @@ class Reference:
     sequences: tuple[ForcedText, ...]
 
 
+def reference_key(model_digest: str, dtype: str) -> str:
+    """Where the object store keeps it."""
+    return f"references/{model_digest}/{dtype}.json"
+
+
 def reference_to_json(reference: Reference) -> dict[str, Any]:
     """Plain JSON, as stored beside the artifact."""
     return asdict(reference)

@@ -30,7 +30,6 @@ from services.inference.engine import (
     Hardware,
     engine_name,
     render_engine,
-    weight_bytes,
 )
 from services.inference.launch import Artifacts, Launcher, Limits, run_both
 from services.inference.revisions import COMING, Deployment, Revision, State, check_traffic, move
@@ -261,26 +260,33 @@ class Rollout:
         clock = time.monotonic()
         spec = revision.spec
         model = await self.artifacts.fetch_model(spec.model)
-        work = render_engine(revision.deployment, revision.revision, spec, model.folder, self.hardware)
+        work = render_engine(revision.deployment, revision.revision, spec, model, self.hardware)
         revision.seconds = {"fetch": round(time.monotonic() - clock, 2)}
         clock = time.monotonic()
         adopted = adopt and await self._launcher.runs_already(work)
         await self._launcher.start(work)
         move(revision, State.LOADING, "the engine loads the model")
         await self._publish(owner)
+
+        async def tell(message: str) -> None:
+            if revision.message != message:
+                revision.message = message
+                await self._publish(owner)
+
+        healthy = self._launcher.healthy(work, tell)
         if adopted:
-            address = await self._launcher.healthy(work)
+            address = await healthy
         else:
             # Importing vLLM takes one core for most of the start; the reference is computed on the other meanwhile,
             # unless both copies of the weights would not fit into memory.
-            small = 4 * weight_bytes(model.folder) < self.hardware.memory_bytes / 2
-            if small:
+            together = not model.remote and 4 * model.weight_bytes < self.hardware.memory_bytes / 2
+            if together:
                 address, reference = await run_both(
-                    self._timed(revision, "load", self._launcher.healthy(work)),
+                    self._timed(revision, "load", healthy),
                     self._timed(revision, "reference", self._launcher.reference(model, spec)),
                 )
             else:
-                address = await self._timed(revision, "load", self._launcher.healthy(work))
+                address = await self._timed(revision, "load", healthy)
                 reference = await self._timed(revision, "reference", self._launcher.reference(model, spec))
             move(revision, State.PROBING, "the engine is compared with the reference")
             await self._publish(owner)

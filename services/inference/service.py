@@ -17,9 +17,11 @@ from services.common.errors import InvalidSpec
 from services.common.job_api import spec_dict
 from services.common.resources import check_id, split_name
 from services.common.store import Store
+from services.inference.engine import Model, describe_model, parse_model_config
 from services.inference.generate import generate
-from services.inference.launch import Artifacts, Model
-from services.inference.reference import Reference, reference_from_json, reference_to_json
+from services.inference.launch import Artifacts
+from services.inference.prepare import MODEL_FOLDER
+from services.inference.reference import Reference, reference_from_json, reference_key, reference_to_json
 from services.inference.revisions import Deployment, Revision, from_json, to_json
 from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
@@ -171,19 +173,18 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return message
 
 
-def stored_artifacts(store: Store, artifacts: StoredArtifacts) -> Artifacts:
-    """How a rollout reaches the object store."""
+def stored_artifacts(store: Store, artifacts: StoredArtifacts, remote: bool = False) -> Artifacts:
+    """How a rollout reaches the object store. remote: engines fetch their model themselves, here it is only described."""
 
     async def fetch_model(name: str) -> Model:
-        manifest = await asyncio.to_thread(artifacts.get, name)
-        return Model(await asyncio.to_thread(artifacts.cached, name, manifest.digest), manifest.digest)
+        return await asyncio.to_thread(_describe_stored if remote else _fetch, artifacts, name)
 
     async def fetch_reference(digest: str, dtype: str) -> Reference | None:
-        stored = await asyncio.to_thread(store.get_json, f"references/{digest}/{dtype}.json")
+        stored = await asyncio.to_thread(store.get_json, reference_key(digest, dtype))
         return reference_from_json(stored) if stored else None
 
     async def store_reference(reference: Reference) -> None:
-        key = f"references/{reference.model_digest}/{reference.dtype}.json"
+        key = reference_key(reference.model_digest, reference.dtype)
         await asyncio.to_thread(store.put_json, key, reference_to_json(reference))
 
     async def save(deployment: Deployment) -> None:
@@ -193,6 +194,18 @@ def stored_artifacts(store: Store, artifacts: StoredArtifacts) -> Artifacts:
         await asyncio.to_thread(store.delete, f"deployments/{deployment_id}{SUFFIX}")
 
     return Artifacts(fetch_model, fetch_reference, store_reference, save, forget)
+
+
+def _fetch(artifacts: StoredArtifacts, name: str) -> Model:
+    manifest = artifacts.get(name)
+    return describe_model(name, manifest.digest, artifacts.cached(name, manifest.digest))
+
+
+def _describe_stored(artifacts: StoredArtifacts, name: str) -> Model:
+    manifest = artifacts.get(name)
+    weights = sum(file.size for file in manifest.files if file.path.endswith(".safetensors"))
+    config = parse_model_config(artifacts.read(manifest, "config.json"), f"{name}/config.json")
+    return Model(name, manifest.digest, MODEL_FOLDER, config, weights, remote=True)
 
 
 def stored_deployments(store: Store) -> list[Deployment]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -26,9 +27,11 @@ class Pipeline:
     jobs: Jobs
 
 
-def open_pipeline(stack: AsyncExitStack, channel: grpc.aio.Channel, store: Store, artifacts: Artifacts) -> Pipeline:
-    """channel: where the stages' services are. The stack ends the driving of runs."""
-    reconciler = Reconciler(channel, store, artifacts)
+def open_pipeline(
+    stack: AsyncExitStack, channels: Mapping[str, grpc.aio.Channel], store: Store, artifacts: Artifacts
+) -> Pipeline:
+    """channels: by kind, where the stages' services are. The stack ends the driving of runs."""
+    reconciler = Reconciler(channels, store, artifacts)
     runs = RunCluster(reconciler, store)
     stack.push_async_callback(runs.close)
     jobs = Jobs(STAGE, store, artifacts, runs)

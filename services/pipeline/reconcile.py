@@ -18,7 +18,7 @@ from google.rpc import code_pb2
 from fabrictune.v1 import job_pb2, pipeline_pb2
 from services.common.artifacts import Artifacts
 from services.common.errors import Cancelled, FabrictuneError, InvalidSpec, Violation
-from services.common.jobs import digest_of
+from services.common.records import digest_of
 from services.common.reporter import Progress, Reporter
 from services.common.store import Store
 from services.pipeline.clients import InferenceClient, JobClient, RemoteError
@@ -45,11 +45,11 @@ class _Run:
 
 
 class Reconciler:
-    """Drives runs. channel: to the services that do the stages."""
+    """Drives runs. channels: by kind, to the services that do the stages."""
 
-    def __init__(self, channel: grpc.aio.Channel, store: Store, artifacts: Artifacts) -> None:
-        self._clients = {kind: JobClient(channel, kind) for kind in FILLED_IN}
-        self._inference = InferenceClient(channel)
+    def __init__(self, channels: Mapping[str, grpc.aio.Channel], store: Store, artifacts: Artifacts) -> None:
+        self._clients = {kind: JobClient(channels[kind], kind) for kind in FILLED_IN}
+        self._inference = InferenceClient(channels["inference"])
         self._store, self._artifacts = store, artifacts
 
     async def check(self, spec: Spec) -> None:

@@ -17,10 +17,10 @@ import pytest_asyncio
 from services.common.clusters.local import LocalCluster
 from services.common.errors import FailedPrecondition
 from services.inference import parity
-from services.inference.engine import detect_hardware
+from services.inference.engine import Model, describe_model, detect_hardware
 from services.inference.gateway import Gateway
 from services.inference.generate import generate
-from services.inference.launch import Artifacts, Limits, Model
+from services.inference.launch import Artifacts, Limits
 from services.inference.reference import PROMPTS, Reference
 from services.inference.revisions import Deployment, State
 from services.inference.rollout import Rollout
@@ -93,7 +93,7 @@ async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
     await cluster.start()
 
     async def fetch_model(_: str) -> Model:
-        return Model(model, "d1")
+        return describe_model("models/m", "d1", model)
 
     async def fetch_reference(digest: str, dtype: str) -> Reference | None:
         return references.get(f"{digest}-{dtype}")

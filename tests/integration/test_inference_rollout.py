@@ -17,8 +17,8 @@ import pytest
 from services.common.clusters import Phase, Workload, WorkloadStatus
 from services.common.clusters.local import LocalCluster
 from services.common.errors import AlreadyExists, FailedPrecondition
-from services.inference.engine import Hardware
-from services.inference.launch import Artifacts, Limits, Model
+from services.inference.engine import Hardware, Model, describe_model
+from services.inference.launch import Artifacts, Limits
 from services.inference.reference import PROMPTS_VERSION, ForcedText, Reference
 from services.inference.revisions import Deployment, State, from_json, to_json
 from services.inference.rollout import Rollout
@@ -63,7 +63,7 @@ class House:
 
     def open(self, keep_warm: float = 300) -> Rollout:
         async def fetch_model(_: str) -> Model:
-            return Model(self.folder, "d")
+            return describe_model("models/m", "d", self.folder)
 
         async def fetch_reference(_digest: str, _dtype: str) -> Reference | None:
             return REFERENCE

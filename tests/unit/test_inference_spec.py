@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from services.common.errors import FailedPrecondition, InvalidData, InvalidSpec
-from services.inference.engine import Hardware, choose_dtype, engine_name, explain_failure, render_engine
+from services.inference.engine import (
+    Hardware,
+    Model,
+    choose_dtype,
+    describe_model,
+    engine_name,
+    explain_failure,
+    read_hardware,
+    render_engine,
+)
 from services.inference.parity import EngineText, check, compare, cut_text, read_engine_text
 from services.inference.reference import (
     PROMPTS_VERSION,
@@ -26,10 +35,15 @@ TEXT = ForcedText(tokens=(5, 6, 7), top=(6, 9), second=(8, 7), margin=(2.0, 0.00
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "head_dim": 64}))
     (tmp_path / "model.safetensors").write_bytes(b"")
     return tmp_path
+
+
+@pytest.fixture
+def model(folder: Path) -> Model:
+    return describe_model("models/m", "d", folder)
 
 
 def test_every_bad_field_is_named_at_once() -> None:
@@ -47,14 +61,14 @@ def test_a_flag_that_fabrictune_sets_is_refused_however_it_is_written(flag: str)
         parse_spec({"model": "models/m", "engine_args": [flag, "x"]})
 
 
-def test_other_engine_args_pass_through_last_so_that_they_win(model: Path) -> None:
+def test_other_engine_args_pass_through_last_so_that_they_win(model: Model) -> None:
     work = render_engine(
         "x", "r", parse_spec({"model": "models/m", "engine_args": ["--no-enforce-eager"]}), model, LAPTOP
     )
     assert work.argv[-1] == "--no-enforce-eager" and "--enforce-eager" in work.argv
 
 
-def test_a_cpu_engine_is_eager_float32_offline_and_on_loopback(model: Path) -> None:
+def test_a_cpu_engine_is_eager_float32_offline_and_on_loopback(model: Model) -> None:
     work = render_engine("x", "r", parse_spec({"model": "models/m", "dtype": ""}), model, LAPTOP)
     argv = " ".join(work.argv)
     for part in ("--enforce-eager", "--dtype float32", "--host 127.0.0.1", "--port {port}", "--max-model-len 4096"):
@@ -64,7 +78,7 @@ def test_a_cpu_engine_is_eager_float32_offline_and_on_loopback(model: Path) -> N
     assert "--trust-remote-code" not in argv and (work.port, work.health_path) == (8000, "/health")
 
 
-def test_a_gpu_engine_is_compiled_bfloat16_over_all_its_gpus(model: Path) -> None:
+def test_a_gpu_engine_is_compiled_bfloat16_over_all_its_gpus(model: Model) -> None:
     spec = parse_spec({"model": "models/m", "resources": {"gpus": 2}})
     work = render_engine("x", "r", spec, model, replace(LAPTOP, gpus=2))
     argv = " ".join(work.argv)
@@ -78,16 +92,31 @@ def test_auto_is_bfloat16_only_where_the_cpu_multiplies_it() -> None:
     assert choose_dtype("float16", LAPTOP) == "float16"
 
 
-def test_more_positions_than_the_model_has_are_refused(model: Path) -> None:
+def test_more_positions_than_the_model_has_are_refused(model: Model) -> None:
     with pytest.raises(InvalidSpec, match=r"spec\.max_model_len: 9000 is more than the 4096") as caught:
         render_engine("x", "r", parse_spec({"model": "models/m", "max_model_len": 9000}), model, LAPTOP)
     assert caught.value.violations
 
 
-def test_a_folder_without_safetensors_is_no_model(model: Path) -> None:
-    (model / "model.safetensors").unlink()
+def test_a_folder_without_safetensors_is_no_model(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     with pytest.raises(InvalidData, match=r"no \*\.safetensors"):
-        render_engine("x", "r", parse_spec({"model": "models/m"}), model, LAPTOP)
+        describe_model("models/m", "d", folder)
+
+
+def test_an_engine_in_a_pod_of_its_own_fetches_its_model_and_is_reached_from_outside_the_pod(model: Model) -> None:
+    remote = replace(model, folder=Path("/models/model"), remote=True)
+    work = render_engine("x", "r", parse_spec({"model": "models/m"}), remote, LAPTOP)
+    assert "--model /models/model" in " ".join(work.argv) and "--host 0.0.0.0" in " ".join(work.argv)
+    assert (work.env["FABRICTUNE_MODEL"], work.env["FABRICTUNE_MODEL_DIGEST"]) == ("models/m", "d")
+    assert work.env["FABRICTUNE_REFERENCE_DTYPE"] == "float32" and work.env["FABRICTUNE_TRUST_REMOTE_CODE"] == "false"
+
+
+def test_the_hardware_of_other_nodes_is_told_as_json_and_nonsense_is_refused_by_name() -> None:
+    told = read_hardware('{"gpus": 1, "cores": 4, "memory_bytes": 8589934592, "cpu_flags": ["amx_bf16"]}')
+    assert told == Hardware(1, 4, 8 * 2**30, frozenset({"amx_bf16"}))
+    with pytest.raises(InvalidSpec, match="FABRICTUNE_ENGINE_HARDWARE"):
+        read_hardware('{"gpus": 1}')
 
 
 def test_engine_names_fit_kubernetes_and_never_meet() -> None:

@@ -1,0 +1,63 @@
+"""How long a Kubernetes Job may wait and run, and when a pod is given up. Pure; `kubernetes` acts on it.
+
+`activeDeadlineSeconds` alone would count the wait for a node, and a bad image never fails a Job by itself. So a Job gets
+that deadline only once it runs, and one that has waited too long gets a deadline of one second and a note that says why:
+the Job controller then ends it, whatever happens to us.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any
+
+from services.common.clusters import Phase, WorkloadStatus
+from services.common.clusters.conditions import ENDED_BECAUSE, Object
+from services.common.clusters.manifests import RESOURCES
+
+LOST_SECONDS = 20.0
+"""A pod that should be gone for so long, on a node that no longer answers, will not go by itself."""
+
+
+def deadline_patch(job: Object, status: WorkloadStatus, now: datetime) -> dict[str, Any] | None:
+    """What to change in a Job so that its limits hold; None when nothing is to be changed."""
+    annotations = job["metadata"].get("annotations") or {}
+    if ENDED_BECAUSE in annotations or status.stopping:
+        return None
+    limits = json.loads(annotations.get(RESOURCES) or "{}")
+    queue, run = float(limits.get("queue_timeout") or 0), float(limits.get("run_timeout") or 0)
+    present = job["spec"].get("activeDeadlineSeconds")
+    began = _time((job.get("status") or {}).get("startTime"))
+    if status.phase is Phase.PENDING and queue and not _has_run(job) and not job["spec"].get("suspend"):
+        # Suspended, the clock stands: startTime is set anew when Kueue admits the Job.
+        waited = (now - (began or _time(job["metadata"].get("creationTimestamp")) or now)).total_seconds()
+        if waited > queue:
+            why = f"waited {waited:.0f} s for a place to run (queue_timeout {queue:.0f} s): {status.message}"
+            return {"metadata": {"annotations": {ENDED_BECAUSE: why}}, "spec": {"activeDeadlineSeconds": 1}}
+    if status.phase is Phase.RUNNING and run and present is None and began and status.start_time:
+        deadline = max(int((status.start_time - began).total_seconds() + run), 1)
+        return {"spec": {"activeDeadlineSeconds": deadline}}
+    return None
+
+
+def is_lost(pod: Object, now: datetime) -> bool:
+    """Whether a pod was to go long ago, from a node that no longer answers."""
+    going = _time(pod["metadata"].get("deletionTimestamp"))  # already holds the grace period
+    if going is None or (now - going).total_seconds() < LOST_SECONDS:
+        return False
+    conditions = {c["type"]: c for c in (pod.get("status") or {}).get("conditions") or []}
+    by_taint = conditions.get("DisruptionTarget", {}).get("reason") == "DeletionByTaintManager"
+    return by_taint or conditions.get("Ready", {}).get("reason") == "NodeNotReady" or _unreachable(pod)
+
+
+def _unreachable(pod: Object) -> bool:
+    return (pod.get("status") or {}).get("reason") == "NodeLost"
+
+
+def _has_run(job: Object) -> bool:
+    state = job.get("status") or {}
+    return bool(state.get("failed") or state.get("succeeded") or (state.get("ready") or 0) > 0)
+
+
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None

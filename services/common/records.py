@@ -1,0 +1,79 @@
+"""A job is accepted here: its spec checked, its inputs fixed by digest. The server does it, and a worker without a server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from services.common.artifacts import Artifacts
+from services.common.errors import InvalidSpec, NotFound, Violation
+from services.common.job_state import JobRecord
+from services.common.resources import ID_PATTERN
+from services.common.stage import Stage
+from services.common.validation import violations_of
+
+
+def plan_record(
+    stage: Stage[Any],
+    artifacts: Artifacts,
+    spec: Mapping[str, Any],
+    job_id: str,
+    *,
+    output: str = "",
+    request_id: str = "",
+    labels: Mapping[str, str] | None = None,
+) -> JobRecord:
+    """The record of a job. Raises InvalidSpec naming all that is wrong, NotFound naming the inputs that do not exist."""
+    found = []
+    if not re.fullmatch(ID_PATTERN, job_id):
+        found.append(Violation("id", f"{job_id!r} must match {ID_PATTERN}"))
+    output = output or f"{stage.output_collection}/{job_id}"
+    if not re.fullmatch(f"{stage.output_collection}/{ID_PATTERN}", output):
+        found.append(Violation("output", f"{output!r} must look like {stage.output_collection}/an-id"))
+    try:
+        parsed = stage.spec.model_validate(spec)
+    except ValidationError as error:
+        found += violations_of(error, "spec")
+    if found:
+        raise InvalidSpec(f"the {stage.kind} job cannot be accepted", violations=found)
+    plain = parsed.model_dump(mode="json", exclude_unset=True)
+    inputs = _resolve_inputs(stage, artifacts, parsed)
+    digest = digest_of({"kind": stage.kind, "spec": plain, "inputs": [i["digest"] for i in inputs]})
+    name = f"{stage.collection}/{job_id}"
+    return JobRecord(name, plain, output, digest, tuple(inputs), request_id, dict(labels or {}), round(time.time(), 3))
+
+
+def record_to_json(record: JobRecord) -> dict[str, Any]:
+    """As stored in `{job}/job.json`."""
+    return {**asdict(record), "inputs": [dict(i) for i in record.inputs]}
+
+
+def record_from_json(stored: Mapping[str, Any]) -> JobRecord:
+    """The stored record."""
+    return JobRecord(**{**stored, "inputs": tuple(stored["inputs"])})
+
+
+def digest_of(value: Any) -> str:
+    """sha256 over the canonical JSON of a value, lower-case hex."""
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    ).hexdigest()
+
+
+def _resolve_inputs(stage: Stage[Any], artifacts: Artifacts, spec: BaseModel) -> list[dict[str, str]]:
+    inputs, found = [], []
+    for role, name in stage.inputs(spec).items():
+        try:
+            inputs.append({"role": role, "name": name, "digest": artifacts.get(name).digest})
+        except (NotFound, InvalidSpec) as error:
+            found.append(Violation(f"spec.{role}", error.message))
+    if found:
+        raise NotFound(f"the {stage.kind} job's inputs do not exist", violations=found)
+    return inputs
