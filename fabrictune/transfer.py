@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import httpx
 
 from fabrictune.client import Client
+from fabrictune.connection import read_connection
 from fabrictune.errors import ApiError
 from fabrictune.v1 import artifact_pb2
 
@@ -32,7 +34,7 @@ def pull(client: Client, name: str, folder: Path, on_bytes: OnBytes = lambda _: 
             f"{name} is {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free at {folder}", "RESOURCE_EXHAUSTED"
         )
     draft = folder.with_name(f".{folder.name}.part")
-    with httpx.Client(timeout=60) as http:
+    with _open_http(60) as http:
         for file in download.artifact.files:
             target = (draft / file.path).resolve()
             if not target.is_relative_to(draft.resolve()):
@@ -64,10 +66,15 @@ def push(
     upload = client.artifacts.begin_upload(request)
     if upload.HasField("existing"):
         return upload.existing
-    with httpx.Client(timeout=None) as http:
+    with _open_http(None) as http:
         for path, file in files.items():
             headers = {"content-length": str(file.stat().st_size)}
-            answer = http.put(upload.addresses[path], content=_read(file, on_bytes), headers=headers)
+            try:
+                answer = http.put(upload.addresses[path], content=_read(file, on_bytes), headers=headers)
+            except httpx.ConnectError as error:
+                raise _unreachable(error) from None
+            except httpx.HTTPError as error:
+                raise ApiError(f"the upload of {path} broke off ({error}); run it again", "UNAVAILABLE") from None
             if answer.status_code >= 300:
                 raise ApiError(
                     f"the object store refused {path}: HTTP {answer.status_code} {answer.text[:200]}", "UNAVAILABLE"
@@ -99,6 +106,8 @@ def _pull_file(
                 for chunk in answer.iter_bytes(CHUNK):
                     out.write(chunk)
                     on_bytes(len(chunk))
+        except httpx.ConnectError as error:
+            raise _unreachable(error) from None
         except httpx.HTTPError as error:
             raise ApiError(
                 f"the download of {file.path} broke off ({error}); run it again to go on", "UNAVAILABLE"
@@ -106,6 +115,49 @@ def _pull_file(
     if _sha256(target) != file.sha256:
         target.unlink()
         raise ApiError(f"{file.path} is not what the manifest says (sha256 differs); it was thrown away", "DATA_LOSS")
+
+
+class _Forwarded(httpx.BaseTransport):
+    """Reaches a store that only answers inside a cluster through the ports that `fabrictune connect` forwards.
+
+    The request keeps its Host, which the address's signature covers, and TLS asks for the store's own name.
+    """
+
+    def __init__(self, ports: Mapping[str, str], ca_file: str) -> None:
+        trust = ssl.create_default_context()
+        if ca_file:
+            trust.load_verify_locations(ca_file)
+        self._ports, self._inner = ports, httpx.HTTPTransport(verify=trust)
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send it."""
+        url = request.url
+        port = url.port or {"http": 80, "https": 443}[url.scheme]
+        here = self._ports.get(f"{url.host}:{port}")
+        if here:
+            host, _, number = here.rpartition(":")
+            request.extensions["sni_hostname"] = url.host
+            request.url = url.copy_with(host=host, port=int(number))
+        return self._inner.handle_request(request)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._inner.close()
+
+
+def _open_http(timeout: float | None) -> httpx.Client:
+    said = read_connection()
+    if not said.get("s3"):
+        return httpx.Client(timeout=timeout)
+    return httpx.Client(timeout=timeout, transport=_Forwarded(said["s3"], str(said.get("ca_file") or "")))
+
+
+def _unreachable(error: httpx.ConnectError) -> ApiError:
+    return ApiError(
+        f"the object store at {error.request.headers['host']} cannot be reached from here ({error}); `fabrictune connect` "
+        "forwards one that only answers inside its cluster",
+        "UNAVAILABLE",
+    )
 
 
 def _scan(folder: Path) -> Iterator[tuple[str, Path]]:

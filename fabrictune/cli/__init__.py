@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fabrictune.cli import artifacts, doctor, jobs, run, serving, stages, up
+from fabrictune.cli import artifacts, connect, doctor, jobs, run, serving, stages, up
 from fabrictune.cli.context import EXIT_INTERRUPTED, Settings, exit_code, report_error
 from fabrictune.errors import ApiError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("up", rich_help_panel="On this machine")(up.up)
 app.command("down", rich_help_panel="On this machine")(up.down)
 app.command("doctor", rich_help_panel="On this machine")(doctor.doctor)
+app.command("connect", rich_help_panel="In a cluster")(connect.connect)
 app.command("run", rich_help_panel="The whole way")(run.run)
 app.command("convert", rich_help_panel="Stages")(stages.convert)
 app.command("train", rich_help_panel="Stages")(stages.train)
@@ -57,7 +58,8 @@ def options(
     endpoint: Annotated[
         str,
         typer.Option(
-            envvar="FABRICTUNE_ENDPOINT", help="host:port of a server; the `fabrictune up` of this folder when absent."
+            envvar="FABRICTUNE_ENDPOINT",
+            help="host:port of a server; the `fabrictune connect` or `up` of this folder when absent.",
         ),
     ] = "",
     ca_file: Annotated[

@@ -9,16 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 import yaml
 
 from fabrictune.cli.context import console, print_json, settings
-from fabrictune.connection import read_up_file
+from fabrictune.connection import is_alive, read_up_file
 from fabrictune.errors import ApiError
 
 START_SECONDS = 60.0
@@ -81,7 +81,7 @@ def down(data_dir: DataDir = Path(".fabrictune")) -> None:
     if running:
         os.kill(int(running["pid"]), signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
-        while _is_alive(running):
+        while is_alive(running):
             if time.monotonic() > deadline:
                 raise ApiError(f"process {running['pid']} does not end; see {data_dir}/up.log", "DEADLINE_EXCEEDED")
             time.sleep(0.1)
@@ -117,7 +117,7 @@ def ensure_up(data_dir: Path | None = None) -> Iterator[None]:
 def find_running(data_dir: Path) -> dict[str, str]:
     """What the `fabrictune up` of a folder says of itself, if its process lives; else {}."""
     said = read_up_file(data_dir)
-    return said if _is_alive(said) else {}
+    return said if is_alive(said) else {}
 
 
 @tokens.command("new")
@@ -146,15 +146,6 @@ def new_token(
         print_json({"name": name, "role": role, "token": token})
     else:
         console.print(f"FABRICTUNE_TOKEN={token}", highlight=False, soft_wrap=True)
-
-
-def _is_alive(said: Mapping[str, Any]) -> bool:
-    """Whether the process of an up.json runs. Its start time tells it from a later one with the same number."""
-    try:
-        fields = Path(f"/proc/{said['pid']}/stat").read_text().rpartition(")")[2].split()
-    except (KeyError, OSError):
-        return False
-    return int(fields[19]) == said.get("started") and fields[0] not in "ZX"
 
 
 def _start_detached(data_dir: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from services.common.errors import InvalidSpec, Violation
 
@@ -74,6 +74,8 @@ def load(kind: type[BaseSettings]) -> BaseSettings:
             Violation(prefix + "_".join(str(part) for part in e["loc"]).upper(), e["msg"]) for e in error.errors()
         ]
         raise InvalidSpec("the environment has settings that cannot be used", violations=violations) from None
+    except SettingsError as error:  # a variable that should hold JSON and does not
+        raise InvalidSpec(f"the environment has a setting that cannot be read: {error}") from None
 
 
 def load_store() -> StoreConfig:

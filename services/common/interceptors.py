@@ -35,7 +35,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None or details.method.startswith(OPEN_PREFIX):
             return handler
-        if handler.request_streaming:  # reflection only: it is asked for a role too, its answers need no mapping
+        if handler.request_streaming:  # reflection, and what the front door passes on: asked for a role, not changed
             return self._guarded(handler.stream_stream, handler, details.method)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(

@@ -117,7 +117,8 @@ class Jobs:
         """A page of jobs by id, and the next page's token ("" at the end)."""
         size = min(page_size or 50, 1000)
         ids = await asyncio.to_thread(self._ids, page_token, size + 1)
-        views = [view for i in ids[:size] if (view := await self._find(f"{self._stage.collection}/{i}")) is not None]
+        found = await asyncio.gather(*(self._find(f"{self._stage.collection}/{i}") for i in ids[:size]))
+        views = [view for view in found if view is not None]
         return views, ids[size - 1] if len(ids) > size else ""
 
     async def cancel(self, name: str) -> JobView:

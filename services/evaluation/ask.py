@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import httpx
 
 from services.common.errors import (
     FabrictuneError,
+    FailedPrecondition,
     InvalidData,
     NotFound,
     PermissionDenied,
@@ -51,11 +53,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Address:
-    """Where to ask. url: the base address that ends in /v1."""
+    """Where to ask. url: the base address that ends in /v1; ca_file: an authority to trust beside the public ones."""
 
     url: str
     model: str
     api_key: str = ""
+    ca_file: str = ""
 
 
 async def ask_all(
@@ -66,7 +69,7 @@ async def ask_all(
     places = asyncio.Semaphore(concurrency)
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(
-        base_url=address.url.rstrip("/"), headers=headers, timeout=TIMEOUT, limits=limits
+        base_url=address.url.rstrip("/"), headers=headers, timeout=TIMEOUT, limits=limits, verify=_trust(address)
     ) as http:
 
         async def ask(question: Question) -> Answer:
@@ -88,6 +91,16 @@ async def ask_all(
             for pending in tasks:
                 pending.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _trust(address: Address) -> ssl.SSLContext:
+    context = httpx.create_ssl_context()
+    if address.ca_file:
+        try:
+            context.load_verify_locations(address.ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise FailedPrecondition(f"the certificate authority {address.ca_file} cannot be used: {error}") from None
+    return context
 
 
 async def _post(http: httpx.AsyncClient, address: Address, row_id: str, body: Mapping[str, Any]) -> Answer:

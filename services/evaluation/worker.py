@@ -69,7 +69,8 @@ def find_address(target: Target) -> Address:
                 "FABRICTUNE_GATEWAY_URL does not say where the gateway is; give target.address instead"
             )
         _, deployment, _, revision = target.revision.split("/")
-        return Address(f"{gateway.rstrip('/')}/v1", f"{deployment}@{revision}", os.environ.get("FABRICTUNE_TOKEN", ""))
+        token, ca_file = (os.environ.get(f"FABRICTUNE_{name}", "") for name in ("TOKEN", "CA_FILE"))
+        return Address(f"{gateway.rstrip('/')}/v1", f"{deployment}@{revision}", token, ca_file)
     key = ""
     if target.api_key_variable:
         key = os.environ.get(target.api_key_variable, "")

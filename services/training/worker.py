@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.common.errors import Cancelled, FabrictuneError, FailedPrecondition, InvalidData
+from services.common.errors import Cancelled, FabrictuneError, FailedPrecondition, InvalidData, WorkerLost
 from services.common.reporter import Progress, Reporter
 from services.common.stage import Stage
 from services.training.checkpoints import check_resumable, choose, restore_best
@@ -67,6 +67,13 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
         command = plan_sft(spec, preset, paths, hardware, family)
         reporter.progress(Progress(unit="steps", step=0, phase="loading"))
         trained = _train(command, work, train, max_length, reporter)
+        if hardware.node_rank:
+            return {}  # the first node has the adapter
+        if hardware.nodes > 1 and (trained.newest_checkpoint or 0) < trained.rows["max_steps"]:
+            # Nodes stop together: ms-swift ends well on this one when another one was told to stop.
+            raise WorkerLost(
+                f"another node was told to stop after step {trained.newest_checkpoint}; all go on from there"
+            )
         refused = account_for_rows(train, trained.rows["train"], work, "train", reporter)
         metadata = _leave_adapter(spec, model, work, checkpoint, trained, output, command)
         return {**metadata, "rows": len(train), "rows_trained": trained.rows["train"], "rows_refused": refused[:_NAMED]}

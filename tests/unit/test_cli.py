@@ -20,7 +20,7 @@ COMMANDS = [
     ["deployments"], ["chat"], ["agentfabric", "config"], ["jobs", "list"], ["jobs", "get"], ["jobs", "watch"],
     ["jobs", "cancel"], ["jobs", "logs"], ["jobs", "resume"], ["jobs", "delete"], ["models", "list"], ["models", "import"],
     ["datasets", "list"], ["artifacts", "ls"], ["artifacts", "get"], ["artifacts", "pull"], ["artifacts", "push"],
-    ["artifacts", "rm"], ["lineage"], ["tokens", "new"],
+    ["artifacts", "rm"], ["lineage"], ["tokens", "new"], ["connect"],
 ]  # fmt: skip
 NOBODY = "127.0.0.1:9"
 

@@ -132,9 +132,10 @@ def why_pod_waits(pod: Object, warnings: Mapping[str, str]) -> str:
     if scheduled.get("status") == "False":
         if scheduled.get("reason") == "SchedulingGated":
             return "waits for a gate on its pod to be lifted"
-        words = str(scheduled.get("message") or "no node has been found yet").rstrip(". ")
+        # What the scheduler says of preemption after that helps nobody.
+        words = str(scheduled.get("message") or "no node has been found yet").partition(" preemption:")[0].rstrip(". ")
         reason, _, karpenter = warning.partition(": ")
-        karpenter = karpenter.rstrip(". ")
+        karpenter = karpenter.partition(" preemption:")[0].rstrip(". ")
         more = f"; {karpenter}" if reason == "FailedScheduling" and karpenter not in words else ""
         return f"waits for a node that fits: {words}{more}"
     for status in _containers(pod):

@@ -1,0 +1,273 @@
+"""What a user meets on a cluster, in order: install, run, scale, lose machines, upgrade, uninstall. `make e2e` runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import MODEL, ROOT, Release
+
+pytestmark = pytest.mark.timeout(1800)
+Note = Callable[[str], None]
+
+needs_pool = pytest.mark.skipif(
+    not os.environ.get("E2E_POOL"), reason="E2E_POOL is not set: no GPU nodes come from zero on this cluster"
+)
+needs_kill = pytest.mark.skipif(
+    not os.environ.get("E2E_KILL_NODE"), reason="E2E_KILL_NODE is not set: no command ends a node of this cluster"
+)
+ENDED = {"SUCCEEDED", "FAILED", "CANCELLED"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rows(release: Release) -> None:
+    for name, count in (("train", 8), ("test", 6)):
+        lines = (ROOT / f"examples/data/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        short = sorted(lines, key=len)[:count]
+        (release.folder / f"{name}.jsonl").write_text("\n".join(short) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def dataset(release: Release, rows: None) -> str:
+    release.fabrictune("models", "import", "smollm2-135m-instruct")
+    release.fabrictune("convert", "train.jsonl", "--id", "e2e")
+    return "datasets/e2e"
+
+
+def test_helm_test_says_that_all_is_well(release: Release, note: Note) -> None:
+    said = release.run("helm", "test", "fabrictune", "-n", release.namespace, "--logs", "--timeout", "3m")
+    assert "failed" not in said.lower().replace("failed:      0", ""), said
+    images = release.get("pods")["items"]
+    note(f"{len(images)} pods")
+
+
+def test_every_server_is_ready_under_pod_security_restricted(release: Release) -> None:
+    names = {d["metadata"]["name"].removeprefix("fabrictune-") for d in release.get("deployments")["items"]}
+    assert {"conversion", "training", "merging", "evaluation", "inference", "pipeline"} <= names
+    for each in release.get("deployments")["items"]:
+        assert each["status"].get("readyReplicas") == each["spec"]["replicas"], each["metadata"]["name"]
+
+
+def test_the_pipeline_ends_with_a_deployment_that_answers(release: Release, note: Note) -> None:
+    spec = {
+        "conversion": {
+            "sources": [{"uri": "train.jsonl", "split": "train"}, {"uri": "test.jsonl", "split": "test"}],
+            "questions": {"min": 1, "max": 2},
+        },
+        "training": {
+            "base_model": MODEL, "preset": "smollm2-cpu",
+            "arguments": {"max_steps": 4, "save_steps": 2, "num_train_epochs": 100},
+        },
+        "evaluation": {"limit": 3, "max_tokens": 16},
+        "deployment": {"deployment": "deployments/e2e", "spec": {"max_model_len": 1024}},
+    }  # fmt: skip
+    begin = time.monotonic()
+    said = release.fabrictune("run", release.write("run.yaml", spec), timeout=1500)
+    note(f"from rows to a deployment: {time.monotonic() - begin:.0f} s")
+    connection = json.loads((release.folder / ".fabrictune" / "connection.json").read_text())
+    answer = httpx.post(
+        f"{connection['gateway']}/v1/chat/completions",
+        json={"model": "e2e", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 4},
+        headers={"Authorization": f"Bearer {connection['token']}"},
+        verify=connection["ca_file"] or True,
+        timeout=120,
+    )
+    assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"], (said, answer.text)
+    assert httpx.get(f"{connection['gateway']}/v1/models", verify=connection["ca_file"] or True).status_code == 401
+
+
+def test_seventeen_gpus_wait_with_the_reason_and_fail_at_the_queue_timeout(release: Release, dataset: str) -> None:
+    name = release.train("seventeen", 2, batch=17, gpus=17, queue_timeout="20s")
+    waiting = release.until(
+        lambda: (j := release.job(name))["execution"].get("message", "").startswith("waits for a node") and j, 15, "why"
+    )
+    assert waiting["execution"]["state"] == "QUEUED" and "nvidia.com/gpu" in waiting["execution"]["message"]
+    failed = release.wait_state(name, ENDED, 60)["execution"]
+    assert failed["state"] == "FAILED" and "queue_timeout 20 s" in failed["error"]["message"]
+    release.until(
+        lambda: not release.get("pods", "-l", "fabrictune.dev/name=training-seventeen")["items"], 60, "pods gone"
+    )
+
+
+def test_a_deleted_server_pod_changes_nothing_for_its_job(release: Release, dataset: str, note: Note) -> None:
+    name = release.train("server-gone", 8)
+    release.until(lambda: release.step(name) >= 1, 300, "the first step")
+    uid = (release.pod(name) or {})["metadata"]["uid"]
+    release.kubectl("delete", "pod", "-l", "app.kubernetes.io/component=training", "--wait=false")
+    ended = release.until(lambda: _quietly(lambda: release.wait_state(name, ENDED, 300)), 330, "its end")
+    assert ended["execution"]["state"] == "SUCCEEDED" and int(ended["execution"]["attempt"]) == 1
+    assert uid == release.get("pods", "-l", "fabrictune.dev/name=training-server-gone")["items"][0]["metadata"]["uid"]
+
+
+def test_a_bad_image_says_so_within_seconds(release: Release, dataset: str) -> None:
+    release.kubectl(
+        "get", "configmap", "fabrictune-templates", "-o", "name"
+    )  # the template is the operator's: break it as an operator would
+    release.helm("upgrade", "--set", "jobs.merging.image.tag=no-such-tag", "--wait", "--timeout", "3m")
+    try:
+        time.sleep(70)  # kubelet brings a changed ConfigMap within a minute
+        adapter = next(iter(release.manifests("adapters")))
+        release.fabrictune("merge", "--model", MODEL, "--adapter", adapter, "--id", "bad-image", "--detach")
+        release.until(
+            lambda: "cannot be pulled" in release.job("mergeJobs/bad-image")["execution"].get("message", ""), 30, "why"
+        )
+        release.fabrictune("jobs", "cancel", "mergeJobs/bad-image")
+        assert release.wait_state("mergeJobs/bad-image", ENDED, 60)["execution"]["state"] == "CANCELLED"
+    finally:
+        release.helm("upgrade", "--wait", "--timeout", "3m")
+
+
+def test_a_suspended_job_waits_and_goes_on_when_it_is_resumed(release: Release, dataset: str) -> None:
+    name = release.train("suspended", 30)
+    release.until(lambda: release.step(name) >= 3, 300, "steps")
+    release.kubectl("patch", "job", "training-suspended", "--type=merge", "-p", '{"spec": {"suspend": true}}')
+    release.until(lambda: release.job(name)["execution"]["state"] == "QUEUED", 90, "QUEUED while suspended")
+    assert "suspended" in release.job(name)["execution"]["message"]
+    release.kubectl("patch", "job", "training-suspended", "--type=merge", "-p", '{"spec": {"suspend": false}}')
+    ended = release.wait_state(name, ENDED, 400)["execution"]
+    assert ended["state"] == "SUCCEEDED" and int(ended["attempt"]) == 2
+    assert "goes on from" in release.fabrictune("jobs", "logs", name)
+
+
+def test_helm_upgrade_while_a_job_runs_leaves_its_pod_alone(release: Release, dataset: str) -> None:
+    name = release.train("upgraded", 12)
+    pod = release.until(lambda: release.step(name) >= 1 and release.pod(name), 300, "the first step")
+    release.helm("upgrade", "--set", "services.training.podAnnotations.upgraded=yes", "--wait", "--timeout", "3m")
+    ended = release.until(lambda: _quietly(lambda: release.wait_state(name, ENDED, 300)), 330, "its end")
+    assert ended["execution"]["state"] == "SUCCEEDED" and int(ended["execution"]["attempt"]) == 1
+    pods = release.get("pods", "-l", "fabrictune.dev/name=training-upgraded")["items"]
+    assert [p["metadata"]["uid"] for p in pods] == [pod["metadata"]["uid"]]
+
+
+def test_two_nodes_train_as_one_and_start_again_together_when_one_is_lost(
+    release: Release, dataset: str, note: Note
+) -> None:
+    name = release.train("two-nodes", 16, nodes=2)
+    label = "fabrictune.dev/name=training-two-nodes"
+    release.until(lambda: release.step(name) > 4, 500, "step 5")
+    pods = release.get("pods", "-l", label)["items"]
+    assert {p["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"] for p in pods} == {"0", "1"}
+    second = next(p for p in pods if p["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"] == "1")
+    release.kubectl("delete", "pod", second["metadata"]["name"], "--wait=false")
+    ended = release.wait_state(name, ENDED, 900)["execution"]
+    assert ended["state"] == "SUCCEEDED" and int(ended["attempt"]) >= 2
+    assert "goes on from" in release.fabrictune("jobs", "logs", name)
+    note(f"attempts: {ended['attempt']}")
+
+
+@needs_pool
+def test_a_training_brings_a_gpu_node_from_zero_and_its_log_outlives_the_node(
+    release: Release, dataset: str, note: Note
+) -> None:
+    _want_pool(release)
+    for turn in ("first", "second"):
+        assert not _pool_nodes(release)
+        begin = time.monotonic()
+        name = release.train(f"pool-{turn}", 2)
+        pod = release.until(partial(release.pod, name), 60, "a running worker within 60 s")
+        running, node = time.monotonic() - begin, pod["spec"]["nodeName"]
+        assert release.wait_state(name, ENDED, 400)["execution"]["state"] == "SUCCEEDED"
+        done = time.monotonic()
+        release.until(partial(_is_gone, release, node), 60, "the node gone")
+        note(f"{turn}: worker running after {running:.0f} s, node gone {time.monotonic() - done:.0f} s after the end")
+        assert "ms-swift" in release.fabrictune("jobs", "logs", name) or "step" in release.fabrictune(
+            "jobs", "logs", name
+        )
+
+
+@needs_pool
+def test_three_drains_in_mid_training_are_three_resumptions(release: Release, dataset: str, note: Note) -> None:
+    name = release.train("drained", 24)
+    for turn in range(3):
+        seen = 2 + 4 * turn
+        pod = release.until(partial(_past, release, name, seen), 400, f"step {seen}")
+        node = pod["spec"]["nodeName"]
+        release.kubectl(
+            "drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=150s", status=None
+        )
+    ended = release.wait_state(name, ENDED, 600)["execution"]
+    assert ended["state"] == "SUCCEEDED" and int(ended["attempt"]) == 4
+    assert release.fabrictune("jobs", "logs", name).count("goes on from") == 3
+    note("attempts: 4")
+
+
+@needs_pool
+@needs_kill
+def test_a_node_that_dies_without_a_word_is_replaced_within_three_minutes(
+    release: Release, dataset: str, note: Note
+) -> None:
+    name = release.train("killed", 40)
+    pod = release.until(lambda: release.step(name) > 4 and release.pod(name), 400, "step 5")
+    begin, node = time.monotonic(), pod["spec"]["nodeName"]
+    release.run(*os.environ["E2E_KILL_NODE"].split(), node)
+    other = release.until(
+        lambda: (p := release.pod(name)) and p["metadata"]["uid"] != pod["metadata"]["uid"] and p, 180, "another pod"
+    )
+    note(f"another pod runs after {time.monotonic() - begin:.0f} s, on {other['spec']['nodeName']}")
+    ended = release.wait_state(name, ENDED, 600)["execution"]
+    assert ended["state"] == "SUCCEEDED" and release.manifests("adapters").count("adapters/killed") == 1
+
+
+def test_servers_that_were_away_past_the_ttl_know_every_outcome(release: Release, dataset: str) -> None:
+    name = release.train("forgotten", 2)
+    assert release.wait_state(name, ENDED, 400)["execution"]["state"] == "SUCCEEDED"
+    release.kubectl("scale", "deployment/fabrictune-training", "--replicas=0")
+    release.until(
+        lambda: not release.get("jobs", "-l", "fabrictune.dev/name=training-forgotten")["items"], 200, "its TTL"
+    )
+    release.kubectl("scale", "deployment/fabrictune-training", "--replicas=1")
+    release.kubectl("rollout", "status", "deployment/fabrictune-training", "--timeout=120s")
+    found = release.until(lambda: _quietly(lambda: release.job(name)), 60, "the server")
+    assert found["execution"]["state"] == "SUCCEEDED"
+    release.train("forgotten", 2)  # the same id and spec: it is there, nothing starts
+    time.sleep(3)
+    assert not release.get("jobs", "-l", "fabrictune.dev/name=training-forgotten")["items"]
+
+
+def test_helm_uninstall_leaves_no_job_running(release: Release, dataset: str) -> None:
+    name = release.train("left", 200)
+    release.until(lambda: release.pod(name), 300, "a running worker")
+    release.disconnect()
+    release.run("helm", "uninstall", "fabrictune", "-n", release.namespace, "--timeout", "4m")
+    release.until(lambda: not release.get("jobs")["items"], 60, "no Jobs")
+    release.until(lambda: not release.get("pods")["items"], 120, "no pods")
+
+
+def _want_pool(release: Release) -> None:
+    """From now on trainings ask for a GPU, so that they need a node of the pool; they compute on its CPU."""
+    release.helm("upgrade", "--set", "jobs.training.resources.limits.nvidia\\.com/gpu=1", "--wait", "--timeout", "3m")
+    release.until(
+        lambda: "nvidia.com/gpu:" in release.kubectl("get", "configmap", "fabrictune-templates", "-o", "yaml"),
+        30,
+        "the template",
+    )
+    time.sleep(70)  # kubelet brings a changed ConfigMap to the server within a minute
+
+
+def _pool_nodes(release: Release) -> list[str]:
+    nodes: Any = json.loads(release.run("kubectl", "get", "nodes", "-l", "pool=gpu", "-o", "json"))
+    return [n["metadata"]["name"] for n in nodes["items"]]
+
+
+def _is_gone(release: Release, node: str) -> bool:
+    return node not in _pool_nodes(release)
+
+
+def _past(release: Release, name: str, step: int) -> Any:
+    """The pod of a training that is past a step."""
+    return release.step(name) > step and release.pod(name)
+
+
+def _quietly(ask: Callable[[], Any]) -> Any:
+    """None while the server is away."""
+    try:
+        return ask()
+    except AssertionError:
+        return None
