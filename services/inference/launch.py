@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from services.common.clusters import Cluster, Phase, Workload
+from services.common.clusters import Cluster, Phase, Workload, WorkloadStatus
 from services.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable, WorkerLost
 from services.inference import parity
 from services.inference.engine import Hardware, Model, explain_failure, reference_dtype, trusts_remote_code
@@ -112,8 +112,7 @@ class Launcher:
         while time.monotonic() < deadline:
             status = await self.cluster.get(work.name)
             if status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
-                why = status.message if status else ""
-                raise WorkerLost(f"the engine ended while it started. {why} {await self._last_words(work.name)}")
+                raise WorkerLost(f"the engine ended while it started. {await self._last_words(work.name, status)}")
             if waits and status.phase is Phase.RUNNING:
                 waits, deadline = False, time.monotonic() + self.limits.start
             message = status.message if waits else "the engine loads the model"
@@ -141,11 +140,11 @@ class Launcher:
         while True:
             status = await self.cluster.get(name)
             if status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
-                return await self._last_words(name)
+                return await self._last_words(name, status)
             await asyncio.sleep(self.limits.poll)
 
-    async def _last_words(self, name: str) -> str:
-        log = (await self.cluster.read_log(name)).strip()
+    async def _last_words(self, name: str, status: WorkloadStatus | None = None) -> str:
+        log = (await self.cluster.read_log(name)).strip() or (status.message if status else "")
         advice = explain_failure(log)
         end = "\n".join(log.splitlines()[-15:])
         return (f"{advice[0].upper()}{advice[1:]}. " if advice else "") + (

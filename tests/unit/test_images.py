@@ -113,11 +113,11 @@ def test_docker_which_mounts_no_folders_is_told_of_indexes_only() -> None:
 
 
 def test_the_command_that_builds_an_image_is_a_value() -> None:
-    assert image_plans.plan_build(PIPELINE, replace(ANY, base="localhost/python"), PIP, Path("/tmp/pip.conf")) == [
+    assert image_plans.plan_build(PIPELINE, replace(ANY, base="example.org/python"), PIP, Path("/tmp/pip.conf")) == [
         "buildah", "build", "--platform=linux/amd64", "--file=services/pipeline/Dockerfile",
         "--secret=id=pip.conf,src=/tmp/pip.conf", "--volume=/etc/company.pem:/etc/company.pem:ro",
         "--volume=/srv/wheels:/srv/wheels:ro", "--layers", "--build-arg=VERSION=0.1.0", "--build-arg=REVISION=abc",
-        "--build-arg=SOURCE=unknown", "--build-arg=BASE=localhost/python", "--tag=ghcr.io/acme/fabrictune-pipeline:1.0", ".",
+        "--build-arg=SOURCE=unknown", "--build-arg=BASE=example.org/python", "--tag=ghcr.io/acme/fabrictune-pipeline:1.0", ".",
     ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import asyncio
 import builtins
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,9 +21,9 @@ from typing import Any
 import httpx2
 import yaml
 from lightkube import AsyncClient
+from lightkube.config import client_adapter
 from lightkube.core.exceptions import ApiError, ConfigError
 from lightkube.generic_resource import create_namespaced_resource
-from lightkube.resources.core_v1 import Pod as TypedPod  # noqa: F401 - its log subresource is found by it
 from lightkube.types import CascadeType, PatchType
 
 from services.common.clusters import Phase, Workload, WorkloadStatus
@@ -76,6 +76,7 @@ class KubernetesCluster:
             raise FailedPrecondition(
                 f"no Kubernetes can be found: {error}. In a pod the service account is used, elsewhere KUBECONFIG"
             ) from None
+        self._http = client_adapter.AsyncClient(self._client.config, client_adapter.ConnectionParams())
         self._mains: dict[str, Manifest] = {}
         self._pods: dict[str, dict[str, Manifest]] = {}
         self._warnings: dict[str, str] = {}
@@ -114,21 +115,22 @@ class KubernetesCluster:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._http.aclose()
         await self._client.close()
 
     async def create(self, workload: Workload) -> WorkloadStatus:
         """Make its objects. The same name and digest: what is there. Raises AlreadyExists, FailedPrecondition, …"""
         self._gone.pop(workload.name, None)
-        for manifest in await self._render(workload):
-            kind = manifest["kind"]
-            made = await self._create_object(kind, manifest)
-            if kind == self._main:
-                digest = (made["metadata"].get("annotations") or {}).get(DIGEST)
-                if digest != workload.digest:
-                    raise AlreadyExists(
-                        f"a {kind} {workload.name} made from another spec exists; delete it or take another id"
-                    )
-                self._mains.setdefault(workload.name, made)
+        main, *others = await self._render(workload)
+        made = await self._create_object(self._main, main)
+        if (made["metadata"].get("annotations") or {}).get(DIGEST) != workload.digest:
+            raise AlreadyExists(
+                f"a {self._main} {workload.name} made from another spec exists; delete it or take another id"
+            )
+        self._mains.setdefault(workload.name, made)
+        for manifest in others:
+            manifest["metadata"]["ownerReferences"] = [_owner_of(made)]  # they go when it goes
+            await self._create_object(manifest["kind"], manifest)
         return self._status(workload.name) or WorkloadStatus(
             workload.name, workload.kind, workload.digest, Phase.PENDING
         )
@@ -152,8 +154,7 @@ class KubernetesCluster:
         """Delete its objects and wait until they and their pods are gone."""
         self._deleting.add(name)
         try:
-            for kind in [self._main, *(["Service", "HorizontalPodAutoscaler"] if self._main == "Deployment" else [])]:
-                await self._delete_object(kind, name)
+            await self._delete_object(self._main, name)
             deadline = time.monotonic() + DELETE_SECONDS
             while name in self._mains or self._pods.get(name):
                 if time.monotonic() > deadline:
@@ -180,20 +181,24 @@ class KubernetesCluster:
             return ""
         pod = pods[-1]
         state = pod.get("status") or {}
-        for status in state.get("containerStatuses") or []:
-            last = ((status.get("lastState") or {}).get("terminated")) or {}
-            if last.get("message"):
-                return str(
-                    last["message"]
-                )  # terminationMessagePolicy FallbackToLogsOnError: the end of the crashed one's log
-        first = pod["spec"]["containers"][0]["name"]
         waiting = [s["name"] for s in state.get("initContainerStatuses") or [] if not s.get("ready")]
-        lines: list[str] = []
-        with contextlib.suppress(ApiError, httpx2.HTTPError):
-            container = waiting[0] if waiting else first
-            async for line in self._client.log(pod["metadata"]["name"], container=container, tail_lines=LOG_LINES):
-                lines.append(line)
-        return "".join(lines)[-20_000:]
+        crashed = [s["name"] for s in state.get("containerStatuses") or [] if s.get("restartCount")]
+        container = (waiting or crashed or [pod["spec"]["containers"][0]["name"]])[0]
+        return await self._read_pod_log(pod["metadata"]["name"], container, previous=bool(crashed and not waiting))
+
+    async def _read_pod_log(self, pod: str, container: str, previous: bool) -> str:
+        # lightkube 1.0.1's `log` cannot ask for a container that has crashed and was started again.
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/log"
+        asked: dict[str, str | int] = {
+            "container": container,
+            "tailLines": LOG_LINES,
+            "previous": str(previous).lower(),
+        }
+        try:
+            answer = await self._http.get(path, params=asked)
+        except httpx2.HTTPError:
+            return ""
+        return answer.text[-20_000:] if answer.status_code == 200 else ""
 
     def render(self, workload: Workload) -> str:
         """The objects as YAML."""
@@ -206,13 +211,9 @@ class KubernetesCluster:
         return fill_template(template, workload, owner)
 
     async def _owner(self) -> dict[str, Any]:
-        found = await self._call(f"get the Deployment {self._place.owner}", "get", "Deployment", self._place.owner)
-        return {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "name": self._place.owner,
-            "uid": found["metadata"]["uid"],
-        }
+        return _owner_of(
+            await self._call(f"get the Deployment {self._place.owner}", "get", "Deployment", self._place.owner)
+        )
 
     async def _create_object(self, kind: str, manifest: Manifest) -> Manifest:
         name = manifest["metadata"]["name"]
@@ -231,14 +232,11 @@ class KubernetesCluster:
         try:
             await self._client.delete(RESOURCES[kind], name, cascade=CascadeType.FOREGROUND)
         except ApiError as error:
-            missing = error.status.code == 404
-            # A Role may leave out what the chart does not use, such as autoscalers.
-            if not missing and not (error.status.code == 403 and kind == "HorizontalPodAutoscaler"):
+            if error.status.code != 404:
                 raise api_error(
                     error.status.code or 0, error.status.message or "", f"delete the {kind} {name}"
                 ) from None
-            if missing and kind == self._main:
-                self._mains.pop(name, None)
+            self._mains.pop(name, None)
         except httpx2.HTTPError as error:
             raise Unavailable(f"the API server cannot be reached: {error!r}") from None
 
@@ -376,6 +374,17 @@ class KubernetesCluster:
                 self._log.warning("its node does not answer: the pod is given up", pod=pod["metadata"]["name"])
                 with contextlib.suppress(FabrictuneError):
                     await self._call("delete a lost pod", "delete", "Pod", pod["metadata"]["name"], grace_period=0)
+
+
+def _owner_of(thing: Mapping[str, Any]) -> dict[str, Any]:
+    """An ownerReference."""
+    metadata = thing["metadata"]
+    return {
+        "apiVersion": thing["apiVersion"],
+        "kind": thing["kind"],
+        "name": metadata["name"],
+        "uid": metadata["uid"],
+    }
 
 
 def _event_time(event: Manifest) -> str:

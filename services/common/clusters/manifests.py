@@ -64,8 +64,8 @@ def fill_template(
         main["spec"]["selector"] = {"matchLabels": {NAME: work.name}}
     for each in kept:
         _fill_names(each, work)
-        if owner:
-            each["metadata"]["ownerReferences"] = [dict(owner)]
+    if owner:
+        main["metadata"]["ownerReferences"] = [dict(owner)]
     _fill_pod(main, work)
     return kept
 

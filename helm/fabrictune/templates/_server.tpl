@@ -1,0 +1,65 @@
+{{/* The parts of a server's Deployment. (dict root service own) */}}
+
+{{- define "fabrictune.server.env" -}}
+{{- $fullname := include "fabrictune.fullname" .root -}}
+- {name: FABRICTUNE_CLUSTER, value: kubernetes}
+- {name: FABRICTUNE_NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}
+- {name: FABRICTUNE_RELEASE, value: {{ $fullname }}}
+- {name: FABRICTUNE_TEMPLATES, value: /etc/fabrictune/templates}
+- {name: FABRICTUNE_HOST, value: 0.0.0.0}
+- {name: FABRICTUNE_LOG_FORMAT, value: json}
+- {name: FABRICTUNE_DATA_DIR, value: /var/lib/fabrictune}
+{{ include "fabrictune.env.store" .root }}
+{{- include "fabrictune.env.guard" .root }}
+{{- if has .service (list "pipeline" "inference") }}
+{{ include "fabrictune.env.caller" .root }}
+{{- end }}
+{{- if eq .service "pipeline" }}
+{{ include "fabrictune.env.endpoints" .root }}
+{{- end }}
+{{- if eq .service "inference" }}
+- {name: FABRICTUNE_OWNER, value: {{ $fullname }}-inference}
+{{ include "fabrictune.env.engineHardware" .root }}
+{{- end }}
+{{- end }}
+
+{{/* Templates and tokens are read anew when they change; a subPath would hide the change. */}}
+{{- define "fabrictune.server.mounts" -}}
+- {name: data, mountPath: /var/lib/fabrictune}
+- {name: tmp, mountPath: /tmp}
+- {name: templates, mountPath: /etc/fabrictune/templates, readOnly: true}
+{{- if ne .root.Values.tls.mode "off" }}
+- {name: tls, mountPath: /etc/fabrictune/tls, readOnly: true}
+{{- end }}
+{{- if ne .root.Values.auth.mode "off" }}
+- {name: tokens, mountPath: /etc/fabrictune/tokens, readOnly: true}
+{{- end }}
+{{- if .root.Values.objectStore.caSecret }}
+- {name: store-ca, mountPath: /etc/fabrictune/store, readOnly: true}
+{{- end }}
+{{- with .own.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "fabrictune.server.volumes" -}}
+- {name: data, emptyDir: {}}
+- {name: tmp, emptyDir: {}}
+- {name: templates, configMap: {name: {{ include "fabrictune.fullname" .root }}-templates}}
+{{- if ne .root.Values.tls.mode "off" }}
+- {name: tls, secret: {secretName: {{ include "fabrictune.tlsSecret" .root }}}}
+{{- end }}
+{{- if ne .root.Values.auth.mode "off" }}
+- {name: tokens, secret: {secretName: {{ .root.Values.auth.existingSecret | default (printf "%s-tokens" (include "fabrictune.fullname" .root)) }}, items: [{key: tokens.yaml, path: tokens.yaml}]}}
+{{- end }}
+{{- with .root.Values.objectStore.caSecret }}
+- {name: store-ca, secret: {secretName: {{ . }}, items: [{key: ca.crt, path: ca.crt}]}}
+{{- end }}
+{{- with .own.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "fabrictune.tlsSecret" -}}
+{{ .Values.tls.existingSecret | default (printf "%s-tls" (include "fabrictune.fullname" .)) }}
+{{- end }}

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from chart_render import CASES
+from chart_schemas import VERSIONS, findings
+
+from services.common.clusters import Workload
+from services.common.clusters.manifests import fill_template, read_template
+from tests.chart.objects import Objects, Render, container, env
+
+KINDS = ("conversion", "training", "merging", "evaluation")
+
+
+def work(kind: str, **more: Any) -> Workload:
+    return Workload(kind=kind, name=f"{kind}-abc", argv=("python", "-m", "x"), env={"FABRICTUNE_JOB": "j"}, **more)
+
+
+def pod_of(objects: Objects, kind: str) -> dict[str, Any]:
+    pod: dict[str, Any] = objects.template(kind)[0]["spec"]["template"]["spec"]
+    return pod
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", [*KINDS, "engine"])
+def test_what_a_server_makes_of_a_template_is_valid_in_every_version(
+    render: Render, tmp_path: Path, case: str, kind: str
+) -> None:
+    [data] = [m["data"] for m in render(case) if m["metadata"]["name"] == "fabrictune-templates"]
+    (tmp_path / f"{kind}.yaml").write_text(data[f"{kind}.yaml"])
+    template = read_template(tmp_path, kind)
+    for more in ({}, {"gpus": 2, "nodes": 2, "cpu": "4", "memory": "8Gi"}):
+        if kind == "engine":
+            more.pop("nodes", None)
+        for manifest in fill_template(template, work(kind, **more)):
+            wrong = [text for version in VERSIONS for text in findings(manifest, version) or ()]
+            assert not wrong, yaml.safe_dump(manifest)
+
+
+def test_a_job_of_two_nodes_is_indexed_and_its_workers_find_each_other(render: Render) -> None:
+    job, service = fill_template(render().template("training"), work("training", nodes=2))
+    assert (job["spec"]["completionMode"], job["spec"]["completions"]) == ("Indexed", 2)
+    assert service["spec"]["clusterIP"] == "None" and service["spec"]["publishNotReadyAddresses"] is True
+    labels = job["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    assert job["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+
+
+def test_a_gpu_resource_of_another_vendor_is_what_limits_ask_for(render: Render) -> None:
+    template = render(jobs={"training": {"gpuResource": "amd.com/gpu"}}).template("training")
+    [job] = fill_template(template, work("training", gpus=1))
+    assert container(job)["resources"]["limits"] == {"amd.com/gpu": 1}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_drain_costs_no_attempt_and_a_wrong_spec_is_not_tried_again(render: Render, kind: str) -> None:
+    spec = render().template(kind)[0]["spec"]
+    drained, refused, stopped = spec["podFailurePolicy"]["rules"]
+    assert (drained["action"], drained["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
+    assert (refused["action"], refused["onExitCodes"]["values"]) == ("FailJob", [64, 65, 66, 77, 78])
+    assert (stopped["action"], stopped["onExitCodes"]["values"]) == ("Ignore", [143])
+    assert (spec["podReplacementPolicy"], spec["backoffLimit"]) == ("Failed", 2)
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "engine"])
+def test_autoscalers_leave_a_running_pod_and_a_silent_node_loses_it_soon(render: Render, kind: str) -> None:
+    [main, *_] = render().template(kind)
+    notes = main["spec"]["template"]["metadata"]["annotations"]
+    assert notes["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+    assert notes["karpenter.sh/do-not-disrupt"] == "true"
+    lost = {t["key"]: t["tolerationSeconds"] for t in pod_of(render(), kind)["tolerations"] if "tolerationSeconds" in t}
+    assert lost == {"node.kubernetes.io/not-ready": 30, "node.kubernetes.io/unreachable": 30}
+
+
+@pytest.mark.parametrize("kind", ["training", "engine"])
+def test_gpu_pods_tolerate_gpu_nodes_by_key_and_have_sized_shared_memory(render: Render, kind: str) -> None:
+    pod = pod_of(render(), kind)
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
+    assert {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}} in pod["volumes"]
+    assert {"name": "shared-memory", "mountPath": "/dev/shm"} in container(pod)["volumeMounts"]
+    assert not any("persistentVolumeClaim" in volume for volume in pod["volumes"])
+
+
+def test_ephemeral_storage_is_asked_for_only_when_told(render: Render) -> None:
+    assert "ephemeral-storage" not in container(pod_of(render(), "training"))["resources"]["requests"]
+    asked = render(jobs={"training": {"ephemeralStorage": "20Gi"}})
+    assert container(pod_of(asked, "training"))["resources"]["requests"]["ephemeral-storage"] == "20Gi"
+
+
+def test_kueues_queue_is_a_label_and_its_jobs_begin_suspended(render: Render) -> None:
+    [job, *_] = render(jobs={"training": {"kueueQueue": "gpu"}}).template("training")
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpu" and job["spec"]["suspend"] is True
+    assert "suspend" not in render().template("training")[0]["spec"]
+
+
+def test_training_has_time_to_save_a_checkpoint(render: Render) -> None:
+    assert pod_of(render(), "training")["terminationGracePeriodSeconds"] == 120
+    assert pod_of(render(), "merging")["terminationGracePeriodSeconds"] == 30
+
+
+def test_workers_know_the_store_and_evaluations_the_gateway_and_nothing_else_of_the_servers(render: Render) -> None:
+    store = {f"FABRICTUNE_S3_{x}" for x in ("ENDPOINT", "BUCKET", "REGION", "PATH_STYLE", "ACCESS_KEY", "SECRET_KEY")}
+    caller = {"FABRICTUNE_GATEWAY_URL", "FABRICTUNE_TOKEN", "FABRICTUNE_CA_FILE"}
+    for kind in KINDS:
+        found = set(env(pod_of(render(), kind)))
+        assert found == store | {"FABRICTUNE_DATA_DIR"} | (caller if kind == "evaluation" else set()), kind
+
+
+def test_evaluations_see_the_authority_but_not_the_private_key(render: Render) -> None:
+    [tls] = [v for v in pod_of(render(), "evaluation")["volumes"] if v["name"] == "tls"]
+    assert tls["secret"]["items"] == [{"key": "ca.crt", "path": "ca.crt"}]
+
+
+def test_an_engine_prepares_its_model_before_it_serves_and_holds_no_keys(render: Render) -> None:
+    pod = pod_of(render(), "engine")
+    [prepare] = pod["initContainers"]
+    assert prepare["command"] == ["python", "-m", "services.inference.prepare"]
+    assert prepare["image"] == container(pod)["image"]
+    assert not [name for name in env(pod) if "KEY" in name]
+    assert {m["mountPath"] for m in container(pod)["volumeMounts"]} == {"/models", "/tmp", "/dev/shm"}
+
+
+def test_arguments_pass_through(render: Render) -> None:
+    objects = render(engine={"args": ["--swap-space", "4"]}, jobs={"merging": {"args": ["--verbose"]}})
+    assert container(pod_of(objects, "engine"))["args"] == ["--swap-space", "4"]
+    assert container(pod_of(objects, "merging"))["args"] == ["--verbose"]
+
+
+def test_an_upgrade_of_the_chart_alone_does_not_show_in_pods(render: Render) -> None:
+    for kind in [*KINDS, "engine"]:
+        template = render().template(kind)[0]["spec"]["template"]
+        assert "helm.sh/chart" not in template["metadata"]["labels"]
+
+
+def test_engines_scale_by_one_of_hpa_and_keda(render: Render) -> None:
+    assert [m["kind"] for m in render().template("engine")] == ["Deployment", "Service"]
+    for case, kind in (("gpu", "HorizontalPodAutoscaler"), ("openshift", "ScaledObject")):
+        deployment, service, scaler = fill_template(render(case).template("engine"), work("engine"))
+        assert (deployment["kind"], service["kind"], scaler["kind"]) == ("Deployment", "Service", kind)
+        assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"] == "engine-abc"
+
+
+def test_the_inference_server_may_make_the_autoscaler_that_its_template_has(render: Render) -> None:
+    for case, resource in (("gpu", "horizontalpodautoscalers"), ("openshift", "scaledobjects")):
+        rules = render(case).get("Role", "fabrictune-inference")["rules"]
+        assert any(resource in rule["resources"] and "create" in rule["verbs"] for rule in rules)

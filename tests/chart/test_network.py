@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from chart_render import CASES
+
+from tests.chart.objects import Objects, Render
+
+
+def policy(objects: Objects, name: str) -> dict[str, Any]:
+    spec: dict[str, Any] = objects.get("NetworkPolicy", f"fabrictune-{name}")["spec"]
+    return spec
+
+
+def components(selector: dict[str, Any]) -> set[str]:
+    return set(selector["matchExpressions"][0]["values"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_pod_of_the_release_is_denied_everything_but_names(render: Render, case: str) -> None:
+    objects = render(case)
+    default = policy(objects, "default")
+    assert default["policyTypes"] == ["Ingress", "Egress"] and "ingress" not in default
+    assert {port["port"] for rule in default["egress"] for port in rule["ports"]} <= {53, 5353}
+    chosen = default["podSelector"]["matchLabels"].items()
+    for manifest in [*objects, *(m for k in ("training", "engine") for m in objects.template(k))]:
+        pod = (
+            manifest["metadata"]
+            if manifest["kind"] == "Pod"
+            else manifest.get("spec", {}).get("template", {}).get("metadata")
+        )
+        if pod:
+            assert chosen <= pod["labels"].items(), manifest["metadata"]["name"]
+
+
+def test_engines_are_reached_by_inference_only_and_reach_the_store_only(render: Render) -> None:
+    engines = policy(render(), "engines")
+    assert components(engines["podSelector"]) == {"engine"}
+    [asked], [reached] = engines["ingress"], engines["egress"]
+    assert components(asked["from"][0]["podSelector"]) == {"inference"} and asked["ports"][0]["port"] == 8000
+    assert components(reached["to"][0]["podSelector"]) == {"store"}
+
+
+def test_workers_reach_the_store_and_the_gateway_and_trainings_each_other(render: Render) -> None:
+    workers = policy(render(), "workers")
+    assert components(workers["podSelector"]) == {
+        f"{k}-worker" for k in ("conversion", "training", "merging", "evaluation")
+    }
+    [reached] = workers["egress"]
+    assert components(reached["to"][0]["podSelector"]) == {"inference", "store", "training-worker"}
+    assert components(workers["ingress"][0]["from"][0]["podSelector"]) == {"training-worker"}
+
+
+def test_clients_reach_the_front_door_the_gateway_and_the_store(render: Render) -> None:
+    clients = policy(render(), "clients")
+    assert components(clients["podSelector"]) == {"inference", "pipeline", "store"}
+    [rule] = clients["ingress"]
+    assert [port["port"] for port in rule["ports"]] == [8470, 8480, 9000] and "from" not in rule
+    [rule] = policy(render("locked-down"), "clients")["ingress"]
+    assert rule["from"] == [{"namespaceSelector": {"matchLabels": {"fabrictune.dev/clients": "true"}}}]
+
+
+def test_behind_an_ingress_every_service_is_reached(render: Render) -> None:
+    assert "training" in components(policy(render("external-s3"), "clients")["podSelector"])
+
+
+def test_the_api_server_is_reached_by_those_that_ask_it(render: Render) -> None:
+    asks = {"conversion", "training", "merging", "evaluation", "inference", "hooks"}
+    assert components(policy(render(), "api")["podSelector"]) == asks
+    assert components(policy(render("locked-down"), "api")["podSelector"]) == asks | {"pipeline"}  # its JWTs' issuer
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [("https://s3.example.com", 443), ("http://s3.example.com", 80), ("http://10.0.0.1:9000", 9000)],
+)
+def test_an_external_store_is_reached_at_its_port(render: Render, endpoint: str, port: int) -> None:
+    store = policy(render("external-s3", objectStore={"endpoint": endpoint}), "store")
+    assert store["egress"] == [{"ports": [{"protocol": "TCP", "port": port}]}]
+    assert {"training", "training-worker", "engine", "test"} <= components(store["podSelector"])
+
+
+def test_policies_can_be_left_out(render: Render) -> None:
+    assert not render(networkPolicy={"enabled": False}).names("NetworkPolicy")

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from chart_render import CASES, parse
+from chart_render import render as render_text
+
+from services.common.config import ServerConfig, StoreConfig
+from tests.chart.objects import Render, container, env
+
+SERVERS = ("conversion", "training", "merging", "evaluation", "inference", "pipeline")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_variable_that_the_chart_sets_is_a_setting(render: Render, case: str) -> None:
+    known = {f"FABRICTUNE_{f}".upper() for f in ServerConfig.model_fields}
+    known |= {f"FABRICTUNE_S3_{f}".upper() for f in StoreConfig.model_fields}
+    known |= {"FABRICTUNE_BOOTSTRAP"}
+    for title, pod in render(case).pods():
+        ours = {name for name in env(pod) if name.startswith("FABRICTUNE_")}
+        assert ours <= known, f"{title}: {ours - known}"
+
+
+def test_the_pipeline_knows_where_every_other_service_is(render: Render) -> None:
+    endpoints = json.loads(env(render().get("Deployment", "fabrictune-pipeline"))["FABRICTUNE_ENDPOINTS"])
+    assert endpoints == {x: f"fabrictune-{x}.fabrictune.svc:8470" for x in SERVERS if x != "pipeline"}
+    assert {f"fabrictune-{x}" for x in endpoints} <= set(render().names("Service"))
+
+
+def test_the_inference_server_knows_its_owner_and_the_engines_nodes(render: Render) -> None:
+    hardware = {"gpus": 1, "cores": 8, "memory": "1.5Gi", "bfloat16": True}
+    found = env(render(engine={"hardware": hardware}).get("Deployment", "fabrictune-inference"))
+    assert found["FABRICTUNE_OWNER"] == "fabrictune-inference"
+    assert json.loads(found["FABRICTUNE_ENGINE_HARDWARE"]) == {
+        "gpus": 1,
+        "cores": 8,
+        "memory_bytes": 3 << 29,
+        "cpu_flags": ["avx512_bf16"],
+    }
+
+
+@pytest.mark.parametrize(("quantity", "size"), [("8Gi", 8 << 30), ("8G", 8 * 10**9), (1048576, 1 << 20)])
+def test_memory_is_told_in_bytes(render: Render, quantity: str | int, size: int) -> None:
+    found = env(render(engine={"hardware": {"memory": quantity}}).get("Deployment", "fabrictune-inference"))
+    assert json.loads(found["FABRICTUNE_ENGINE_HARDWARE"])["memory_bytes"] == size
+
+
+def test_probes_ask_the_metrics_port(render: Render) -> None:
+    for name in SERVERS:
+        server = container(render().get("Deployment", f"fabrictune-{name}"))
+        assert {"name": "metrics", "containerPort": 8490} in server["ports"]
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            assert server[probe]["httpGet"]["port"] == "metrics"
+
+
+def test_no_server_is_gone_while_it_is_replaced(render: Render) -> None:
+    for name in SERVERS:
+        strategy = render().get("Deployment", f"fabrictune-{name}")["spec"]["strategy"]
+        assert strategy["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+
+
+def test_zero_replicas_are_zero(render: Render) -> None:
+    objects = render(services={"training": {"replicas": 0}})
+    assert objects.get("Deployment", "fabrictune-training")["spec"]["replicas"] == 0
+
+
+def test_a_budget_for_disruptions_is_made_only_for_more_than_one_replica(render: Render) -> None:
+    assert not render().names("PodDisruptionBudget")
+    assert render(services={"merging": {"replicas": 2}}).names("PodDisruptionBudget") == ["fabrictune-merging"]
+
+
+def test_a_variable_that_the_user_names_replaces_the_charts_own(render: Render) -> None:
+    told = [{"name": "FABRICTUNE_LOG_FORMAT", "value": "console"}]
+    for objects in (render(services={"merging": {"env": told}}), render(pods={"env": told})):
+        merging = container(objects.get("Deployment", "fabrictune-merging"))
+        assert [e for e in merging["env"] if e["name"] == "FABRICTUNE_LOG_FORMAT"] == told
+
+
+def test_templates_are_mounted_as_a_folder_so_that_upgrades_arrive_without_a_restart(render: Render) -> None:
+    server = render().get("Deployment", "fabrictune-training")
+    [mount] = [m for m in container(server)["volumeMounts"] if m["mountPath"] == "/etc/fabrictune/templates"]
+    assert "subPath" not in mount
+    before = server["spec"]["template"]
+    after = render(jobs={"training": {"ttlSecondsAfterFinished": 7}}).get("Deployment", "fabrictune-training")
+    assert after["spec"]["template"] == before
+
+
+def test_replicas_are_spread_over_nodes(render: Render) -> None:
+    [spread] = render().get("Deployment", "fabrictune-merging")["spec"]["template"]["spec"]["topologySpreadConstraints"]
+    assert spread["topologyKey"] == "kubernetes.io/hostname"
+    assert spread["labelSelector"]["matchLabels"]["app.kubernetes.io/component"] == "merging"
+
+
+def test_helm_test_runs_with_the_pipelines_settings(render: Render) -> None:
+    objects = render()
+    check = objects.get("Pod", "fabrictune-selfcheck")
+    assert check["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    assert container(check)["command"] == ["python", "-m", "services.common.selfcheck"]
+    assert env(check) == env(objects.get("Deployment", "fabrictune-pipeline"))
+    assert check["metadata"]["labels"]["app.kubernetes.io/component"] == "test"  # not behind the pipeline's Service
+
+
+def test_a_long_release_name_still_makes_valid_names() -> None:
+    for manifest in parse(render_text(release="a" * 53)):
+        assert len(manifest["metadata"]["name"]) <= 63
