@@ -84,9 +84,9 @@ class Image:
 
 
 IMAGES = {
-    "conversion": Image(("conversion",), also=("zstandard",)),  # rows in .jsonl.zst
-    "evaluation": Image(("server",), also=("jinja2",)),  # the rest of its extra is 170 MB that it does not import
-    "inference": Image(("server",), also=("aiohttp",)),
+    "conversion": Image(("conversion",)),
+    "evaluation": Image(("evaluation",)),
+    "inference": Image(("inference",)),
     "inference-engine-cpu": Image(("inference", "engine-cpu"), arm64=False),  # llguidance 1.7.6 has no wheel
     "inference-engine-cuda": Image(("inference", "engine-cuda"), "cuda", arm64=False),
     "merging": Image(("merging",)),

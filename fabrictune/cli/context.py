@@ -14,6 +14,7 @@ import click
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fabrictune.client import Client
@@ -100,7 +101,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], em
     for title in columns.values():
         table.add_column(title, overflow="fold")
     for row in rows:
-        table.add_row(*(str(row.get(key, "")) for key in columns))
+        table.add_row(*(escape(str(row.get(key, ""))) for key in columns))
     console.print(table)
 
 

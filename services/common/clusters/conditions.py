@@ -144,9 +144,9 @@ def why_pod_waits(pod: Object, warnings: Mapping[str, str]) -> str:
         if reason in WAITING:
             return f"{reason}: {WAITING[reason]}. {detail}".strip()
     reason, _, detail = warning.partition(": ")
-    if reason in WARNINGS:
-        return f"{reason}: {WARNINGS[reason]}. {detail}".strip()
     node = (pod.get("spec") or {}).get("nodeName")
+    if reason in WARNINGS and not (node and reason == "FailedScheduling"):  # that one is over
+        return f"{reason}: {WARNINGS[reason]}. {detail}".strip()
     return f"starts on node {node}" if node else "waits for the scheduler"
 
 
