@@ -62,7 +62,7 @@ $(API): $(wildcard protos/fabrictune/v1/*.proto) scripts/protos.py | environment
 	@echo "proto: generated fabrictune/v1"
 
 .PHONY: check
-check: lint fresh test ## What CI runs: lint, freshness of generated files, every test
+check: lint fresh chart test ## What CI runs: lint, freshness of generated files, the chart, every test
 
 .PHONY: fresh
 fresh: setup ## Fail when a file in git that is made from others is stale

@@ -78,7 +78,16 @@ def _server_memory() -> str:
     namespace = os.environ.get("BENCH_NAMESPACE", "")
     if not namespace:
         return "not read (BENCH_NAMESPACE is not set)"
-    argv: list[Any] = ["kubectl", "-n", namespace, "exec", "deploy/fabrictune-conversion", "--", "cat", "/proc/1/status"]
+    argv: list[Any] = [
+        "kubectl",
+        "-n",
+        namespace,
+        "exec",
+        "deploy/fabrictune-conversion",
+        "--",
+        "cat",
+        "/proc/1/status",
+    ]
     status = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
     lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     return f"now {lines.get('VmRSS', '?').strip()}, at most {lines.get('VmHWM', '?').strip()}"

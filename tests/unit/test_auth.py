@@ -21,7 +21,8 @@ from services.common.errors import FailedPrecondition, InvalidSpec, PermissionDe
 
 GET = "/fabrictune.v1.TrainingService/GetTrainingJob"
 CREATE = "/fabrictune.v1.TrainingService/CreateTrainingJob"
-DELETE = "/fabrictune.v1.TrainingService/DeleteTrainingJob"
+FORGET = "/fabrictune.v1.InferenceService/DeleteRevision"
+DELETE = "/fabrictune.v1.ArtifactService/DeleteArtifact"
 KEY = rsa.generate_private_key(65537, 2048)
 
 
@@ -34,10 +35,10 @@ AUTHENTICATOR = Authenticator([entry("ann", "viewer"), entry("bob", "operator"),
 
 @pytest.mark.parametrize(
     ("name", "allowed"),
-    [("ann", {GET, "/v1/models"}), ("bob", {GET, CREATE, "/v1/models", "/v1/chat/completions"}), ("cy", None)],
+    [("ann", {GET, "/v1/models"}), ("bob", {GET, CREATE, FORGET, "/v1/models", "/v1/chat/completions"}), ("cy", None)],
 )
 def test_roles(name: str, allowed: set[str] | None) -> None:
-    for method in (GET, CREATE, DELETE, "/v1/models", "/v1/chat/completions"):
+    for method in (GET, CREATE, FORGET, DELETE, "/v1/models", "/v1/chat/completions"):
         if allowed is None or method in allowed:
             assert AUTHENTICATOR.allow(f"key of {name}", method).name == name
         else:
