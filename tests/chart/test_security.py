@@ -78,8 +78,8 @@ def test_roles_say_no_more_than_the_servers_do(render: Render) -> None:
         if m["kind"] == "Role"
     }
     assert "pipeline" not in rules
-    assert rules["merging"].keys() == {"jobs", "pods", "pods/log", "events"}
-    assert rules["training"].keys() == {"jobs", "pods", "pods/log", "events", "services"}
-    assert rules["inference"].keys() == {"deployments", "services", "pods", "pods/log", "events"}
+    assert rules["merging"].keys() == {"jobs", "pods", "pods/log", "pods/status", "events"}
+    assert rules["training"].keys() == {"jobs", "pods", "pods/log", "pods/status", "events", "services"}
+    assert rules["inference"].keys() == {"deployments", "services", "pods", "pods/log", "pods/status", "events"}
     assert not any("secrets" in found for name, found in rules.items() if name != "bootstrap")
     assert not any("*" in verbs for found in rules.values() for verbs in found.values())

@@ -265,7 +265,7 @@ async def test_tokens_are_asked_for_at_the_door_and_the_callers_own_goes_on() ->
             await house.get(JOB)
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
         request = training_pb2.DeleteTrainingJobRequest(name=JOB)
-        with pytest.raises(grpc.aio.AioRpcError, match="needs admin") as refused:
+        with pytest.raises(grpc.aio.AioRpcError, match="needs operator") as refused:
             await house.stub.DeleteTrainingJob(request, metadata=(("authorization", "Bearer key"),))
         assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
 

@@ -47,11 +47,7 @@ def is_lost(pod: Object, now: datetime) -> bool:
         return False
     conditions = {c["type"]: c for c in (pod.get("status") or {}).get("conditions") or []}
     by_taint = conditions.get("DisruptionTarget", {}).get("reason") == "DeletionByTaintManager"
-    return by_taint or conditions.get("Ready", {}).get("reason") == "NodeNotReady" or _unreachable(pod)
-
-
-def _unreachable(pod: Object) -> bool:
-    return (pod.get("status") or {}).get("reason") == "NodeLost"
+    return bool(by_taint or conditions.get("Ready", {}).get("reason") == "NodeNotReady")
 
 
 def _has_run(job: Object) -> bool:

@@ -34,6 +34,7 @@ RESOURCES: dict[str, Any] = {
     ),
     "ScaledObject": create_namespaced_resource("keda.sh", "v1alpha1", "ScaledObject", "scaledobjects"),
 }
+RESOURCES["PodStatus"] = RESOURCES["Pod"].Status
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
 
 
