@@ -77,13 +77,14 @@ def test_a_variable_that_the_user_names_replaces_the_charts_own(render: Render) 
         assert [e for e in merging["env"] if e["name"] == "FABRICTUNE_LOG_FORMAT"] == told
 
 
-def test_templates_are_mounted_as_a_folder_so_that_upgrades_arrive_without_a_restart(render: Render) -> None:
-    server = render().get("Deployment", "fabrictune-training")
+def test_templates_are_mounted_as_a_folder_and_a_server_whose_own_has_changed_starts_anew(render: Render) -> None:
+    before, after = render(), render(jobs={"training": {"ttlSecondsAfterFinished": 7}})
+    server = before.get("Deployment", "fabrictune-training")
     [mount] = [m for m in container(server)["volumeMounts"] if m["mountPath"] == "/etc/fabrictune/templates"]
     assert "subPath" not in mount
-    before = server["spec"]["template"]
-    after = render(jobs={"training": {"ttlSecondsAfterFinished": 7}}).get("Deployment", "fabrictune-training")
-    assert after["spec"]["template"] == before
+    for name, same in (("fabrictune-training", False), ("fabrictune-merging", True), ("fabrictune-inference", True)):
+        pods = [o.get("Deployment", name)["spec"]["template"] for o in (before, after)]
+        assert (pods[0] == pods[1]) is same, name
 
 
 def test_replicas_are_spread_over_nodes(render: Render) -> None:

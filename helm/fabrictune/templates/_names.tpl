@@ -41,13 +41,13 @@ annotations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
-{{/* (dict root component own [labels]) → metadata of a pod template */}}
+{{/* (dict root component own [labels] [annotations]) → metadata of a pod template */}}
 {{- define "fabrictune.podMetadata" -}}
 {{- $pods := .root.Values.pods -}}
 labels:
   {{- $selector := include "fabrictune.selector" . | fromYaml }}
   {{- include "fabrictune.merge" (list .root.Values.commonLabels $pods.labels .own.podLabels .labels $selector) | nindent 2 }}
-{{- with include "fabrictune.merge" (list .root.Values.commonAnnotations $pods.annotations .own.podAnnotations) | fromYaml }}
+{{- with include "fabrictune.merge" (list .root.Values.commonAnnotations $pods.annotations .own.podAnnotations .annotations) | fromYaml }}
 annotations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}

@@ -63,3 +63,12 @@
 {{- define "fabrictune.tlsSecret" -}}
 {{ .Values.tls.existingSecret | default (printf "%s-tls" (include "fabrictune.fullname" .)) }}
 {{- end }}
+
+{{/* (dict root service) → what the server makes Jobs or engines from */}}
+{{- define "fabrictune.server.template" -}}
+{{- if eq .service "inference" -}}
+{{ include "fabrictune.engine" .root }}
+{{- else if ne .service "pipeline" -}}
+{{ include "fabrictune.job" (dict "root" .root "kind" .service) }}
+{{- end }}
+{{- end }}
