@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
@@ -9,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from minio.error import MinioException
 
 from services.common.artifacts import Artifacts
 from services.common.config import StoreConfig
+from services.common.errors import FabrictuneError
 from services.common.reporter import Progress
 from services.common.store import Store, open_store
 from services.common.weed import EmbeddedStore
@@ -59,9 +62,14 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreConf
 
 
 @pytest.fixture
-def store(object_store: StoreConfig) -> Store:
-    """An empty bucket of its own."""
-    return open_store(object_store.model_copy(update={"bucket": f"test-{secrets.token_hex(6)}"}))
+def store(object_store: StoreConfig) -> Iterator[Store]:
+    """An empty bucket of its own; it goes again, since SeaweedFS has only so many volumes where the disk is nearly full."""
+    found = open_store(object_store.model_copy(update={"bucket": f"test-{secrets.token_hex(6)}"}))
+    yield found
+    with contextlib.suppress(FabrictuneError, MinioException):
+        for key in found.list_keys(""):
+            found.delete(key)
+        found.client.remove_bucket(found.bucket)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ Small documents (jobs, events, manifests) and the signed addresses of big files 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from io import BytesIO
@@ -141,7 +142,12 @@ class Store:
     def _put_absent(self, key: str, data: bytes) -> bool:
         # minio 7.2 has no conditional put; a header that is not part of the signature may be added to a signed address.
         address = self.client.get_presigned_url("PUT", self.bucket, key, EXPIRY)
-        answer = self.http.request("PUT", address, body=data, headers={"If-None-Match": "*"}, retries=False)
+        # A server that failed may have written it all the same: callers that get False look at what is there.
+        for pause in (0.2, 0.5, 1.0, None):
+            answer = self.http.request("PUT", address, body=data, headers={"If-None-Match": "*"}, retries=False)
+            if answer.status < 500 or pause is None:
+                break
+            time.sleep(pause)
         if answer.status in (409, 412):
             return False
         if answer.status >= 300:

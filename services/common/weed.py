@@ -74,9 +74,10 @@ class EmbeddedStore:
         key, secret = self._keys()
         note = self._read_note()
         if note is None or not is_alive(note.pid, note.started):
-            note = self._spawn(key, secret, note.ports if note else {})
+            note = self._spawn_ready(key, secret, note.ports if note else {})
+        else:
+            self._wait_ready(note)
         endpoint = f"http://127.0.0.1:{note.ports['s3.port']}"
-        self._wait_ready(endpoint, note)
         return StoreConfig(endpoint=endpoint, access_key=key, secret_key=SecretStr(secret))
 
     def stop(self) -> bool:
@@ -93,6 +94,20 @@ class EmbeddedStore:
         if self._process is not None:
             self._process.wait()
         return True
+
+    def _spawn_ready(self, key: str, secret: str, ports: dict[str, int]) -> _Note:
+        for last in (False, False, True):
+            note = self._spawn(key, secret, ports)
+            try:
+                self._wait_ready(note)
+            except Unavailable:
+                # Somebody else took one of its nine ports between our look and its.
+                if last or "address already in use" not in (self._folder / "weed.log").read_text(errors="replace"):
+                    raise
+                ports = {}
+            else:
+                break
+        return note
 
     def _spawn(self, key: str, secret: str, ports: dict[str, int]) -> _Note:
         weed = Path(sys.executable).with_name("weed")
@@ -119,7 +134,8 @@ class EmbeddedStore:
         (self._folder / "weed.json").write_text(json.dumps(vars(note)))
         return note
 
-    def _wait_ready(self, endpoint: str, note: _Note) -> None:
+    def _wait_ready(self, note: _Note) -> None:
+        endpoint = f"http://127.0.0.1:{note.ports['s3.port']}"
         http = urllib3.PoolManager(timeout=1, retries=False)
         deadline = time.monotonic() + START_SECONDS
         while True:
