@@ -180,6 +180,7 @@ def test_a_training_brings_a_gpu_node_from_zero_and_its_log_outlives_the_node(
 
 @needs_pool
 def test_three_drains_in_mid_training_are_three_resumptions(release: Release, dataset: str, note: Note) -> None:
+    _want_pool(release)
     name = release.train("drained", 24)
     for turn in range(3):
         seen = 2 + 4 * turn
@@ -199,6 +200,7 @@ def test_three_drains_in_mid_training_are_three_resumptions(release: Release, da
 def test_a_node_that_dies_without_a_word_is_replaced_within_three_minutes(
     release: Release, dataset: str, note: Note
 ) -> None:
+    _want_pool(release)
     name = release.train("killed", 40)
     pod = release.until(lambda: release.step(name) > 4 and release.pod(name), 400, "step 5")
     begin, node = time.monotonic(), pod["spec"]["nodeName"]
