@@ -11,8 +11,15 @@ from pip_settings import parse
 SERVER_BYTES = 350_000_000
 """More than this, uncompressed, and a build fails: a server brings what it imports and nothing else."""
 
+SHARED_DOCKERFILE = "services/common/Dockerfile"
+SHARED = ("build", "app", "runtime")
+"""Its targets, an image each; the services' Dockerfiles begin with them."""
+
 CUDA_DOCKERFILE = "services/common/cuda.Dockerfile"
 """The base of VARIANT=cuda, built before the others; --base is then its base."""
+
+DEFAULT_BASE = {"cpu": "python:3.11-slim-bookworm", "cuda": "nvidia/cuda:13.0.2-runtime-ubi9"}
+"""As the two Dockerfiles say it, for the label; --base overrides."""
 
 PIP_OPTIONS = (
     "index-url", "extra-index-url", "find-links", "no-index", "trusted-host", "cert", "proxy", "timeout", "default-timeout",
@@ -27,6 +34,7 @@ class Image:
     name: str
     service: str
     """Whose folder has the Dockerfile."""
+    description: str
     target: str = ""
     """Stage of the Dockerfile; empty: the last."""
     max_bytes: int = SERVER_BYTES
@@ -39,14 +47,14 @@ class Image:
 
 
 IMAGES = (
-    Image("pipeline", "pipeline"),
-    Image("conversion", "conversion"),
-    Image("merging", "merging"),
-    Image("evaluation", "evaluation"),
-    Image("inference", "inference", "server"),
-    Image("training", "training", "server"),
-    Image("inference-engine", "inference", "engine", max_bytes=0),
-    Image("training-worker", "training", "worker", max_bytes=0),
+    Image("pipeline", "pipeline", "runs and artifacts, the front door (server)"),
+    Image("conversion", "conversion", "rows into training data (server and worker)"),
+    Image("merging", "merging", "an adapter merged into its base model (server and worker)"),
+    Image("evaluation", "evaluation", "tool calls scored, before and after (server and worker)"),
+    Image("inference", "inference", "deployments and the gateway (server)", "server"),
+    Image("training", "training", "training jobs (server)", "server"),
+    Image("inference-engine", "inference", "the engine of a served revision (vLLM)", "engine", max_bytes=0),
+    Image("training-worker", "training", "a training job (torch, ms-swift)", "worker", max_bytes=0),
 )
 
 
@@ -70,9 +78,19 @@ class Settings:
         """The image's name and tag. The CPU and the CUDA variant are two names, so neither hides the other."""
         return self.named(f"{image.name}-cuda" if self.variant == "cuda" else image.name)
 
+    @property
+    def shared(self) -> str:
+        """What the names of the shared images begin with, before -build, -app and -runtime."""
+        return f"{self.prefix}fabrictune{'-cuda' if self.variant == 'cuda' else ''}"
+
+    @property
+    def prefix(self) -> str:
+        """The registry with its slash, or nothing."""
+        return f"{self.registry}/" if self.registry else ""
+
     def named(self, name: str) -> str:
         """Registry, name and tag."""
-        return f"{self.registry}{'/' if self.registry else ''}fabrictune-{name}:{self.tag}"
+        return f"{self.prefix}fabrictune-{name}:{self.tag}"
 
 
 @dataclass(frozen=True)
@@ -85,16 +103,20 @@ class Pip:
     """Local files and folders that it names."""
 
 
-def plan_build(image: Image, settings: Settings, pip: Pip, conf: Path) -> list[str]:
-    """The command that builds one image. conf: the file that pip.conf was written to."""
-    arguments = {"VERSION": settings.version, "REVISION": settings.revision, "SOURCE": settings.source}
+def plan_shared(target: str, settings: Settings, pip: Pip, conf: Path) -> list[str]:
+    """The command that builds one of the SHARED images. conf: the file that pip.conf was written to."""
     base = settings.named("cuda-base") if settings.variant == "cuda" else settings.base
-    arguments |= {"BASE": base} if base else {}
+    arguments = {"BASE": base} if base else {}
+    name = f"{settings.shared}-{target}:{settings.tag}"
+    return plan(settings, SHARED_DOCKERFILE, name, arguments, [f"--target={target}", *plan_secret(settings, pip, conf)])
+
+
+def plan_build(image: Image, settings: Settings, pip: Pip, conf: Path) -> list[str]:
+    """The command that builds one image, on the SHARED ones."""
+    arguments = {"SHARED": settings.shared, "TAG": settings.tag}
     arguments |= {"VARIANT": settings.variant} if image.heavy else {}
     options = [f"--target={image.target}"] if image.target else []
-    options += [f"--secret=id=pip.conf,src={conf}"] if pip.conf else []
-    if settings.tool == "buildah":
-        options += [f"--volume={folder}:{folder}:ro" for folder in pip.folders]
+    options += [*plan_secret(settings, pip, conf), *(f"--label={k}={v}" for k, v in labels(image, settings).items())]
     return plan(settings, f"services/{image.service}/Dockerfile", settings.reference(image), arguments, options)
 
 
@@ -104,8 +126,28 @@ def plan_cuda_base(settings: Settings) -> list[str]:
     return plan(settings, CUDA_DOCKERFILE, settings.named("cuda-base"), arguments, [])
 
 
+def labels(image: Image, settings: Settings) -> dict[str, str]:
+    """What an image says of itself, in OCI's terms."""
+    told = {
+        "title": f"fabrictune-{image.name}",
+        "description": f"fabrictune: {image.description}",
+        "version": settings.version,
+        "revision": settings.revision,
+        "source": settings.source,
+        "licenses": "Apache-2.0",
+        "base.name": settings.base or DEFAULT_BASE[settings.variant],
+    }
+    return {f"org.opencontainers.image.{key}": value for key, value in told.items()}
+
+
+def plan_secret(settings: Settings, pip: Pip, conf: Path) -> list[str]:
+    """Options that tell a build pip's settings; buildah can mount the folders that they name."""
+    options = [f"--secret=id=pip.conf,src={conf}"] if pip.conf else []
+    return options + ([f"--volume={f}:{f}:ro" for f in pip.folders] if settings.tool == "buildah" else [])
+
+
 def plan(settings: Settings, file: str, name: str, arguments: Mapping[str, str], options: Sequence[str]) -> list[str]:
-    """What both builds have in common."""
+    """What all builds have in common."""
     command, arguments = [settings.tool, "build", "--platform=linux/amd64", f"--file={file}", *options], dict(arguments)
     if settings.tool == "buildah":
         command += ["--layers", *([f"--timestamp={settings.epoch}"] if settings.epoch else [])]

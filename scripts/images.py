@@ -22,6 +22,7 @@ from pathlib import Path
 from image_plans import (
     IMAGES,
     SERVER_BYTES,
+    SHARED,
     Image,
     Pip,
     Settings,
@@ -30,6 +31,7 @@ from image_plans import (
     plan_cuda_base,
     plan_pip,
     plan_save,
+    plan_shared,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,6 +100,9 @@ def build(images: Sequence[Image], settings: Settings, _: str, *, dry_run: bool)
         conf.write_text(pip.conf)
         if settings.variant == "cuda":
             act(settings.named("cuda-base"), plan_cuda_base(settings), OUT / "cuda-base.log", dry_run=dry_run)
+        for target in SHARED:
+            command = plan_shared(target, settings, pip, conf)
+            act(f"what all share: {target}", command, OUT / f"shared-{target}.log", dry_run=dry_run)
         for image in images:
             started = time.monotonic()
             name = settings.reference(image)

@@ -77,8 +77,6 @@ class Image:
 
     extras: tuple[str, ...]
     engine: str = "cpu"
-    also: tuple[str, ...] = ()
-    """Names beside the extras."""
     arm64: bool = True
     """Whether the same pins hold, all as wheels, on arm64. Resolving finds out; an image is not built of it here."""
 
@@ -144,7 +142,7 @@ def lock_images(only: str | None, *, write: bool) -> list[str]:
             lines = pins(path) if path.exists() else []
             misfits += [f"{path.relative_to(ROOT)}: {misfit}" for misfit in check_image(image, lines, pinned)]
             continue
-        asked = (ENGINES[image.engine], image.extras, image.also)
+        asked = (ENGINES[image.engine], image.extras)
         lines = compile_lock(*asked, within=pinned)
         if image.arm64 and lines != compile_lock(*asked, within=pinned, platform=ARM64):
             misfits.append(f"{path.relative_to(ROOT)}: arm64 needs other packages; see `arm64` in scripts/lock.py")
@@ -213,7 +211,7 @@ def check(engine: Engine, lines: list[str]) -> list[str]:
 def check_image(image: Image, lines: list[str], pinned: list[str]) -> list[str]:
     """The same for an image's lock, and what of it the engine's lock pins differently or lacks."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = requirements(project, image.extras) | {Requirement(name) for name in image.also}
+    wanted = requirements(project, image.extras)
     strangers = sorted(set(lines) - set(pinned))
     return [*missing(wanted, lines), *(f"{line} is not in locks/{image.engine}.txt" for line in strangers)]
 

@@ -6,8 +6,10 @@ import contextlib
 import os
 import secrets
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from socketserver import BaseServer
 
 import pytest
 from minio.error import MinioException
@@ -59,6 +61,19 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreConf
         yield embedded.start()
     finally:
         embedded.stop()
+
+
+@contextlib.contextmanager
+def serving(server: BaseServer) -> Iterator[None]:
+    """Let a server of the standard library answer from a thread of its own."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.fixture

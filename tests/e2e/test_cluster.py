@@ -186,9 +186,7 @@ def test_three_drains_in_mid_training_are_three_resumptions(release: Release, da
         seen = 2 + 4 * turn
         pod = release.until(partial(_past, release, name, seen), 400, f"step {seen}")
         node = pod["spec"]["nodeName"]
-        release.kubectl(
-            "drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=150s", status=None
-        )
+        release.kubectl("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=150s")
     ended = release.wait_state(name, ENDED, 600)["execution"]
     assert ended["state"] == "SUCCEEDED" and int(ended["attempt"]) == 4
     assert release.fabrictune("jobs", "logs", name).count("goes on from") == 3

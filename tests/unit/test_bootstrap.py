@@ -29,6 +29,7 @@ from services.common.certificates import issue, read_certificate
 from services.common.errors import FailedPrecondition, PermissionDenied, Unavailable
 from services.common.secret_values import server_names, store_secret, tls_secret, token_secret, tokens_secret
 from services.common.uninstall import uninstall
+from tests.conftest import serving
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ALL = ["ft-tls", "ft-tokens", "ft-token-admin", "ft-token-services", "ft-store"]
@@ -147,12 +148,8 @@ def _matches(labels: dict[str, str], key: str, value: str) -> bool:
 @pytest.fixture
 def api() -> Iterator[ApiServer]:
     server = ApiServer()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def bootstrap(api: ApiServer, now: datetime = NOW, **wanted: Any) -> list[str]:

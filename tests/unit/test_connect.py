@@ -13,7 +13,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
@@ -36,6 +35,7 @@ from services.common.certificates import issue
 from services.common.config import ServerConfig, StoreConfig
 from services.common.server import Server, service
 from services.common.store import Store
+from tests.conftest import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "ft_sesame"
@@ -348,12 +348,8 @@ class _Echo(BaseHTTPRequestHandler):
 @pytest.fixture
 def bucket() -> Iterator[Bucket]:
     server = Bucket()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 @pytest.fixture

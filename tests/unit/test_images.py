@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -22,46 +23,59 @@ ENGINE = next(image for image in image_plans.IMAGES if image.name == "inference-
 PIPELINE = next(image for image in image_plans.IMAGES if image.name == "pipeline")
 
 
-def read(service: str) -> str:
+def read(folder: str) -> str:
     """A service's Dockerfile without comments, a line an instruction."""
-    text = (ROOT / "services" / service / "Dockerfile").read_text()
+    text = (ROOT / "services" / folder / "Dockerfile").read_text()
     return re.sub(r"\\\n\s*", " ", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE))
 
 
-def stages(service: str) -> dict[str, str]:
-    """Stage name (or "" for one without) → its instructions."""
-    found = re.findall(r"^FROM \S+(?: AS (\S+))?\n(.*?)(?=^FROM |\Z)", read(service), re.DOTALL | re.MULTILINE)
-    return dict(found)
+def stages(folder: str) -> dict[str, str]:
+    """Stage name (or "" for one without) → its first line and instructions."""
+    found = re.findall(r"^FROM (\S+)(?: AS (\S+))?\n(.*?)(?=^FROM |\Z)", read(folder), re.DOTALL | re.MULTILINE)
+    return {name: f"FROM {base}\n{rest}" for base, name, rest in found}
+
+
+def test_the_base_of_all_images_is_an_argument() -> None:
+    assert re.search(r"^ARG BASE=python:3\.11-slim-bookworm$", read("common"), re.MULTILINE)
+    assert re.findall(r"^FROM (\S+)", read("common"), re.MULTILINE) == ["${BASE}", "build", "${BASE}"]
+    assert list(stages("common")) == list(image_plans.SHARED)
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_every_service_has_a_dockerfile_whose_base_is_an_argument(service: str) -> None:
-    text = read(service)
-    assert re.search(r"^ARG BASE=python:3\.11-slim-bookworm$", text, re.MULTILINE)
-    bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
-    assert set(bases) <= {"${BASE}", *stages(service)}
+def test_every_service_has_a_dockerfile_that_stands_on_what_all_share(service: str) -> None:
+    bases = set(re.findall(r"^FROM (\S+)", read(service), re.MULTILINE))
+    assert bases == {f"${{SHARED}}-{target}:${{TAG}}" for target in image_plans.SHARED}
 
 
 @pytest.mark.parametrize("image", image_plans.IMAGES, ids=lambda image: str(image.name))
 def test_an_image_runs_as_a_number_that_is_not_root_in_group_0_and_says_what_it_is(image: image_plans.Image) -> None:
-    stage = stages(image.service)[image.target]
-    assert re.findall(r"^USER (.*)$", stage, re.MULTILINE) == ["10001:0"]
-    assert f'org.opencontainers.image.title="fabrictune-{image.name}"' in stage
-    assert 'org.opencontainers.image.licenses="Apache-2.0"' in stage
-    assert not re.search(r"^RUN", stage, re.MULTILINE), "the last stage only copies, so no tool can stay in it"
+    stage, runtime = stages(image.service)[image.target], stages("common")["runtime"]
+    assert stage.startswith("FROM ${SHARED}-runtime:${TAG}\n")
+    assert re.findall(r"^USER (.*)$", runtime, re.MULTILINE) == ["10001:0"]
+    assert not re.search(r"^USER", stage, re.MULTILINE)
+    labels = image_plans.labels(image, ANY)
+    assert labels["org.opencontainers.image.title"] == f"fabrictune-{image.name}"
+    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
+    assert {f"--label={k}={v}" for k, v in labels.items()} <= set(image_plans.plan_build(image, ANY, PIP, Path("x")))
+    for each in (stage, runtime):
+        assert not re.search(r"^RUN", each, re.MULTILINE), "the last stages only copy, so no tool can stay in them"
 
 
-@pytest.mark.parametrize("service", SERVICES)
-def test_a_dockerfile_installs_locks_and_nothing_else(service: str) -> None:
-    for line in re.findall(r"pip[^&|;}\n]* install [^&|;}\n]*", read(service)):
+def test_images_install_locks_and_nothing_else() -> None:
+    installs = [
+        line
+        for text in ((ROOT / "scripts/image/install-packages").read_text(), *map(read, ("common", *SERVICES)))
+        for line in re.findall(r"^.*\bpip\S* (?:--python=\S+ )?install [^&|;}\n]*", text, re.MULTILINE)
+    ]
+    assert len(installs) == 2
+    for line in installs:
         assert "--no-deps" in line and "--no-cache-dir" in line
-        assert re.search(r'--requirement=\S+\.txt|"\$@"', line), line
+    assert all(" pip " not in read(service) and "/pip " not in read(service) for service in SERVICES)
 
 
-@pytest.mark.parametrize("service", SERVICES)
-def test_the_lines_that_all_dockerfiles_share_are_the_same_so_that_they_are_built_once(service: str) -> None:
-    for stage in ("tools", "api"):
-        assert stages(service)[stage].strip() == stages("pipeline")[stage].strip()
+def test_what_an_image_is_built_with_hides_no_failure() -> None:
+    for file in sorted((ROOT / "scripts/image").iterdir()):
+        assert "\nset -eu\n" in file.read_text() and os.access(file, os.X_OK), file.name
 
 
 @pytest.mark.parametrize("name", lock.IMAGES)
@@ -113,12 +127,21 @@ def test_docker_which_mounts_no_folders_is_told_of_indexes_only() -> None:
 
 
 def test_the_command_that_builds_an_image_is_a_value() -> None:
-    assert image_plans.plan_build(PIPELINE, replace(ANY, base="example.org/python"), PIP, Path("/tmp/pip.conf")) == [
+    settings, label = replace(ANY, base="example.org/python"), "--label=org.opencontainers.image"
+    assert image_plans.plan_build(PIPELINE, settings, PIP, Path("/tmp/pip.conf")) == [
         "buildah", "build", "--platform=linux/amd64", "--file=services/pipeline/Dockerfile",
         "--secret=id=pip.conf,src=/tmp/pip.conf", "--volume=/etc/company.pem:/etc/company.pem:ro",
-        "--volume=/srv/wheels:/srv/wheels:ro", "--layers", "--build-arg=VERSION=0.1.0", "--build-arg=REVISION=abc",
-        "--build-arg=SOURCE=unknown", "--build-arg=BASE=example.org/python", "--tag=ghcr.io/acme/fabrictune-pipeline:1.0", ".",
+        "--volume=/srv/wheels:/srv/wheels:ro", f"{label}.title=fabrictune-pipeline",
+        f"{label}.description=fabrictune: runs and artifacts, the front door (server)", f"{label}.version=0.1.0",
+        f"{label}.revision=abc", f"{label}.source=unknown", f"{label}.licenses=Apache-2.0",
+        f"{label}.base.name=example.org/python", "--layers", "--build-arg=SHARED=ghcr.io/acme/fabrictune",
+        "--build-arg=TAG=1.0", "--tag=ghcr.io/acme/fabrictune-pipeline:1.0", ".",
     ]  # fmt: skip
+    shared = image_plans.plan_shared("runtime", settings, PIP, Path("/tmp/pip.conf"))
+    assert {"--file=services/common/Dockerfile", "--target=runtime", "--build-arg=BASE=example.org/python"} <= set(
+        shared
+    )
+    assert shared[-2] == "--tag=ghcr.io/acme/fabrictune-runtime:1.0"
 
 
 def test_docker_builds_the_same_without_what_only_buildah_knows() -> None:
@@ -130,7 +153,10 @@ def test_docker_builds_the_same_without_what_only_buildah_knows() -> None:
 def test_the_cuda_variant_has_a_name_a_lock_and_a_base_of_its_own() -> None:
     settings = replace(ANY, variant="cuda")
     command = image_plans.plan_build(ENGINE, settings, image_plans.Pip("", ()), Path("/tmp/pip.conf"))
-    assert {"--build-arg=VARIANT=cuda", "--build-arg=BASE=ghcr.io/acme/fabrictune-cuda-base:1.0"} <= set(command)
+    assert {"--build-arg=VARIANT=cuda", "--build-arg=SHARED=ghcr.io/acme/fabrictune-cuda"} <= set(command)
+    shared = image_plans.plan_shared("build", settings, image_plans.Pip("", ()), Path("/tmp/pip.conf"))
+    assert "--build-arg=BASE=ghcr.io/acme/fabrictune-cuda-base:1.0" in shared
+    assert shared[-2] == "--tag=ghcr.io/acme/fabrictune-cuda-build:1.0"
     assert command[-2] == "--tag=ghcr.io/acme/fabrictune-inference-engine-cuda:1.0"
     assert [image.name for image in images.choose([], "cuda")] == ["inference-engine", "training-worker"]
 

@@ -15,10 +15,12 @@ from google.protobuf import json_format
 from google.rpc import code_pb2
 
 from services.common.clusters import Phase, Workload
-from services.common.clusters.conditions import Seen, api_error, read_engine, read_job
+from services.common.clusters.api import refusal
+from services.common.clusters.conditions import read_engine, read_job
 from services.common.clusters.limits import deadline_patch, is_lost
 from services.common.clusters.manifests import fill_template, read_template
-from services.common.errors import FailedPrecondition, InvalidData, ResourceExhausted, Unavailable
+from services.common.clusters.objects import Seen
+from services.common.errors import FailedPrecondition, InvalidData, PermissionDenied, ResourceExhausted, Unavailable
 
 NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=UTC)
 TEMPLATE = """
@@ -222,11 +224,11 @@ def test_a_pod_is_given_up_only_when_its_node_does_not_answer() -> None:
     [
         (403, 'pods "x" is forbidden: exceeded quota: q', ResourceExhausted, "ResourceQuota"),
         (500, 'failed calling webhook "k": connection refused', Unavailable, "webhook does not answer"),
-        (403, "cannot create resource jobs", FailedPrecondition, "Role"),
+        (403, "cannot create resource jobs", PermissionDenied, "the verb 'create' for jobs"),
         (422, "spec.x: Invalid value", FailedPrecondition, "template does not fit"),
         (503, "etcd", Unavailable, "503"),
     ],
 )
 def test_a_refusal_of_the_api_server_says_what_to_do(code: int, message: str, kind: type, said: str) -> None:
-    error = api_error(code, message, "create the Job x")
+    error = refusal(code, message, "create jobs x")
     assert isinstance(error, kind) and said in error.message

@@ -1,6 +1,6 @@
 {{/* What jobs and engines share: they are made by the servers, from the ConfigMap of templates. (dict root kind own component) */}}
 
-{{/* The name is a placeholder. helm.sh/chart is left out: an upgrade of the chart is no change of a running job. */}}
+{{/* The servers put each workload's own name in. helm.sh/chart is left out: an upgrade of the chart is no change of a running job. */}}
 {{- define "fabrictune.template.metadata" -}}
 {{- $standard := dict "app.kubernetes.io/version" .root.Chart.AppVersion "app.kubernetes.io/managed-by" "fabrictune" "fabrictune.dev/kind" .kind }}
 {{- $selector := include "fabrictune.selector" . | fromYaml }}

@@ -17,18 +17,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import yaml
 from lightkube import AsyncClient
-from lightkube.config import client_adapter
 from lightkube.core.exceptions import ApiError, ConfigError
 from lightkube.types import CascadeType, PatchType
 
 from services.common.clusters import Phase, Workload, WorkloadStatus
-from services.common.clusters.conditions import ENDED_BECAUSE, api_error
+from services.common.clusters.api import explained, no_cluster
+from services.common.clusters.failures import ENDED_BECAUSE
 from services.common.clusters.limits import deadline_patch, is_lost
 from services.common.clusters.manifests import DIGEST, INSTANCE, KIND, Manifest, fill_template, read_template
-from services.common.clusters.picture import RESOURCES, Picture
+from services.common.clusters.picture import APIS, RESOURCES, Picture
+from services.common.clusters.pod_logs import PodLogs
 from services.common.errors import AlreadyExists, FabrictuneError, FailedPrecondition, Unavailable
 from services.common.logs import get_logger
 
@@ -42,7 +42,6 @@ NODE_LOST = {
     "message": "its node does not answer",
 }
 DELETE_SECONDS = 180.0
-LOG_LINES = 400
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,8 @@ class KubernetesCluster:
         try:
             self._client = client or AsyncClient(namespace=place.namespace or None)
         except ConfigError as error:
-            raise FailedPrecondition(
-                f"no Kubernetes can be found: {error}. In a pod the service account is used, elsewhere KUBECONFIG"
-            ) from None
-        self._http = client_adapter.AsyncClient(self._client.config, client_adapter.ConnectionParams())
+            raise no_cluster(error) from None
+        self._logs = PodLogs(self._client.config, self.namespace)
         self._picture = Picture(self._client, self._main)
         self._tasks: list[asyncio.Task[None]] = []
         self._log = get_logger("kubernetes")
@@ -107,7 +104,7 @@ class KubernetesCluster:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._http.aclose()
+        await self._logs.close()
         await self._client.close()
 
     async def create(self, workload: Workload) -> WorkloadStatus:
@@ -140,13 +137,13 @@ class KubernetesCluster:
         """Delete it; its pods get SIGTERM and their grace period."""
         if name not in self._picture.mains:
             return
-        await self._delete_object(self._main, name)
+        await self._delete_object(self._main, name, cascade=CascadeType.FOREGROUND)
 
     async def delete(self, name: str) -> None:
         """Delete its objects and wait until they and their pods are gone."""
         self._picture.deleting.add(name)
         try:
-            await self._delete_object(self._main, name)
+            await self._delete_object(self._main, name, cascade=CascadeType.FOREGROUND)
             deadline = time.monotonic() + DELETE_SECONDS
             while name in self._picture.mains or self._picture.pods.get(name):
                 if time.monotonic() > deadline:
@@ -173,26 +170,7 @@ class KubernetesCluster:
         )
         if not pods:
             return ""
-        pod = pods[-1]
-        state = pod.get("status") or {}
-        waiting = [s["name"] for s in state.get("initContainerStatuses") or [] if not s.get("ready")]
-        crashed = [s["name"] for s in state.get("containerStatuses") or [] if s.get("restartCount")]
-        container = (waiting or crashed or [pod["spec"]["containers"][0]["name"]])[0]
-        return await self._read_pod_log(pod["metadata"]["name"], container, previous=bool(crashed and not waiting))
-
-    async def _read_pod_log(self, pod: str, container: str, previous: bool) -> str:
-        # lightkube 1.0.1's `log` cannot ask for a container that has crashed and was started again.
-        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/log"
-        asked: dict[str, str | int] = {
-            "container": container,
-            "tailLines": LOG_LINES,
-            "previous": str(previous).lower(),
-        }
-        try:
-            answer = await self._http.get(path, params=asked)
-        except httpx2.HTTPError:
-            return ""
-        return answer.text[-20_000:] if answer.status_code == 200 else ""
+        return await self._logs.read(pods[-1])
 
     def render(self, workload: Workload) -> str:
         """The objects as YAML."""
@@ -205,42 +183,30 @@ class KubernetesCluster:
         return fill_template(template, workload, owner)
 
     async def _owner(self) -> dict[str, Any]:
-        return _owner_of(
-            await self._call(f"get the Deployment {self._place.owner}", "get", "Deployment", self._place.owner)
-        )
+        with explained("get", "deployments", self._place.owner):
+            return _owner_of(await self._client.get(RESOURCES["Deployment"], self._place.owner))
 
     async def _create_object(self, kind: str, manifest: Manifest) -> Manifest:
         name = manifest["metadata"]["name"]
         if kind not in RESOURCES:
             raise FailedPrecondition(f"the template holds a {kind}; this service makes {', '.join(RESOURCES)}")
-        try:
-            return dict(await self._client.create(RESOURCES[kind](manifest)))
-        except ApiError as error:
-            if error.status.code == 409 and error.status.reason == "AlreadyExists":
+        with explained("create", APIS[kind][2], name):
+            try:
+                return dict(await self._client.create(RESOURCES[kind](manifest)))
+            except ApiError as error:
+                if error.status.reason != "AlreadyExists":
+                    raise
                 return dict(await self._client.get(RESOURCES[kind], name))
-            raise api_error(error.status.code or 0, error.status.message or "", f"create the {kind} {name}") from None
-        except httpx2.HTTPError as error:
-            raise Unavailable(f"the API server cannot be reached: {error!r}") from None
 
-    async def _delete_object(self, kind: str, name: str) -> None:
-        try:
-            await self._client.delete(RESOURCES[kind], name, cascade=CascadeType.FOREGROUND)
-        except ApiError as error:
-            if error.status.code != 404:
-                raise api_error(
-                    error.status.code or 0, error.status.message or "", f"delete the {kind} {name}"
-                ) from None
-            self._picture.mains.pop(name, None)
-        except httpx2.HTTPError as error:
-            raise Unavailable(f"the API server cannot be reached: {error!r}") from None
-
-    async def _call(self, what: str, verb: str, kind: str, *arguments: Any, **options: Any) -> Any:
-        try:
-            return await getattr(self._client, verb)(RESOURCES[kind], *arguments, **options)
-        except ApiError as error:
-            raise api_error(error.status.code or 0, error.status.message or "", what) from None
-        except httpx2.HTTPError as error:
-            raise Unavailable(f"the API server cannot be reached: {error!r}") from None
+    async def _delete_object(self, kind: str, name: str, **options: Any) -> None:
+        with explained("delete", APIS[kind][2], name):
+            try:
+                await self._client.delete(RESOURCES[kind], name, **options)
+            except ApiError as error:
+                if error.status.code != 404:
+                    raise
+                if kind == self._main:
+                    self._picture.mains.pop(name, None)
 
     async def _tend(self) -> None:
         """Limit the time of jobs and give up pods on dead nodes, once a second, from what is known here."""
@@ -260,8 +226,8 @@ class KubernetesCluster:
         if self._main == "Job" and (patch := deadline_patch(main, status, now)) is not None:
             because = patch.get("metadata", {}).get("annotations", {}).get(ENDED_BECAUSE, "")
             self._log.info("a limit is set", workload=name, because=because)
-            what = f"limit the Job {name}"
-            changed = await self._call(what, "patch", "Job", name, patch, patch_type=PatchType.MERGE)
+            with explained("patch", "jobs", name):
+                changed = await self._client.patch(RESOURCES["Job"], name, patch, patch_type=PatchType.MERGE)
             self._picture.mains[name] = dict(changed)
         for pod in list(self._picture.pods.get(name, {}).values()):
             if is_lost(pod, now):
@@ -274,9 +240,9 @@ class KubernetesCluster:
         Without the first the Job controller waits for ever (podReplacementPolicy Failed) and keeps its finalizer.
         """
         failed = {"status": {"phase": "Failed", "reason": "NodeLost", "conditions": [NODE_LOST]}}
-        what = f"give up the pod {pod}"
-        await self._call(what, "patch", "PodStatus", pod, failed, patch_type=PatchType.STRATEGIC)
-        await self._call(what, "delete", "Pod", pod, grace_period=0)
+        with explained("patch", "pods/status", pod):
+            await self._client.patch(RESOURCES["Pod"].Status, pod, failed, patch_type=PatchType.STRATEGIC)
+        await self._delete_object("Pod", pod, grace_period=0)
 
 
 def _owner_of(thing: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from datetime import datetime
 from typing import Any
 
 from services.common.clusters import Phase, WorkloadStatus
-from services.common.clusters.conditions import ENDED_BECAUSE, Object
+from services.common.clusters.failures import ENDED_BECAUSE
 from services.common.clusters.manifests import RESOURCES
+from services.common.clusters.objects import Object, conditions_of, parse_time
 
 LOST_SECONDS = 20.0
 """A pod that should be gone for so long, on a node that no longer answers, will not go by itself."""
@@ -27,10 +28,10 @@ def deadline_patch(job: Object, status: WorkloadStatus, now: datetime) -> dict[s
     limits = json.loads(annotations.get(RESOURCES) or "{}")
     queue, run = float(limits.get("queue_timeout") or 0), float(limits.get("run_timeout") or 0)
     present = job["spec"].get("activeDeadlineSeconds")
-    began = _time((job.get("status") or {}).get("startTime"))
+    began = parse_time((job.get("status") or {}).get("startTime"))
     if status.phase is Phase.PENDING and queue and not _has_run(job) and not job["spec"].get("suspend"):
         # Suspended, the clock stands: startTime is set anew when Kueue admits the Job.
-        waited = (now - (began or _time(job["metadata"].get("creationTimestamp")) or now)).total_seconds()
+        waited = (now - (began or parse_time(job["metadata"].get("creationTimestamp")) or now)).total_seconds()
         if waited > queue:
             why = f"waited {waited:.0f} s for a place to run (queue_timeout {queue:.0f} s): {status.message}"
             return {"metadata": {"annotations": {ENDED_BECAUSE: why}}, "spec": {"activeDeadlineSeconds": 1}}
@@ -42,10 +43,10 @@ def deadline_patch(job: Object, status: WorkloadStatus, now: datetime) -> dict[s
 
 def is_lost(pod: Object, now: datetime) -> bool:
     """Whether a pod was to go long ago, from a node that no longer answers."""
-    going = _time(pod["metadata"].get("deletionTimestamp"))  # already holds the grace period
+    going = parse_time(pod["metadata"].get("deletionTimestamp"))  # already holds the grace period
     if going is None or (now - going).total_seconds() < LOST_SECONDS:
         return False
-    conditions = {c["type"]: c for c in (pod.get("status") or {}).get("conditions") or []}
+    conditions = {c["type"]: c for c in conditions_of(pod)}
     by_taint = conditions.get("DisruptionTarget", {}).get("reason") == "DeletionByTaintManager"
     return bool(by_taint or conditions.get("Ready", {}).get("reason") == "NodeNotReady")
 
@@ -53,7 +54,3 @@ def is_lost(pod: Object, now: datetime) -> bool:
 def _has_run(job: Object) -> bool:
     state = job.get("status") or {}
     return bool(state.get("failed") or state.get("succeeded") or (state.get("ready") or 0) > 0)
-
-
-def _time(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None

@@ -7,7 +7,7 @@ a list, and what has gone meanwhile is noticed by its absence.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -18,23 +18,25 @@ from lightkube.core.exceptions import ApiError
 from lightkube.generic_resource import create_namespaced_resource
 
 from services.common.clusters import Phase, WorkloadStatus
-from services.common.clusters.conditions import Seen, read_engine, read_job
+from services.common.clusters.conditions import read_engine, read_job
 from services.common.clusters.manifests import NAME, Manifest
+from services.common.clusters.objects import Seen
 from services.common.errors import WorkerLost
 from services.common.logs import get_logger
 
-RESOURCES: dict[str, Any] = {
-    "Job": create_namespaced_resource("batch", "v1", "Job", "jobs"),
-    "Deployment": create_namespaced_resource("apps", "v1", "Deployment", "deployments"),
-    "Pod": create_namespaced_resource("", "v1", "Pod", "pods"),
-    "Event": create_namespaced_resource("", "v1", "Event", "events"),
-    "Service": create_namespaced_resource("", "v1", "Service", "services"),
-    "HorizontalPodAutoscaler": create_namespaced_resource(
-        "autoscaling", "v2", "HorizontalPodAutoscaler", "horizontalpodautoscalers"
-    ),
-    "ScaledObject": create_namespaced_resource("keda.sh", "v1alpha1", "ScaledObject", "scaledobjects"),
+APIS: Mapping[str, tuple[str, str, str]] = {
+    "Job": ("batch", "v1", "jobs"),
+    "Deployment": ("apps", "v1", "deployments"),
+    "Pod": ("", "v1", "pods"),
+    "Event": ("", "v1", "events"),
+    "Service": ("", "v1", "services"),
+    "HorizontalPodAutoscaler": ("autoscaling", "v2", "horizontalpodautoscalers"),
+    "ScaledObject": ("keda.sh", "v1alpha1", "scaledobjects"),
 }
-RESOURCES["PodStatus"] = RESOURCES["Pod"].Status
+"""Kind → group, version, and the name that a Role has for it."""
+RESOURCES: Mapping[str, Any] = {
+    kind: create_namespaced_resource(group, version, kind, plural) for kind, (group, version, plural) in APIS.items()
+}
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
 
 
