@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -20,6 +21,18 @@ def test_every_variable_that_the_chart_sets_is_a_setting(render: Render, case: s
     for title, pod in render(case).pods():
         ours = {name for name in env(pod) if name.startswith("FABRICTUNE_")}
         assert ours <= known, f"{title}: {ours - known}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_module_that_a_pod_runs_is_there(render: Render, case: str) -> None:
+    modules = set()
+    for _, pod in render(case).pods():
+        for each in [*pod.get("initContainers", ()), *pod["containers"]]:
+            if each.get("command", [])[:2] == ["python", "-m"]:
+                modules.add(each["command"][2])
+    assert {"services.pipeline", "services.training.worker", "services.inference.prepare"} <= modules
+    missing = {m for m in modules if m.startswith("services.") and importlib.util.find_spec(m) is None}
+    assert not missing
 
 
 def test_the_pipeline_knows_where_every_other_service_is(render: Render) -> None:
@@ -97,7 +110,7 @@ def test_helm_test_runs_with_the_pipelines_settings(render: Render) -> None:
     objects = render()
     check = objects.get("Pod", "fabrictune-selfcheck")
     assert check["metadata"]["annotations"]["helm.sh/hook"] == "test"
-    assert container(check)["command"] == ["python", "-m", "services.common.selfcheck"]
+    assert container(check)["command"] == ["python", "-m", "services.common.hooks.selfcheck"]
     assert env(check) == env(objects.get("Deployment", "fabrictune-pipeline"))
     assert check["metadata"]["labels"]["app.kubernetes.io/component"] == "test"  # not behind the pipeline's Service
 

@@ -20,9 +20,9 @@ import yaml
 
 from fabrictune.v1 import training_pb2, training_pb2_grpc
 from services.common.auth import Authenticator, read_tokens
-from services.common.certificates import issue
 from services.common.config import ServerConfig, StoreConfig
-from services.common.selfcheck import Finding, examine
+from services.common.hooks.certificates import issue
+from services.common.hooks.selfcheck import Finding, examine
 from services.common.server import Server, service
 from services.common.store import Store
 from services.inference.gateway import Gateway
@@ -90,7 +90,10 @@ async def look(monkeypatch: pytest.MonkeyPatch, environment: Environment) -> dic
 
 async def test_a_sound_installation_ends_with_zero_and_a_line_for_each_thing(installed: Environment) -> None:
     plain = {k: v for k, v in os.environ.items() if not k.startswith("FABRICTUNE_")}
-    argv, env = [sys.executable, "-m", "services.common.selfcheck"], {**plain, **installed, "PYTHONPATH": str(ROOT)}
+    argv, env = (
+        [sys.executable, "-m", "services.common.hooks.selfcheck"],
+        {**plain, **installed, "PYTHONPATH": str(ROOT)},
+    )
     done = await asyncio.to_thread(subprocess.run, argv, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()

@@ -24,11 +24,11 @@ from lightkube.config.kubeconfig import KubeConfig
 from lightkube.config.models import Cluster, User
 
 from services.common.auth import Authenticator, Role, read_tokens
-from services.common.bootstrap import Bootstrap, BootstrapConfig, Wanted
-from services.common.certificates import issue, read_certificate
 from services.common.errors import FailedPrecondition, PermissionDenied, Unavailable
-from services.common.secret_values import server_names, store_secret, tls_secret, token_secret, tokens_secret
-from services.common.uninstall import uninstall
+from services.common.hooks.bootstrap import Bootstrap, BootstrapConfig, Wanted
+from services.common.hooks.certificates import issue, read_certificate
+from services.common.hooks.secret_values import server_names, store_secret, tls_secret, token_secret, tokens_secret
+from services.common.hooks.uninstall import uninstall
 from tests.conftest import serving
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -320,7 +320,7 @@ def run_hook(module: str, folder: Path, url: str, **env: str) -> subprocess.Comp
 def test_the_hook_prints_no_secret(api: ApiServer, tmp_path: Path) -> None:
     asked = json.dumps({"tls": True, "auth": True, "store": True, "services": ["training"], "hosts": []})
     where = {"FABRICTUNE_NAMESPACE": "ns", "FABRICTUNE_RELEASE": "ft"}
-    done = run_hook("services.common.bootstrap", tmp_path, api.url, FABRICTUNE_BOOTSTRAP=asked, **where)
+    done = run_hook("services.common.hooks.bootstrap", tmp_path, api.url, FABRICTUNE_BOOTSTRAP=asked, **where)
     assert done.returncode == 0, done.stderr
     assert "made the Secret ft-tls" in done.stdout
     for name in ("ft-token-admin", "ft-token-services", "ft-store"):
@@ -330,7 +330,7 @@ def test_the_hook_prints_no_secret(api: ApiServer, tmp_path: Path) -> None:
 
 def test_bad_settings_of_the_hook_are_named(api: ApiServer, tmp_path: Path) -> None:
     where = {"FABRICTUNE_NAMESPACE": "ns", "FABRICTUNE_RELEASE": "ft"}
-    done = run_hook("services.common.bootstrap", tmp_path, api.url, FABRICTUNE_BOOTSTRAP="{", **where)
+    done = run_hook("services.common.hooks.bootstrap", tmp_path, api.url, FABRICTUNE_BOOTSTRAP="{", **where)
     assert done.returncode == 64
     assert "FABRICTUNE_BOOTSTRAP" in done.stderr
     assert "Traceback" not in done.stderr
@@ -362,6 +362,6 @@ def test_uninstall_without_a_right_says_which(api: ApiServer, tmp_path: Path) ->
     api.add("jobs", "training-t1", **OURS)
     api.refused.add(("DELETE", "jobs"))
     where = {"FABRICTUNE_NAMESPACE": "ns", "FABRICTUNE_RELEASE": "ft"}
-    done = run_hook("services.common.uninstall", tmp_path, api.url, **where)
+    done = run_hook("services.common.hooks.uninstall", tmp_path, api.url, **where)
     assert done.returncode == 77
     assert "must hold the verb 'delete' for jobs" in done.stderr

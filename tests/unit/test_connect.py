@@ -31,8 +31,8 @@ from fabrictune.kubectl import read_release
 from fabrictune.transfer import _open_http, push
 from fabrictune.v1 import artifact_pb2, artifact_pb2_grpc
 from services.common.auth import Authenticator, TokenEntry
-from services.common.certificates import issue
 from services.common.config import ServerConfig, StoreConfig
+from services.common.hooks.certificates import issue
 from services.common.server import Server, service
 from services.common.store import Store
 from tests.conftest import serving

@@ -35,7 +35,7 @@ template:
       - name: {{ .module }}
         image: {{ include "fabrictune.image" (dict "root" .root "image" .root.Values.services.pipeline.image) }}
         imagePullPolicy: {{ .root.Values.image.pullPolicy }}
-        command: [python, -m, services.common.{{ .module }}]
+        command: [python, -m, services.common.hooks.{{ .module }}]
         env: {{- include "fabrictune.env" $part | nindent 10 }}
         resources: {{- toYaml .root.Values.hooks.resources | nindent 10 }}
         securityContext: {{- include "fabrictune.securityContext" $part | nindent 10 }}
@@ -48,7 +48,7 @@ template:
       {{- with .root.Values.hooks.extraVolumes }}{{ toYaml . | nindent 6 }}{{ end }}
 {{- end }}
 
-{{/* What services.common.bootstrap makes when it is absent, as JSON */}}
+{{/* What services.common.hooks.bootstrap makes when it is absent, as JSON */}}
 {{- define "fabrictune.bootstrap" -}}
 {{- $store := .Values.objectStore -}}
 {{- $hosts := concat .Values.tls.hosts (compact (list .Values.ingress.host .Values.gatewayApi.host)) | uniq -}}

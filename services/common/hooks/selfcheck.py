@@ -1,4 +1,4 @@
-"""`python -m services.common.selfcheck`: what `helm test` runs, with the pipeline server's own settings.
+"""`python -m services.common.hooks.selfcheck`: what `helm test` runs, with the pipeline server's own settings.
 
 Looks at everything, also after something has failed, a line each: what is fine, and for what is not, what to do. Ends with 0
 or 78. It changes nothing but an object of its own in the store, which it deletes, and the bucket, which it makes.
@@ -21,9 +21,9 @@ import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.common.auth import read_tokens
-from services.common.certificates import read_certificate
 from services.common.config import ServerConfig, load_server, load_store
 from services.common.errors import FabrictuneError, FailedPrecondition, InvalidSpec, PermissionDenied, Unavailable
+from services.common.hooks.certificates import read_certificate
 from services.common.store import open_store
 
 SECONDS = 5.0

@@ -1,4 +1,4 @@
-"""`python -m services.common.uninstall`: ends what a release has started by itself, since Helm does not know of it.
+"""`python -m services.common.hooks.uninstall`: ends what a release has started by itself, since Helm does not know of it.
 
 Deletes the Jobs, engine Deployments and their Services of the release, again and again until none comes back: a server that
 has not ended yet may still make one. Data in the object store stays.

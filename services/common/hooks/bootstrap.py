@@ -1,4 +1,4 @@
-"""`python -m services.common.bootstrap`: makes the Secrets of an installation that are not there yet, and changes none.
+"""`python -m services.common.hooks.bootstrap`: makes the Secrets of an installation that are not there yet, and changes none.
 
 The chart's hook runs it before each install and upgrade, so that no secret is ever in the chart, in a release or in Git,
 and rendering twice gives the same. Only the generated certificate is replaced, when it is near its end. What is printed
@@ -19,13 +19,12 @@ from lightkube.resources.core_v1 import Secret
 from pydantic import BaseModel, ConfigDict, Field, Json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from services.common.certificates import read_certificate
 from services.common.clusters.api import explained, open_client
 from services.common.clusters.manifests import INSTANCE
 from services.common.config import load
 from services.common.errors import FailedPrecondition, Unavailable
-from services.common.main import run_until_stopped
-from services.common.secret_values import (
+from services.common.hooks.certificates import read_certificate
+from services.common.hooks.secret_values import (
     ROLES,
     SecretValue,
     server_names,
@@ -34,6 +33,7 @@ from services.common.secret_values import (
     token_secret,
     tokens_secret,
 )
+from services.common.main import run_until_stopped
 
 RENEWAL = timedelta(days=90)
 MANAGED_BY = {"app.kubernetes.io/managed-by": "fabrictune"}

@@ -13,7 +13,7 @@ from datetime import datetime
 
 import yaml
 
-from services.common.certificates import issue
+from services.common.hooks.certificates import issue
 
 ROLES: Mapping[str, str] = {"admin": "admin", "services": "operator"}
 """Whose token: its Secret is {release}-token-{name} → what it may do."""
