@@ -28,11 +28,11 @@ from fabrictune.v1 import job_pb2
 from services.common import metrics
 from services.common.artifacts import Artifacts
 from services.common.clusters import Cluster, Phase, Workload, WorkloadStatus
-from services.common.errors import AlreadyExists, FailedPrecondition, InvalidSpec, NotFound
+from services.common.errors import FailedPrecondition, InvalidSpec, NotFound
 from services.common.events import read_events
 from services.common.job_state import ENDED, JobRecord, JobView, execution_of, outcome_of
 from services.common.logs import get_logger
-from services.common.records import plan_record, record_from_json, record_to_json
+from services.common.records import accept_record, plan_record, read_record
 from services.common.resources import ID_PATTERN, Resources
 from services.common.stage import Stage
 from services.common.store import Store
@@ -88,17 +88,8 @@ class Jobs:
         workload = render_workload(self._stage, record)
         if validate_only:
             return JobView(record), workload
-        key = f"{record.name}/job.json"
-        if not await asyncio.to_thread(self._store.put_json, key, record_to_json(record), only_if_absent=True):
-            there = await self._record(record.name)
-            if (there.digest, there.output) != (record.digest, record.output):
-                raise AlreadyExists(
-                    f"{record.name} exists with another spec; take another id, or delete it",
-                    {"name": record.name},
-                    reason_override="REQUEST_ID_REUSED",
-                )
-            record = there
-        else:
+        record, is_new = await asyncio.to_thread(accept_record, self._store, record)
+        if is_new:
             metrics.jobs_started.labels(self._stage.kind).inc()
         view = await self.get(record.name)
         if view.outcome is None and view.status is None:
@@ -208,10 +199,7 @@ class Jobs:
     async def _record(self, name: str) -> JobRecord:
         if not re.fullmatch(f"{self._stage.collection}/{ID_PATTERN}", name):
             raise InvalidSpec(f"{name!r} is no job's name; it looks like {self._stage.collection}/an-id")
-        stored = await asyncio.to_thread(self._store.get_json, f"{name}/job.json")
-        if stored is None:
-            raise NotFound(f"there is no {name}", {"name": name})
-        return record_from_json(stored)
+        return await asyncio.to_thread(read_record, self._store, name)
 
     def _read_view(self, record: JobRecord, status: WorkloadStatus | None) -> JobView:
         keys = {k.removeprefix(f"{record.name}/") for k in self._store.list_keys(f"{record.name}/")}

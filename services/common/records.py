@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from services.common.artifacts import Artifacts
-from services.common.errors import InvalidSpec, NotFound, Violation
+from services.common.errors import AlreadyExists, InvalidSpec, NotFound, Violation
 from services.common.job_state import JobRecord
 from services.common.resources import ID_PATTERN
 from services.common.stage import Stage
+from services.common.store import Store
 from services.common.validation import violations_of
 
 
@@ -50,14 +54,50 @@ def plan_record(
     return JobRecord(name, plain, output, digest, tuple(inputs), request_id, dict(labels or {}), round(time.time(), 3))
 
 
+def read_spec_file(stage: Stage[Any], artifacts: Artifacts) -> JobRecord:
+    """A job that no server has accepted: FABRICTUNE_SPEC_FILE is a YAML file {name, output, spec}. Raises as plan_record."""
+    file = Path(os.environ.get("FABRICTUNE_SPEC_FILE", ""))
+    try:
+        told = yaml.safe_load(file.read_text()) if file.name else None
+    except (OSError, yaml.YAMLError) as error:
+        raise InvalidSpec(f"FABRICTUNE_SPEC_FILE {file} cannot be read: {error}") from None
+    if told is None:
+        raise InvalidSpec(
+            "nothing says what to do: set FABRICTUNE_JOB, or FABRICTUNE_SPEC_FILE to {name, output, spec}"
+        )
+    if not isinstance(told, dict) or not isinstance(told.get("spec"), dict) or set(told) - {"name", "output", "spec"}:
+        raise InvalidSpec(f"{file} must hold name, spec and, if you like, output, and nothing else")
+    collection, _, job_id = str(told.get("name", "")).rpartition("/")
+    if collection not in ("", stage.collection):
+        raise InvalidSpec(f"{file}: name must look like {stage.collection}/an-id")
+    return plan_record(stage, artifacts, told["spec"], job_id, output=str(told.get("output") or ""))
+
+
+def accept_record(store: Store, record: JobRecord) -> tuple[JobRecord, bool]:
+    """Write it down, or find the one that is there with the same spec; and whether it is new. Raises AlreadyExists."""
+    if store.put_json(f"{record.name}/job.json", record_to_json(record), only_if_absent=True):
+        return record, True
+    there = read_record(store, record.name)
+    if (there.digest, there.output) != (record.digest, record.output):
+        raise AlreadyExists(
+            f"{record.name} exists with another spec; take another id, or delete it",
+            {"name": record.name},
+            reason_override="REQUEST_ID_REUSED",
+        )
+    return there, False
+
+
+def read_record(store: Store, name: str) -> JobRecord:
+    """The record of a job. Raises NotFound."""
+    stored = store.get_json(f"{name}/job.json")
+    if stored is None:
+        raise NotFound(f"there is no {name}", {"name": name})
+    return JobRecord(**{**stored, "inputs": tuple(stored["inputs"])})
+
+
 def record_to_json(record: JobRecord) -> dict[str, Any]:
     """As stored in `{job}/job.json`."""
     return {**asdict(record), "inputs": [dict(i) for i in record.inputs]}
-
-
-def record_from_json(stored: Mapping[str, Any]) -> JobRecord:
-    """The stored record."""
-    return JobRecord(**{**stored, "inputs": tuple(stored["inputs"])})
 
 
 def digest_of(value: Any) -> str:

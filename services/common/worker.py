@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from google.protobuf import json_format
 from google.rpc import status_pb2
 from pydantic import ValidationError
@@ -29,7 +28,6 @@ from pydantic import ValidationError
 from services.common.artifacts import Artifacts, Manifest
 from services.common.config import load_server, load_store
 from services.common.errors import (
-    AlreadyExists,
     Cancelled,
     FabrictuneError,
     FailedPrecondition,
@@ -38,7 +36,7 @@ from services.common.errors import (
 )
 from services.common.events import EventWriter
 from services.common.job_state import JobRecord
-from services.common.records import plan_record, record_from_json, record_to_json
+from services.common.records import accept_record, read_record, read_spec_file
 from services.common.reporter import Progress, Silent
 from services.common.stage import Stage
 from services.common.store import Store, open_store
@@ -90,7 +88,7 @@ def _do_job(stage: Stage[Any], name: str) -> tuple[int, status_pb2.Status]:
     store = open_store(load_store())
     data_dir = load_server().data_dir.absolute()
     artifacts = Artifacts(store, data_dir / "cache")
-    record = _accept_spec(stage, store, artifacts) if not name else _read_record(store, name)
+    record = read_record(store, name) if name else accept_record(store, read_spec_file(stage, artifacts))[0]
     name = record.name
     if store.get_json(f"{name}/outcome.json") is not None:
         return 0, status_pb2.Status()
@@ -121,38 +119,6 @@ def _do_job(stage: Stage[Any], name: str) -> tuple[int, status_pb2.Status]:
     if outcome is not None:
         store.put_json(f"{name}/outcome.json", outcome, only_if_absent=True)
     return (0, status_pb2.Status()) if error is None else (error.exit_code, error.to_status())
-
-
-def _read_record(store: Store, name: str) -> JobRecord:
-    stored = store.get_json(f"{name}/job.json")
-    if stored is None:
-        raise NotFound(f"FABRICTUNE_JOB names {name!r}, but the object store has no such job")
-    return record_from_json(stored)
-
-
-def _accept_spec(stage: Stage[Any], store: Store, artifacts: Artifacts) -> JobRecord:
-    """A job without any server: FABRICTUNE_SPEC_FILE is a YAML file {name, output, spec}. The same again goes on."""
-    file = Path(os.environ.get("FABRICTUNE_SPEC_FILE", ""))
-    try:
-        told = yaml.safe_load(file.read_text()) if file.name else None
-    except (OSError, yaml.YAMLError) as error:
-        raise InvalidSpec(f"FABRICTUNE_SPEC_FILE {file} cannot be read: {error}") from None
-    if told is None:
-        raise InvalidSpec(
-            "nothing says what to do: set FABRICTUNE_JOB, or FABRICTUNE_SPEC_FILE to {name, output, spec}"
-        )
-    if not isinstance(told, dict) or not isinstance(told.get("spec"), dict) or set(told) - {"name", "output", "spec"}:
-        raise InvalidSpec(f"{file} must hold name, spec and, if you like, output, and nothing else")
-    collection, _, job_id = str(told.get("name", "")).rpartition("/")
-    if collection not in ("", stage.collection):
-        raise InvalidSpec(f"{file}: name must look like {stage.collection}/an-id")
-    record = plan_record(stage, artifacts, told["spec"], job_id, output=str(told.get("output") or ""))
-    if store.put_json(f"{record.name}/job.json", record_to_json(record), only_if_absent=True):
-        return record
-    there = _read_record(store, record.name)
-    if (there.digest, there.output) != (record.digest, record.output):
-        raise AlreadyExists(f"{record.name} exists with another spec; take another name")
-    return there
 
 
 def _run_stage(
