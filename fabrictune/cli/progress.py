@@ -130,9 +130,10 @@ class StageListener:
 
 
 def show_progress(display: Progress, task: Any, progress: job_pb2.Progress) -> None:
-    """Move one task's bar."""
-    total = progress.total_steps or None
-    display.update(task, completed=progress.step, total=total, figures=figures_of(progress))
+    """Move one task's bar. A phase that counts nothing, such as uploading, leaves it where it is."""
+    counts = progress.step or progress.total_steps
+    moved = {"completed": progress.step, "total": progress.total_steps or None} if counts else {}
+    display.update(task, figures=figures_of(progress), **moved)
 
 
 def show_state(display: Progress, task: Any, execution: job_pb2.Execution) -> None:

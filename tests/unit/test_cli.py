@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fabrictune.cli import app
+from fabrictune.cli.progress import new_progress, show_progress
+from fabrictune.v1 import job_pb2
 
 COMMANDS = [
     [], ["up"], ["down"], ["doctor"], ["run"], ["convert"], ["train"], ["merge"], ["evaluate"], ["deploy"], ["undeploy"],
@@ -175,3 +179,12 @@ def test_a_port_in_use_leaves_nothing_running(tmp_path: Path, taken: str) -> Non
     note = json.loads((tmp_path / ".fabrictune/store/weed.json").read_text())
     assert not psutil.pid_exists(note["pid"])
     assert not (tmp_path / ".fabrictune/up.json").exists()
+
+
+def test_a_phase_that_counts_nothing_leaves_the_bar_where_it_is() -> None:
+    said = io.StringIO()
+    display = new_progress(Console(file=said, width=100))
+    task = display.add_task("job", total=None, figures="")
+    show_progress(display, task, job_pb2.Progress(unit="steps", step=4, total_steps=4, phase="training"))
+    show_progress(display, task, job_pb2.Progress(unit="files", phase="uploading"))
+    assert said.getvalue().splitlines() == ["job  4/4  training", "job  4/4  uploading"]
