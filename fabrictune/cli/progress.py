@@ -132,7 +132,7 @@ class StageListener:
 def show_progress(display: Progress, task: Any, progress: job_pb2.Progress) -> None:
     """Move one task's bar. A phase that counts nothing, such as uploading, leaves it where it is."""
     counts = progress.step or progress.total_steps
-    moved = {"completed": progress.step, "total": progress.total_steps or None} if counts else {}
+    moved: dict[str, Any] = {"completed": progress.step, "total": progress.total_steps or None} if counts else {}
     display.update(task, figures=figures_of(progress), **moved)
 
 
