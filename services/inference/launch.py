@@ -129,8 +129,10 @@ class Launcher:
         )
 
     async def _answers(self, url: str) -> bool:
+        # A connection of its own: one made before kube-proxy knew the Service may end somewhere else, and stay there.
+        fresh = {"connection": "close"}
         try:
-            async with self.session.get(url, timeout=aiohttp.ClientTimeout(total=5)) as response:
+            async with self.session.get(url, headers=fresh, timeout=aiohttp.ClientTimeout(total=5)) as response:
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
