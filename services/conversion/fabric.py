@@ -7,14 +7,13 @@ the user's turn (any OpenAI server), so each call and each summary is a row of i
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from services.conversion.react import Call, Tool, Turn
+from services.conversion.rows import Call, Round, Tool, Turn
 
 CHINESE = re.compile(r"[\u4e00-\u9fa5]")
 URL_ZH = "，如果结果中出现url，请使用如下格式展示出来：![图片](url)"
@@ -58,10 +57,10 @@ PREFIX: Mapping[str, str] = {"zh": "(。你可以使用工具：[{names}])", "en
 
 @dataclass(frozen=True)
 class Example:
-    """One training row. expected: the call that its last turn makes ([] when no tool fits); None: not to be scored."""
+    """One training row. expected: the call that its last turn makes (() when no tool fits); None: not to be scored."""
 
     messages: Sequence[Mapping[str, Any]]
-    expected: Sequence[Mapping[str, Any]] | None
+    expected: tuple[Call, ...] | None
 
 
 def language_of(query: str) -> str:
@@ -77,9 +76,11 @@ def render_system(tools: Sequence[Tool], role: str, language: str, wording: str 
     return section + INSTRUCTIONS[language].replace("{role}", role)
 
 
+@lru_cache(maxsize=16384)
 def render_tool(tool: Tool) -> str:
     """The line that describes a tool, in the language of its description."""
-    return _tool_line(tool.name, tool.description, json.dumps(tool.parameters, ensure_ascii=False))
+    head, tail = TOOL_LINE[language_of(tool.description)].split("{description}")
+    return head.replace("{name}", tool.name) + tool.description + tail.replace("{parameters}", tool.parameters)
 
 
 def render_prefix(tools: Sequence[Tool], language: str) -> str:
@@ -89,7 +90,7 @@ def render_prefix(tools: Sequence[Tool], language: str) -> str:
 
 def render_call(call: Call) -> str:
     """A call as RolePlay's parser wants it: two lines, strict JSON in one line, no trailing blanks."""
-    return f"Action: {call.name}\nAction Input: {json.dumps(call.arguments, ensure_ascii=False)}\n"
+    return f"Action: {call.name}\nAction Input: {call.arguments}\n"
 
 
 def render_result(observation: str | None) -> str:
@@ -98,79 +99,75 @@ def render_result(observation: str | None) -> str:
 
 
 def render_rows(
-    layout: str, system: str, tools: Sequence[Tool], rounds: Sequence[tuple[str, Turn]], language: str
+    layout: str, system: str, tools: Sequence[Tool], rounds: Sequence[Round], language: str
 ) -> Iterator[Example]:
     """The training rows of a conversation. layout: "split" or "inline". rounds: (user's text, assistant's turn)."""
-    history: list[dict[str, Any]] = [{"role": "system", "content": system}]
-    prefix = render_prefix(tools, language)
-    for query, turn in rounds:
+    history: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    own = render_prefix(tools, language)
+    for query, turn, prefix in rounds:
         rows = _split_rows if layout == "split" else _inline_rows
-        yield from rows(history, prefix + query, turn)
+        yield from rows(history, (own if prefix is None else prefix) + query, turn)
         # In later rounds this one is history: without the prefix, as one finished text, and not trained again.
         history.append({"role": "user", "content": query})
         history.append({"role": "assistant", "content": _transcript(turn), "loss": False})
 
 
-def render_together(
-    system: str, tools: Sequence[Tool], rounds: Sequence[tuple[str, Turn]], language: str
-) -> list[dict[str, Any]]:
+def render_together(system: str, tools: Sequence[Tool], rounds: Sequence[Round], language: str) -> list[dict[str, Any]]:
     """One row with several questions over the same tools: each is answered by its first call, or by its answer."""
     prefix = render_prefix(tools, language)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}]
-    for query, turn in rounds:
-        text = _lead(turn, turn.calls[0]) + render_call(turn.calls[0]) if turn.calls else turn.answer
+    for query, turn, _ in rounds:
+        text = _say(turn.calls[0], first=True) if turn.calls else turn.answer
         messages += [{"role": "user", "content": prefix + query}, {"role": "assistant", "content": text}]
     return messages
 
 
 def _split_rows(history: Sequence[Mapping[str, Any]], asked: str, turn: Turn) -> Iterator[Example]:
-    for call in turn.calls:
-        answer = _lead(turn, call) + render_call(call)
-        expected = [{"name": call.name, "arguments": call.arguments}]
-        # After a result comes a summary first; only the first call answers the bare question.
-        first = call is turn.calls[0]
-        text = answer if first else f"\n\n{answer}"
+    for number, call in enumerate(turn.calls):
+        text = _say(call, first=not number)
         messages = [*history, {"role": "user", "content": asked}, {"role": "assistant", "content": text}]
-        yield Example(messages, expected if first else None)
+        # Only the first call answers the bare question.
+        yield Example(messages, None if number else (call,))
         if call.observation is None:
             return
-        asked += answer + render_result(call.observation)
+        asked += text + render_result(call.observation)
     if turn.answer:
         # After a result RolePlay's user turn ends in "Answer:", and the summary is a turn of its own, without a blank.
         messages = [*history, {"role": "user", "content": asked}, {"role": "assistant", "content": turn.answer}]
-        yield Example(messages, None if turn.calls else [])
+        yield Example(messages, None if turn.calls else ())
 
 
 def _inline_rows(history: Sequence[Mapping[str, Any]], asked: str, turn: Turn) -> Iterator[Example]:
     pieces: list[dict[str, Any]] = []
-    for call in turn.calls:
-        pieces.append({"role": "assistant", "content": _lead(turn, call) + render_call(call), "loss": True})
+    for number, call in enumerate(turn.calls):
+        pieces.append({"role": "assistant", "content": _go_on(call, first=not number), "loss": True})
         if call.observation is not None:
             # The tool's words, not the model's: never trained (formats of ms-swift 4.6: `loss` of a message).
             pieces.append({"role": "assistant", "content": render_result(call.observation), "loss": False})
     if turn.answer:
         pieces.append({"role": "assistant", "content": f" {turn.answer}" if turn.calls else turn.answer, "loss": True})
-    if not pieces:
-        return
-    expected = [{"name": turn.calls[0].name, "arguments": turn.calls[0].arguments}] if turn.calls else []
-    yield Example([*history, {"role": "user", "content": asked}, *pieces], expected)
+    if pieces:
+        yield Example([*history, {"role": "user", "content": asked}, *pieces], turn.calls[:1])
 
 
 def _transcript(turn: Turn) -> str:
-    calls = "".join(_lead(turn, c) + render_call(c) + render_result(c.observation) for c in turn.calls)
-    return f"{calls} {turn.answer}" if turn.calls else turn.answer
+    if not turn.calls:
+        return turn.answer
+    calls = "".join(_go_on(call, first=not n) + render_result(call.observation) for n, call in enumerate(turn.calls))
+    return f"{calls} {turn.answer}"
 
 
-def _lead(turn: Turn, call: Call) -> str:
-    return f"{turn.lead}\n" if turn.lead and call is turn.calls[0] else ""
+def _say(call: Call, first: bool) -> str:
+    """A call and what is said before it. After a result comes a summary first, be it an empty one."""
+    if first:
+        return f"{call.lead}\n{render_call(call)}" if call.lead else render_call(call)
+    return f"{call.lead}\n\n{render_call(call)}"
+
+
+def _go_on(call: Call, first: bool) -> str:
+    """The same where it follows "Answer:" in one text."""
+    return f" {_say(call, first)}" if call.lead and not first else _say(call, first)
 
 
 def _names(tools: Sequence[Tool]) -> str:
     return ",".join(tool.name for tool in tools)
-
-
-@lru_cache(maxsize=16384)
-def _tool_line(name: str, description: str, parameters: str) -> str:
-    line = TOOL_LINE[language_of(description)]
-    head, tail = line.split("{description}")
-    return head.replace("{name}", name) + description + tail.replace("{parameters}", parameters)

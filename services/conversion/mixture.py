@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from services.common.errors import InvalidData
-from services.conversion.react import Tool
+from services.conversion.rows import Tool
 
 T = TypeVar("T")
 SPLITS = ("train", "validation", "test")

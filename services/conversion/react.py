@@ -11,9 +11,19 @@ import ast
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
+
+from services.conversion.refusals import (
+    INCOMPLETE_TURN,
+    INVALID_ACTION_INPUT,
+    INVALID_PARAMETERS,
+    MISSING_PARAMETERS,
+    NOT_REACT_PROMPT,
+    UNKNOWN_TOOL,
+    Refused,
+)
+from services.conversion.rows import Call, Tool, Turn, make_call, make_tool, unique_tools
 
 MARKER = "You have access to the following APIs:"
 FORMAT_BLOCK = "\nUse the following format:"
@@ -24,82 +34,6 @@ LAST_THOUGHT = "I now know the final answer"
 _NUMBER = re.compile(r"(?:^|\n)[ \t]*(\d{1,4})\.[ \t]*(?=[^\n]*?: Call this tool)")
 _TOKEN = re.compile(r"(?:^|\n)[ \t]*(Thought|Action Input|Action|Observation|Final Answer):[ \t]?")
 _DECODER = json.JSONDecoder()
-
-INVALID_JSON = "INVALID_JSON"
-WRONG_ENCODING = "WRONG_ENCODING"
-ROW_TOO_LARGE = "ROW_TOO_LARGE"
-ROW_TOO_LONG = "ROW_TOO_LONG"
-EMPTY_CONVERSATIONS = "EMPTY_CONVERSATIONS"
-ROLE_ORDER = "ROLE_ORDER"
-NO_SYSTEM_TURN = "NO_SYSTEM_TURN"
-NOT_REACT_PROMPT = "NOT_REACT_PROMPT"
-INVALID_PARAMETERS = "INVALID_PARAMETERS"
-MISSING_PARAMETERS = "MISSING_PARAMETERS"
-DUPLICATE_TOOL = "DUPLICATE_TOOL"
-UNKNOWN_TOOL = "UNKNOWN_TOOL"
-INVALID_ACTION_INPUT = "INVALID_ACTION_INPUT"
-INCOMPLETE_TURN = "INCOMPLETE_TURN"
-RESULT_TAG_IN_RESULT = "RESULT_TAG_IN_RESULT"
-
-# code → what is expected instead
-EXPECTED: Mapping[str, str] = {
-    INVALID_JSON: "one JSON object a line",
-    WRONG_ENCODING: "UTF-8 text",
-    ROW_TOO_LARGE: "a row of at most max_row_bytes bytes",
-    ROW_TOO_LONG: "a converted row of at most max_row_characters characters",
-    EMPTY_CONVERSATIONS: "a list `conversations` (from/value) or `messages` (role/content) with a user and an assistant turn",
-    ROLE_ORDER: "one system turn, then user and assistant turns in alternation, the assistant's last",
-    NO_SYSTEM_TURN: "a system turn first",
-    NOT_REACT_PROMPT: f"a system prompt that says {MARKER!r} and ends with the format block",
-    INVALID_PARAMETERS: "after `Parameters:` a JSON list of {name, description, required, …} or a JSON schema of an object",
-    MISSING_PARAMETERS: "`Parameters:` with a list, [] when there are none",
-    DUPLICATE_TOOL: "one definition for a tool's name",
-    UNKNOWN_TOOL: "a call of a tool that the prompt lists",
-    INVALID_ACTION_INPUT: "`Action Input:` with one JSON object or Python dict, [] or nothing for no arguments",
-    INCOMPLETE_TURN: "each Action followed by its Action Input and, unless it is the last one, its Observation",
-    RESULT_TAG_IN_RESULT: "an Observation without a literal </result>",
-}
-
-
-class Refused(Exception):
-    """A row that cannot be converted. code: a key of EXPECTED; detail: what was found, and where."""
-
-    def __init__(self, code: str, detail: str = "") -> None:
-        super().__init__(f"{code}: {detail}")
-        self.code, self.detail = code, detail
-
-
-@dataclass(frozen=True)
-class Tool:
-    """A tool as OpenAI describes functions. parameters: a JSON schema of an object, `required` always present."""
-
-    name: str
-    description: str
-    parameters: Mapping[str, Any]
-
-    def to_openai(self) -> dict[str, Any]:
-        """The OpenAI function object."""
-        told = {"name": self.name, "description": self.description, "parameters": self.parameters}
-        return {"type": "function", "function": told}
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call in a turn. observation: the tool's result, None when the turn ends at the call."""
-
-    name: str
-    arguments: Mapping[str, Any]
-    observation: str | None = None
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What an assistant did in one turn: calls, then an answer ("" when it stopped at a call)."""
-
-    calls: Sequence[Call] = field(default_factory=tuple)
-    answer: str = ""
-    lead: str = ""
-    """What was said before the first call."""
 
 
 @lru_cache(maxsize=4096)
@@ -112,12 +46,7 @@ def parse_system_prompt(text: str) -> tuple[Tool, ...]:
     end = text.rfind(FORMAT_BLOCK)
     if end < start:
         raise Refused(NOT_REACT_PROMPT, f"no {FORMAT_BLOCK.strip()!r} after the APIs")
-    tools: dict[str, Tool] = {}
-    for number, block in _split_apis(text[start + len(MARKER) : end]):
-        tool = _parse_api(block, number)
-        if tools.setdefault(tool.name, tool) != tool:
-            raise Refused(DUPLICATE_TOOL, f"{tool.name!r} is defined twice, differently")
-    return tuple(tools.values())
+    return unique_tools([_parse_api(block, number) for number, block in _split_apis(text[start + len(MARKER) : end])])
 
 
 def parse_turn(text: str, tools: Sequence[Tool]) -> Turn:
@@ -146,7 +75,9 @@ def parse_turn(text: str, tools: Sequence[Tool]) -> Turn:
         elif LAST_THOUGHT not in value and position == len(parts) and not calls:
             answer.append(value.strip())  # a turn that is nothing but a thought
     said = lead.strip()
-    turn = Turn(tuple(calls), "\n".join(filter(None, answer if calls else [said, *answer])), said if calls else "")
+    if calls and said:
+        calls[0] = calls[0]._replace(lead=said)
+    turn = Turn(tuple(calls), "\n".join(filter(None, answer if calls else [said, *answer])))
     if any(c.observation is None for c in calls[:-1]) or (calls and calls[-1].observation is None and turn.answer):
         raise Refused(INCOMPLETE_TURN, "an Action Input without an Observation")
     return turn
@@ -163,9 +94,7 @@ def _parse_call(name: str, parts: Sequence[tuple[str, str]], position: int, name
     if position < len(parts) and parts[position][0] == "Observation":
         observation = parts[position][1].strip()
         position += 1
-        if "</result>" in observation:
-            raise Refused(RESULT_TAG_IN_RESULT, f"the result of {name}")
-    return Call(name, arguments, observation), position
+    return make_call(name, arguments, observation), position
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
@@ -177,12 +106,8 @@ def parse_arguments(text: str) -> dict[str, Any]:
         value = _literal(text, INVALID_ACTION_INPUT)
     if value in ([], None):
         value = {}
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+    if not isinstance(value, dict):
         raise Refused(INVALID_ACTION_INPUT, f"{text[:80]!r} is no object")
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        raise Refused(INVALID_ACTION_INPUT, f"{text[:80]!r} cannot be written as JSON") from None
     return value
 
 
@@ -208,7 +133,7 @@ def _parse_api(block: str, number: int) -> Tool:
         _, found, after = before.partition("API.")
         description = after if found else before
     description = description.strip().removesuffix(".").strip()
-    return Tool(name, description, _to_schema(raw, name))
+    return make_tool(name, description, _to_schema(raw, name))
 
 
 def _find_parameters(text: str, name: str) -> tuple[Any, str]:

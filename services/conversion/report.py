@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.conversion.react import EXPECTED, Refused
+from services.conversion.refusals import EXPECTED, Refused
 from services.conversion.sources import RawRow
 
 EXCERPT = 80

@@ -15,9 +15,10 @@ from services.common.errors import InvalidData
 from services.common.reporter import Progress, Reporter
 from services.common.stage import Stage
 from services.conversion.mixture import SPLITS, ToolGroups, assign_splits, seeded_order
-from services.conversion.react import Refused, parse_system_prompt, parse_turn
+from services.conversion.readers import READERS
+from services.conversion.refusals import Refused
 from services.conversion.report import Report
-from services.conversion.sources import RawRow, find_files, parse_row, read_rows
+from services.conversion.sources import RawRow, decode_row, find_files, read_rows
 from services.conversion.spec import Source, Spec
 from services.conversion.writing import EVERY, DatasetWriter, Row
 
@@ -69,10 +70,8 @@ def _read_all(
 
 
 def _understand(raw: RawRow, source: Source, max_bytes: int) -> Row:
-    conversation = parse_row(raw, max_bytes)
-    tools = parse_system_prompt(conversation.system)
-    rounds = tuple((query, parse_turn(answer, tools)) for query, answer in conversation.rounds)
-    return Row(conversation.id, raw, source, tools, rounds)
+    row_id, tools, rounds, system = READERS[source.format](decode_row(raw.data, max_bytes))
+    return Row(row_id or f"{raw.source}:{raw.line}", raw, source, tools, rounds, system)
 
 
 def _split(spec: Spec, rows: Sequence[Row]) -> dict[str, str]:

@@ -11,8 +11,9 @@ from typing import Any
 from services.common.reporter import Progress, Reporter
 from services.conversion.fabric import Example, language_of, render_rows, render_system, render_together
 from services.conversion.mixture import SPLITS, add_distractors, fits_none, pick_count, pick_one, seeded, seeded_order
-from services.conversion.react import ROW_TOO_LONG, Refused, Tool, Turn
+from services.conversion.refusals import ROW_TOO_LONG, Refused
 from services.conversion.report import Report
+from services.conversion.rows import Round, Tool, Turn, to_openai
 from services.conversion.sources import RawRow
 from services.conversion.spec import Source, Spec
 
@@ -28,7 +29,8 @@ class Row:
     raw: RawRow
     source: Source
     tools: tuple[Tool, ...]
-    rounds: tuple[tuple[str, Turn], ...]
+    rounds: tuple[Round, ...]
+    system: str | None = None
 
     def __repr__(self) -> str:
         return f"{self.raw.source}:{self.id}:{self.raw.offset}"  # what seeded orders know it by
@@ -93,7 +95,7 @@ class DatasetWriter:
             self.reject(row.raw, Refused(ROW_TOO_LONG, f"{longest} characters after conversion"))
             return
         report.languages[language] += 1
-        for _, turn in row.rounds:
+        for _, turn, _ in row.rounds:
             report.calls += bool(turn.calls)
             report.without_call += not turn.calls
         for number, (layout, example) in enumerate(examples):
@@ -117,8 +119,8 @@ class DatasetWriter:
                 self._write_alone("train", row, pool)
             return
         report.languages[language] += len(rows)
-        report.calls += sum(bool(turn.calls) for _, turn in rounds)
-        report.without_call += sum(not turn.calls for _, turn in rounds)
+        report.calls += sum(bool(turn.calls) for _, turn, _ in rounds)
+        report.without_call += sum(not turn.calls for _, turn, _ in rounds)
         report.layouts["together"] += 1
         self._write("train", "+".join(r.id for r in rows), first.raw.source, example, tools)
         for row in rows:
@@ -132,14 +134,12 @@ class DatasetWriter:
                 self._report.layouts["split"] += 1
                 self._write("train", f"{row.id}/{number}", row.raw.source, example, row.tools)
 
-    def _refusals(
-        self, row_id: str, questions: int, tools: Sequence[Tool], asked: Sequence[Row]
-    ) -> list[tuple[str, Turn]]:
+    def _refusals(self, row_id: str, questions: int, tools: Sequence[Tool], asked: Sequence[Row]) -> list[Round]:
         """Questions of other rows that none of these tools fits, each with a refusal as its answer."""
         spec = self._spec
         # From none to twice as many as the ratio says: were it always the same number, a model could count, not read.
         count = pick_count(0, round(2 * questions * spec.refusals.ratio), spec.seed, "refusals", row_id)
-        found: list[tuple[str, Turn]] = []
+        found: list[Round] = []
         start = seeded(spec.seed, "refused", row_id)
         for step in range(min(len(asked), 200)):
             if len(found) == count:
@@ -148,7 +148,7 @@ class DatasetWriter:
             if fits_none(other.tools, tools):
                 query = other.rounds[0][0]
                 answers = _in_language(spec.refusals.answers, language_of(query))
-                found.append((query, Turn(answer=pick_one(answers, spec.seed, row_id, query))))
+                found.append(Round(query, Turn(answer=pick_one(answers, spec.seed, row_id, query))))
         return found
 
     def _system(self, tools: Sequence[Tool], row_id: str, language: str) -> str:
@@ -164,9 +164,9 @@ class DatasetWriter:
     def _write(self, split: str, row_id: str, source: str, example: Example, tools: Sequence[Tool]) -> None:
         """One row, and its tools beside it."""
         self._line(split, {"id": row_id, "source": source, "messages": list(example.messages)})
-        beside: dict[str, Any] = {"id": row_id, "tools": [t.to_openai() for t in tools]}
+        beside: dict[str, Any] = {"id": row_id, "tools": [to_openai(t) for t in tools]}
         if example.expected is not None:
-            beside["expected"] = list(example.expected)
+            beside["expected"] = [{"name": c.name, "arguments": json.loads(c.arguments)} for c in example.expected]
             self._report.scored[split] += 1
         self._line("tools", beside)
         self._report.rows[split] += 1

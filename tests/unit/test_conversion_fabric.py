@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from services.conversion.fabric import render_prefix, render_rows, render_system, render_together
-from services.conversion.react import Call, Tool, Turn
+from services.conversion.rows import Round, Turn, make_call, make_tool
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "description": "name"}}, "required": ["city"]}
-WEATHER = Tool("weather", "Query the weather.", PARAMETERS)
-DRAW = Tool("画图", "根据描述画图。", {"type": "object", "properties": {}, "required": []})
+WEATHER = make_tool("weather", "Query the weather.", PARAMETERS)
+DRAW = make_tool("画图", "根据描述画图。", {"type": "object", "properties": {}, "required": []})
 
 ENGLISH = """
 # Tools
@@ -66,14 +66,14 @@ Answer: 根据Observation总结本次工具调用返回的结果，如果结果�
 请注意：你具有图像和视频的展示能力，也具有运行代码的能力，不要在回复中说你做不到。
 """
 
-CALL = Call("weather", {"city": "Paris"}, "sunny")
+CALL = make_call("weather", {"city": "Paris"}, "sunny")
 CALL_TEXT = 'Action: weather\nAction Input: {"city": "Paris"}\n'
 RESULT = "\nObservation: <result>sunny</result>\nAnswer:"
 TURN = Turn((CALL,), "It is sunny.")
 
 
 def rows(layout: str, *rounds: tuple[str, Turn]) -> list[tuple[list[dict[str, Any]], Any]]:
-    found = render_rows(layout, "S", [WEATHER], rounds, "en")
+    found = render_rows(layout, "S", [WEATHER], [Round(*r) for r in rounds], "en")
     return [([dict(m) for m in e.messages], e.expected) for e in found]
 
 
@@ -103,9 +103,8 @@ def test_prefix(language: str, wanted: str) -> None:
 def test_split_layout_returns_the_result_in_the_user_turn() -> None:
     asked = "(. you can use tools: [weather])How is Paris?"
     system = {"role": "system", "content": "S"}
-    expected = [{"name": "weather", "arguments": {"city": "Paris"}}]
     assert rows("split", ("How is Paris?", TURN)) == [
-        ([system, {"role": "user", "content": asked}, {"role": "assistant", "content": CALL_TEXT}], expected),
+        ([system, {"role": "user", "content": asked}, {"role": "assistant", "content": CALL_TEXT}], (CALL,)),
         (
             [
                 system,
@@ -124,7 +123,7 @@ def test_inline_layout_masks_the_result() -> None:
         {"role": "assistant", "content": RESULT, "loss": False},
         {"role": "assistant", "content": " It is sunny.", "loss": True},
     ]
-    assert expected == [{"name": "weather", "arguments": {"city": "Paris"}}]
+    assert expected == (CALL,)
 
 
 def test_later_rounds_keep_the_earlier_ones_as_history_that_is_not_trained() -> None:
@@ -135,18 +134,33 @@ def test_later_rounds_keep_the_earlier_ones_as_history_that_is_not_trained() -> 
         {"role": "assistant", "content": CALL_TEXT + RESULT + " It is sunny.", "loss": False},
     ]
     assert messages[3]["content"].startswith("(. you can use tools: [weather])Thanks!")
-    assert expected == []
+    assert expected == ()
 
 
 def test_arguments_are_strict_json_in_one_line() -> None:
-    call = Call("weather", {"city": "Zürich\n第", "deep": {"a": [1, None, True]}})
+    call = make_call("weather", {"city": "Zürich\n第", "deep": {"a": [1, None, True]}})
     [(messages, _)] = rows("split", ("q", Turn((call,))))
     wanted = 'Action: weather\nAction Input: {"city": "Zürich\\n第", "deep": {"a": [1, null, true]}}\n'
     assert messages[-1]["content"] == wanted
 
 
 def test_several_questions_in_one_row() -> None:
-    messages = render_together("S", [WEATHER], [("a", TURN), ("b", Turn(answer="no"))], "en")
+    messages = render_together("S", [WEATHER], [Round("a", TURN), Round("b", Turn(answer="no"))], "en")
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
     assert messages[2]["content"] == CALL_TEXT
     assert messages[4]["content"] == "no"
+
+
+def test_a_second_call_comes_after_what_is_said_of_the_first_result() -> None:
+    second = make_call("weather", {"city": "Rome"}, "rain")._replace(lead="Paris is sunny.")
+    turn = Turn((CALL, second), "Go to Paris.")
+    again = CALL_TEXT.replace("Paris", "Rome")
+    found = [messages[1:] for messages, _ in rows("split", ("Where to?", turn))]
+    asked = "(. you can use tools: [weather])Where to?"
+    assert [m[-1]["content"] for m in found] == [CALL_TEXT, f"Paris is sunny.\n\n{again}", "Go to Paris."]
+    # RolePlay appends what the model said and the result, as they are.
+    seen = asked + CALL_TEXT + RESULT + f"Paris is sunny.\n\n{again}" + RESULT.replace("sunny", "rain")
+    assert found[2][0]["content"] == seen
+    [(inline, _)] = rows("inline", ("Where to?", turn))
+    text = "".join(m["content"] for m in inline[2:])
+    assert text == f"{CALL_TEXT}{RESULT} Paris is sunny.\n\n{again}{RESULT.replace('sunny', 'rain')} Go to Paris."

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from services.common.errors import InvalidData
 from services.conversion.mixture import ToolGroups, add_distractors, assign_splits, fits_none
-from services.conversion.react import Tool
+from services.conversion.rows import Tool, make_tool
 
 NAMES = st.lists(st.sampled_from([f"t{n}" for n in range(30)]), min_size=1, max_size=4)
 
 
 def tool(name: str) -> Tool:
     parameters: dict[str, Any] = {"type": "object", "properties": {}, "required": []}
-    return Tool(name, "", parameters)
+    return make_tool(name, "", parameters)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.conversion.react import (
+from services.conversion.react import parse_arguments, parse_system_prompt, parse_turn
+from services.conversion.readers import READERS
+from services.conversion.refusals import (
     DUPLICATE_TOOL,
     EMPTY_CONVERSATIONS,
     INCOMPLETE_TURN,
@@ -22,12 +24,9 @@ from services.conversion.react import (
     NOT_REACT_PROMPT,
     UNKNOWN_TOOL,
     Refused,
-    Tool,
-    parse_arguments,
-    parse_system_prompt,
-    parse_turn,
 )
-from services.conversion.sources import RawRow, parse_row
+from services.conversion.rows import make_call, make_tool
+from services.conversion.sources import decode_row
 
 VECTORS_FILE = Path(__file__).parent.parent / "data/vectors.jsonl"
 VECTORS = [json.loads(line) for line in VECTORS_FILE.read_text(encoding="utf-8").splitlines()]
@@ -40,7 +39,7 @@ CODES = {
     "empty conversations": EMPTY_CONVERSATIONS,
     "invalid JSON": INVALID_JSON,
 }
-WEATHER = Tool("weather", "Query the weather", {"type": "object", "properties": {"city": {"type": "string"}}})
+WEATHER = make_tool("weather", "Query the weather", {"type": "object", "properties": {"city": {"type": "string"}}})
 
 
 def prompt(apis: str) -> str:
@@ -61,14 +60,13 @@ def api(number: int, name: str, parameters: str, useful: str = "does it.") -> st
 def test_vectors(vector: dict[str, Any]) -> None:
     row, wanted = vector["input_row"], vector["expect"]
     line = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)
-    raw = RawRow("vectors.jsonl", 1, 0, line.encode())
     if wanted["error"]:
         with pytest.raises(Refused) as refused:
-            parse_system_prompt(parse_row(raw, 1 << 20).system)
+            READERS["ms_agent"](decode_row(line.encode(), 1 << 20))
         assert refused.value.code == CODES[wanted["error"]]
         return
-    tools = parse_system_prompt(parse_row(raw, 1 << 20).system)
-    got = [{"name": t.name, "description": t.description, "parameters": t.parameters} for t in tools]
+    tools = READERS["ms_agent"](decode_row(line.encode(), 1 << 20)).tools
+    got = [{"name": t.name, "description": t.description, "parameters": json.loads(t.parameters)} for t in tools]
     assert json.dumps(got, ensure_ascii=False) == json.dumps(wanted["tools"], ensure_ascii=False)  # order counts
 
 
@@ -81,7 +79,7 @@ def test_names_with_blanks_colons_and_braces_in_descriptions() -> None:
         )
     )
     assert [t.name for t in tools] == ["My Tool: v2", "other"]
-    assert tools[0].parameters["required"] == ["a"]
+    assert json.loads(tools[0].parameters)["required"] == ["a"]
     assert tools[1].description == "1. first it does this. 2. then that"
 
 
@@ -112,7 +110,7 @@ def test_a_turn_with_a_call_and_an_answer() -> None:
         "Thought: I now know the final answer\nFinal Answer: It is sunny.",
         [WEATHER],
     )
-    assert [(c.name, c.arguments, c.observation) for c in turn.calls] == [("weather", {"city": "Paris"}, "sunny")]
+    assert [(c.name, c.arguments, c.observation) for c in turn.calls] == [("weather", '{"city": "Paris"}', "sunny")]
     assert turn.answer == "It is sunny."
 
 
@@ -136,10 +134,12 @@ def test_action_inputs(text: str, arguments: dict[str, Any]) -> None:
     assert parse_arguments(text) == arguments
 
 
-@pytest.mark.parametrize("text", ["paris", "{'a': open('x')}", '{"a": 1', "[1, 2]", "3", '[{"a": 1}]', "{1: 2}"])
+@pytest.mark.parametrize(
+    "text", ["paris", "{'a': open('x')}", '{"a": 1', "[1, 2]", "3", '[{"a": 1}]', "{1: 2}", '{"a": NaN}']
+)
 def test_action_inputs_that_are_no_object_are_refused(text: str) -> None:
     with pytest.raises(Refused) as refused:
-        parse_arguments(text)
+        make_call("weather", parse_arguments(text))
     assert refused.value.code == INVALID_ACTION_INPUT
 
 

@@ -1,0 +1,14 @@
+"""One reader for each form that rows come in. A source names its form; a row that has another one is refused, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from services.conversion.readers import ms_agent
+from services.conversion.rows import Conversation
+
+READERS: Mapping[str, Callable[[Mapping[str, Any]], Conversation]] = {
+    "ms_agent": ms_agent.read,
+}
+"""A source's `format` → row → conversation. Readers raise Refused."""

@@ -1,0 +1,51 @@
+"""The list of turns that rows of most forms hold: `conversations` (from/value) or `messages` (role/content)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from services.conversion.refusals import EMPTY_CONVERSATIONS, NO_SYSTEM_TURN, ROLE_ORDER, Refused
+
+
+def list_turns(row: Mapping[str, Any]) -> list[Any]:
+    """The turns as they are; text is read as the Python literal that the published data set holds. Raises Refused."""
+    turns = row.get("conversations", row.get("messages"))
+    if isinstance(turns, str):
+        try:
+            turns = ast.literal_eval(turns)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise Refused(EMPTY_CONVERSATIONS, "the text in `conversations` is no Python list") from None
+    if not isinstance(turns, list) or not turns:
+        raise Refused(EMPTY_CONVERSATIONS, "no turns")
+    return turns
+
+
+def read_turn(turn: Any) -> tuple[str, str]:
+    """(role, text) of one turn. Raises Refused."""
+    if not isinstance(turn, dict):
+        raise Refused(EMPTY_CONVERSATIONS, "a turn that is no object")
+    role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if not isinstance(role, str) or not isinstance(text, str):
+        raise Refused(EMPTY_CONVERSATIONS, "a turn without a role and text")
+    return role, text
+
+
+def split_rounds(turns: Sequence[Any], needs_system: bool = True) -> tuple[str | None, list[tuple[str, str]]]:
+    """(system prompt, [(user's text, assistant's text)]); None where there is no system turn and none is needed."""
+    told = [read_turn(turn) for turn in turns]
+    system: str | None = None
+    if told[0][0] == "system":
+        system, told = told[0][1], told[1:]
+    elif needs_system:
+        raise Refused(NO_SYSTEM_TURN, f"the first turn is the {told[0][0]}'s")
+    roles = [role for role, _ in told]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise Refused(ROLE_ORDER, ", ".join(roles[:8]) or "no turns after the system's")
+    return system, [(told[i][1], told[i + 1][1]) for i in range(0, len(told), 2)]
+
+
+def row_id(row: Mapping[str, Any]) -> str:
+    """The row's own id as text, "" when it has none."""
+    return str(row.get("id") or "")
