@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import time
 from collections.abc import Callable
 from functools import partial
@@ -72,15 +73,16 @@ def test_the_pipeline_ends_with_a_deployment_that_answers(release: Release, note
     said = release.fabrictune("run", release.write("run.yaml", spec), timeout=1500)
     note(f"from rows to a deployment: {time.monotonic() - begin:.0f} s")
     connection = json.loads((release.folder / ".fabrictune" / "connection.json").read_text())
+    trust = ssl.create_default_context(cafile=connection["ca_file"] or None)
     answer = httpx.post(
         f"{connection['gateway']}/v1/chat/completions",
         json={"model": "e2e", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 4},
         headers={"Authorization": f"Bearer {connection['token']}"},
-        verify=connection["ca_file"] or True,
+        verify=trust,
         timeout=120,
     )
     assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"], (said, answer.text)
-    assert httpx.get(f"{connection['gateway']}/v1/models", verify=connection["ca_file"] or True).status_code == 401
+    assert httpx.get(f"{connection['gateway']}/v1/models", verify=trust).status_code == 401
 
 
 def test_seventeen_gpus_wait_with_the_reason_and_fail_at_the_queue_timeout(release: Release, dataset: str) -> None:

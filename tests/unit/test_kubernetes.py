@@ -219,6 +219,18 @@ def test_a_pod_is_given_up_only_when_its_node_does_not_answer() -> None:
     assert not is_lost(going, NOW)  # a slow one on a node that answers
 
 
+def test_a_pod_on_a_silent_node_is_not_given_its_grace_period() -> None:
+    silent = [{"type": "ContainersReady", "status": "True"}, {"type": "Ready", "status": "False"}, DISRUPTED]
+    going = _pod("Running", conditions=silent)
+    going["metadata"] |= {"deletionTimestamp": _ago(-95), "deletionGracePeriodSeconds": 120}
+    assert is_lost(going, NOW)  # told 25 s ago
+    going["metadata"]["deletionTimestamp"] = _ago(-110)
+    assert not is_lost(going, NOW)
+    going["metadata"]["deletionTimestamp"] = _ago(-95)
+    going["status"]["conditions"] = [{"type": "Ready", "status": "True"}, DISRUPTED]
+    assert not is_lost(going, NOW)  # drained by a taint, and still saving
+
+
 @pytest.mark.parametrize(
     ("code", "message", "kind", "said"),
     [

@@ -8,6 +8,7 @@ the Job controller then ends it, whatever happens to us.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -17,7 +18,7 @@ from services.common.clusters.manifests import RESOURCES
 from services.common.clusters.objects import Object, conditions_of, parse_time
 
 LOST_SECONDS = 20.0
-"""A pod that should be gone for so long, on a node that no longer answers, will not go by itself."""
+"""A pod that was told to go so long ago, on a node that no longer answers, has not heard it: its grace period never began."""
 
 
 def deadline_patch(job: Object, status: WorkloadStatus, now: datetime) -> dict[str, Any] | None:
@@ -42,13 +43,20 @@ def deadline_patch(job: Object, status: WorkloadStatus, now: datetime) -> dict[s
 
 
 def is_lost(pod: Object, now: datetime) -> bool:
-    """Whether a pod was to go long ago, from a node that no longer answers."""
-    going = parse_time(pod["metadata"].get("deletionTimestamp"))  # already holds the grace period
-    if going is None or (now - going).total_seconds() < LOST_SECONDS:
+    """Whether a pod was told to go long ago, on a node that no longer answers."""
+    gone = parse_time(pod["metadata"].get("deletionTimestamp"))  # when its grace period ends
+    if gone is None:
         return False
     conditions = {c["type"]: c for c in conditions_of(pod)}
-    by_taint = conditions.get("DisruptionTarget", {}).get("reason") == "DeletionByTaintManager"
-    return bool(by_taint or conditions.get("Ready", {}).get("reason") == "NodeNotReady")
+    late = (now - gone).total_seconds()
+    if _is_ready(conditions, "ContainersReady") and not _is_ready(conditions, "Ready"):
+        # Said by the control plane of pods on a node that is silent; a kubelet never says the two apart (no readiness gates).
+        return late + float(pod["metadata"].get("deletionGracePeriodSeconds") or 0) >= LOST_SECONDS
+    return late >= LOST_SECONDS and conditions.get("DisruptionTarget", {}).get("reason") == "DeletionByTaintManager"
+
+
+def _is_ready(conditions: Mapping[str, Any], kind: str) -> bool:
+    return conditions.get(kind, {}).get("status") == "True"
 
 
 def _has_run(job: Object) -> bool:
