@@ -178,6 +178,16 @@ class Jobs:
         """Begin a failed or cancelled training job again, from its newest checkpoint."""
         return self._call("Resume", name=name)
 
+    def preview(self, spec: Mapping[str, Any], rows: int = 0) -> conversion_pb2.PreviewConversionResponse:
+        """The first rows of a conversion's first source before and after; nothing is started."""
+        request = conversion_pb2.PreviewConversionRequest(rows=rows)
+        try:
+            json_format.ParseDict(dict(spec), request.spec)
+        except json_format.ParseError as error:
+            raise ApiError(f"the spec is wrong: {error}", "INVALID_ARGUMENT") from None
+        answer: conversion_pb2.PreviewConversionResponse = self._client.call(self._stub.PreviewConversion, request)
+        return answer
+
     def watch(self, name: str, resume_token: str = "", seconds: float | None = None) -> Iterator[job_pb2.WatchEvent]:
         """Events until the job has ended, or for so many seconds."""
         request = getattr(self.kind.messages, f"Watch{self.kind.resource}Request")(name=name, resume_token=resume_token)

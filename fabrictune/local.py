@@ -1,4 +1,4 @@
-"""Everything on one machine: the `up` command's servers, stages on plain folders, base models.
+"""Everything on one machine: the `up` command's servers, stages on plain folders, base models, hubs and buckets.
 
 The only module of this package that reaches for `services/`, and only when it is called: the client alone does not need
 them. A clone has them; an installed wheel does not, and says so.
@@ -11,13 +11,16 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from google.protobuf import json_format
+
+from fabrictune.download import Trust
 from fabrictune.errors import ApiError
-from fabrictune.v1 import job_pb2
+from fabrictune.v1 import conversion_pb2, job_pb2
 
 EMBEDDED_MODELS: Mapping[str, str] = {"models/smollm2-135m-instruct": "smollm2-135m-instruct"}
 """Base models that come with the set-up: artifact name → what `fabrictune models import` takes."""
@@ -50,16 +53,8 @@ def run_stage(
 
     Ctrl-C and SIGTERM arrive in the stage as in a worker: it ends what it has started, then raises Cancelled.
     """
-    from pydantic import ValidationError
-
     stage = _services(f"services.{kind}.worker").STAGE
-    try:
-        parsed = stage.spec.model_validate(spec)
-    except ValidationError as error:
-        from services.common.validation import violations_of
-
-        found = [(v.field, v.description) for v in violations_of(error, "spec")]
-        raise ApiError(f"the {kind} cannot be done", "INVALID_ARGUMENT", violations=found) from None
+    parsed = _parse_spec(kind, stage.spec, spec)
     for role, path in inputs.items():
         if not path.exists():
             raise ApiError(f"{role}: there is nothing at {path}", "NOT_FOUND")
@@ -79,6 +74,26 @@ def run_stage(
         return dict(metadata)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def preview_rows(spec: Mapping[str, Any], path: Path, rows: int) -> conversion_pb2.PreviewConversionResponse:
+    """The first rows of a file or folder before and after, as the spec's first source."""
+    parsed = _parse_spec("conversion", _services("services.conversion.spec").Spec, spec)
+    preview = _services("services.conversion.preview")
+    shown = [preview.to_plain(row) for row in preview.preview_path(path, parsed, rows)]
+    return json_format.ParseDict({"rows": shown}, conversion_pb2.PreviewConversionResponse())
+
+
+def _parse_spec(kind: str, model: Any, spec: Mapping[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(spec)
+    except ValidationError as error:
+        from services.common.validation import violations_of
+
+        found = [(v.field, v.description) for v in violations_of(error, "spec")]
+        raise ApiError(f"the {kind} cannot be done", "INVALID_ARGUMENT", violations=found) from None
 
 
 class _Reporter:
@@ -125,6 +140,29 @@ def prepared_model(source: str) -> Iterator[tuple[Path, dict[str, str]]]:
     importer = _services("services.common.base_models")
     with tempfile.TemporaryDirectory(prefix="fabrictune-model-") as scratch:
         yield importer.prepare(source, Path(scratch))
+
+
+def sign_bucket_rows(uri: str, names_rows: Callable[[str], bool]) -> tuple[Trust, Sequence[Any]]:
+    """Whom to trust, and the rows files of s3://bucket/prefix: (path, address, size) each."""
+    signed = _services("services.common.buckets").sign_rows(uri, names_rows)
+    return Trust(signed.plain_host, signed.ca_file), signed.files
+
+
+def fetch_hub_rows(
+    hub: str, name: str, subset: str, revision: str, folder: Path, names_rows: Callable[[str], bool], max_bytes: int
+) -> Any:
+    """The rows files of a hub's data set, fetched: (folder, paths, revision, size)."""
+    return _services("services.common.hub_rows").fetch_rows(hub, name, subset, revision, folder, names_rows, max_bytes)
+
+
+def check_publishing(hub: str) -> None:
+    """Raises when what a hub needs is missing here, before anything is fetched for it."""
+    _services("services.common.hub_publishing").read_token(hub)
+
+
+def publish_folder(hub: str, name: str, kind: str, folder: Path, **options: Any) -> Any:
+    """Upload a folder to a model hub: (address, private). options: see services.common.hub_publishing."""
+    return _services("services.common.hub_publishing").publish(hub, name, kind, folder, **options)
 
 
 def _services(module: str) -> Any:

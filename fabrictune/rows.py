@@ -1,4 +1,4 @@
-"""Raw rows on this machine become artifacts: a job reads nothing else."""
+"""Raw rows, from wherever they are, become artifacts: a job reads nothing else."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from fabrictune.client import Client
-from fabrictune.errors import ApiError
+from fabrictune.sources import Rows, find_rows, is_artifact
 
 
-def push_rows(client: Client, uri: str, push: Callable[..., Any], folder: Path = Path()) -> str:
-    """The name of an artifact with these rows. A local file or folder is pushed under a name made from its content.
+def push_rows(
+    client: Client,
+    uri: str,
+    push: Callable[..., Any],
+    folder: Path = Path(),
+    find: Callable[[str, Path], Rows] = find_rows,
+) -> str:
+    """The name of an artifact with these rows; one that is pushed gets a name made from its content.
 
-    uri: a path (relative to `folder`), or an address that the conversion service reads itself, such as "datasets/d1".
+    uri: a source (see fabrictune.sources) with paths relative to `folder`, or an artifact's name, which is returned.
     """
-    path = folder / uri
-    if not path.exists():
-        if uri.startswith("datasets/") or "://" in uri:
-            return uri
-        raise ApiError(
-            f"there are no rows at {path}: give a .jsonl file, a folder of them, or datasets/ID", "NOT_FOUND"
-        )
+    if is_artifact(uri) and not (folder / uri).exists():
+        return uri
+    path, origin = find(uri, folder)
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             with file.open("rb") as data:
                 digest.update(file.name.encode() + hashlib.file_digest(data, "sha256").digest())
-    stem = (
-        "".join(c if c.isalnum() else "-" for c in path.stem.lower().split(".")[0]).strip("-")[:18].strip("-") or "rows"
-    )
-    name = f"datasets/rows-{stem}-{digest.hexdigest()[:10]}"
-    push(client, path, name, "rows", {"description": f"raw rows: {path.name}"})
+    named = origin.partition("@")[0].rstrip("/").rpartition("/")[2] if path.is_dir() and origin else path.stem
+    stem = "".join(c if c.isalnum() and c.isascii() else "-" for c in named.lower().split(".")[0])
+    name = f"datasets/rows-{stem.strip('-')[:18].strip('-') or 'rows'}-{digest.hexdigest()[:10]}"
+    push(client, path, name, "rows", {"description": f"raw rows: {named}", **({"source": origin} if origin else {})})
     return name

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from google.protobuf import json_format
 from rich.tree import Tree
 
-from fabrictune import transfer
-from fabrictune.cli.context import console, print_json, print_message, print_rows, settings, to_dict
+from fabrictune import publishing, transfer
+from fabrictune.cli.context import console, errors, print_json, print_message, print_rows, settings, to_dict
 from fabrictune.cli.progress import new_progress
 from fabrictune.client import Client
 from fabrictune.errors import ApiError
@@ -58,17 +58,91 @@ def pull_artifact(name: Name, folder: Annotated[Path, typer.Argument(help="A new
 
 @app.command("push")
 def push_artifact(
-    folder: Annotated[Path, typer.Argument(exists=True, help="A folder, or one file.")],
-    name: Annotated[str, typer.Argument(help="Such as datasets/my-rows.")],
+    source: Annotated[str, typer.Argument(help="A folder, or one file; for a hub an artifact, such as datasets/d1.")],
+    target: Annotated[
+        str, typer.Argument(help="Such as datasets/my-rows; or a hub: hf://ORG/NAME, modelscope://ORG/NAME.")
+    ],
     kind: Annotated[str, typer.Option(help="dataset, rows, model, adapter or report; from the name when absent.")] = "",
+    public: Annotated[bool, typer.Option("--public", help="Hub: everyone may see it; else you alone.")] = False,
+    license_id: Annotated[str, typer.Option("--license", help="Hub: the licence, such as apache-2.0.")] = "",
+    report: Annotated[
+        list[str] | None,
+        typer.Option("--report", help="Hub: reports/ID whose figures the card shows; else those known."),
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None, typer.Option("--leave-out", help="Hub: a glob of files that are not published.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Hub: print the card and the files; send nothing.")
+    ] = False,
 ) -> None:
-    """Upload a folder as an artifact. Sending the same files again changes nothing."""
-    collection = name.partition("/")[0]
+    """Upload a folder as an artifact, or publish an artifact on a model hub with a card that tells its lineage.
+
+    Sending the same files again changes nothing. A hub's token comes from HF_TOKEN or MODELSCOPE_API_TOKEN.
+    """
+    address = publishing.parse_address(target)
+    if address is not None:
+        _publish(source, address, _Publishing(public, license_id, report or [], leave_out or [], dry_run))
+        return
+    if public or license_id or report or leave_out or dry_run:
+        raise ApiError(f"{target} is no hub's address, which --public, --license, … are for", "INVALID_ARGUMENT")
+    collection = target.partition("/")[0]
     if collection not in KINDS:
-        raise ApiError(f"{name!r} must begin with one of {', '.join(COLLECTIONS)}", "INVALID_ARGUMENT")
+        raise ApiError(
+            f"{target!r} must begin with one of {', '.join(COLLECTIONS)}, or be hf://ORG/NAME or modelscope://ORG/NAME",
+            "INVALID_ARGUMENT",
+        )
+    folder = Path(source)
+    if not folder.exists():
+        raise ApiError(f"there is nothing at {folder}", "NOT_FOUND")
     with settings().connect() as client:
-        sealed = push_with_bar(client, folder, name, kind or KINDS[collection])
+        sealed = push_with_bar(client, folder, target, kind or KINDS[collection])
     _say(to_dict(sealed), f"{sealed.name}  sha256:{sealed.digest[:12]}  {sealed.size_bytes / 1e6:.1f} MB")
+
+
+class _Publishing(NamedTuple):
+    """The options that are for hubs."""
+
+    public: bool
+    license_id: str
+    reports: list[str]
+    leave_out: list[str]
+    dry_run: bool
+
+
+def _publish(name: str, address: publishing.HubAddress, options: _Publishing) -> None:
+    if name.partition("/")[0] not in KINDS:
+        raise ApiError(
+            f"{name!r} is no artifact: its lineage is what the card tells, so push the folder to datasets/ID first",
+            "INVALID_ARGUMENT",
+        )
+    from fabrictune import local
+
+    with settings().connect() as client:
+        planned = publishing.plan(client, name, address, options.license_id, options.reports, options.leave_out)
+        if options.dry_run:
+            text = "\n".join([planned.card, "Files:", *(f"  {path}" for path in planned.files)])
+            if settings().json:
+                print_json({"card": planned.card, "files": planned.files})
+            else:
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+            return
+        local.check_publishing(address.hub)
+        with new_progress(errors) as display:
+            task = display.add_task(f"pull {name}", total=planned.artifact.size_bytes, figures="bytes")
+            folder = publishing.lay_out(client, planned, lambda n: display.advance(task, n))
+    done = local.publish_folder(
+        address.hub,
+        address.name,
+        planned.artifact.kind,
+        folder,
+        public=options.public,
+        license_id=options.license_id,
+        message=f"{name} sha256:{planned.artifact.digest[:12]}",
+    )
+    publishing.clear(planned)
+    seen = "private" if done.private else "public"
+    _say({"address": done.address, "private": done.private}, f"{name} is at {done.address} ({seen})")
 
 
 @app.command("rm")

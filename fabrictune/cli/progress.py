@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from google.protobuf import json_format
@@ -21,7 +22,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from fabrictune.cli.context import console, print_json_line, settings
+from fabrictune.cli.context import console, errors, print_json_line, settings
+from fabrictune.sources import Rows, find_rows, is_remote, public_uri
 from fabrictune.v1 import job_pb2
 
 LINE_SECONDS = 20.0
@@ -127,6 +129,15 @@ class StageListener:
     def log(self, line: job_pb2.LogLine) -> None:
         """A line above the bar."""
         print_log(self._display, line)
+
+
+def find_with_bar(uri: str, folder: Path = Path()) -> Rows:
+    """The rows of a source, with a bar while they are fetched."""
+    if settings().json or not is_remote(uri):
+        return find_rows(uri, folder)
+    with new_progress(errors) as display:
+        task = display.add_task(f"fetch {public_uri(uri)}", total=None, figures="bytes")
+        return find_rows(uri, folder, lambda have, total: display.update(task, completed=have, total=total))
 
 
 def show_progress(display: Progress, task: Any, progress: job_pb2.Progress) -> None:

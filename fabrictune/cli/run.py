@@ -15,11 +15,12 @@ from fabrictune.cli import results
 from fabrictune.cli.artifacts import import_with_bar, push_with_bar
 from fabrictune.cli.context import console, print_json, print_message, settings, to_dict
 from fabrictune.cli.jobs import raise_failure
-from fabrictune.cli.progress import new_progress, print_log, show_progress
-from fabrictune.cli.stages import read_spec
+from fabrictune.cli.progress import find_with_bar, new_progress, print_log, show_progress
+from fabrictune.cli.stages import read_sources, read_spec
 from fabrictune.client import ENDED, SUCCEEDED, Client
 from fabrictune.errors import ApiError
 from fabrictune.rows import push_rows
+from fabrictune.sources import resolve_alias
 from fabrictune.v1 import job_pb2
 
 POLL_SECONDS = 0.5
@@ -71,15 +72,14 @@ def run(
 
 
 def _bring_inputs(client: Client, spec: Mapping[str, Any], folder: Path) -> None:
-    """Push local rows, and import the base model when it is the embedded one and not there yet."""
+    """Fetch and push the rows, and import the base model when it is the embedded one and not there yet."""
     for section in ("conversion", "training"):
         if not isinstance(spec.get(section), dict):
             raise ApiError(f"the run needs a section `{section}:`", "INVALID_ARGUMENT")
-    sources = spec["conversion"].get("sources")
-    if not isinstance(sources, list) or not all(isinstance(s, dict) and isinstance(s.get("uri"), str) for s in sources):
-        raise ApiError("conversion.sources must be a list of mappings with a `uri`", "INVALID_ARGUMENT")
+    sources = read_sources(spec["conversion"])
+    sources[:] = [resolve_alias(source) for source in sources]
     for source in sources:
-        source["uri"] = push_rows(client, source["uri"], push_with_bar, folder)
+        source["uri"] = push_rows(client, source["uri"], push_with_bar, folder, find_with_bar)
     base = str(spec["training"].get("base_model", ""))
     from fabrictune import local
 

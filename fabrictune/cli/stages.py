@@ -6,7 +6,7 @@ on the endpoint and follows it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +16,12 @@ import yaml
 from fabrictune.cli.artifacts import push_with_bar
 from fabrictune.cli.context import console, errors, print_json, print_message, settings
 from fabrictune.cli.jobs import raise_failure
-from fabrictune.cli.progress import StageListener, follow, new_progress
+from fabrictune.cli.preview import preview_sources, show_preview
+from fabrictune.cli.progress import StageListener, find_with_bar, follow, new_progress
 from fabrictune.client import Jobs
 from fabrictune.errors import ApiError
 from fabrictune.rows import push_rows
+from fabrictune.sources import is_artifact, public_uri, resolve_alias
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Write into this new folder, in this process, without a server.")
@@ -33,32 +35,51 @@ Detach = Annotated[bool, typer.Option("--detach", "-d", help="Start the job and 
 
 
 def convert(
-    sources: Annotated[list[str], typer.Argument(help="Rows: .jsonl files, folders of them, or datasets/ID.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Rows: files, folders, datasets/ID, https://…, s3://…, hf:ORG/NAME, ms:ORG/NAME, or ms-agent, ms-bench, … "
+            "(docs/datasets.md); those of --spec when absent."
+        ),
+    ] = None,
     output: Output = None,
     job_id: JobId = "",
+    form: Annotated[
+        str, typer.Option("--format", help="Of all these sources: ms_agent, agentfabric, openai or chat.")
+    ] = "",
     layout: Annotated[str, typer.Option(help="split (results return in the user turn), inline, or both.")] = "",
     distractors: Annotated[str, typer.Option(help="MIN:MAX tools of other rows added to each prompt.")] = "",
     seed: Annotated[int | None, typer.Option(help="Of the order, the split and the distractors.")] = None,
+    preview: Annotated[
+        int, typer.Option(min=0, max=50, help="Show so many rows of each source before and after; convert nothing.")
+    ] = 0,
     spec_file: SpecFile = None,
     dry_run: DryRun = False,
     detach: Detach = False,
 ) -> None:
-    """Turn ms_agent rows into training rows in AgentFabric's prompt form.
+    """Turn rows into training rows in AgentFabric's prompt form.
 
     Every row is converted or refused by name (rejects.jsonl); tools are split, so that none is in two parts.
     """
     spec = read_spec(spec_file)
-    spec["sources"] = [{"uri": s, **({"layout": layout} if layout else {})} for s in sources]
+    spec["sources"] = _name_sources(sources or [], {"format": form, "layout": layout}, spec)
+    folder = spec_file.parent if spec_file and not sources else Path()
     if distractors:
         spec["distractors"] = _parse_range(distractors)
     if seed is not None:
         spec["seed"] = seed
+    if preview:
+        show_preview(preview_sources(spec, folder, preview))
+        return
     if output is not None:
-        paths = {f"sources/{i}": Path(s) for i, s in enumerate(sources)}
+        paths = {f"sources/{i}": _find_here(s["uri"], folder) for i, s in enumerate(spec["sources"])}
+        spec["sources"] = [{**s, "uri": public_uri(s["uri"])} for s in spec["sources"]]
         _run_here("conversion", spec, paths, output)
         return
     with settings().connect() as client:
-        spec["sources"] = [{**s, "uri": push_rows(client, s["uri"], push_with_bar)} for s in spec["sources"]]
+        spec["sources"] = [
+            {**s, "uri": push_rows(client, s["uri"], push_with_bar, folder, find_with_bar)} for s in spec["sources"]
+        ]
         _start(client.conversion, spec, job_id, dry_run, detach)
 
 
@@ -154,6 +175,35 @@ def read_spec(file: Path | None) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise ApiError(f"{file} must hold a mapping, such as `training: …`", "INVALID_ARGUMENT")
     return read
+
+
+def read_sources(conversion: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sources of a conversion's spec. Raises ApiError."""
+    sources = conversion.get("sources")
+    if not isinstance(sources, list) or not all(isinstance(s, dict) and isinstance(s.get("uri"), str) for s in sources):
+        raise ApiError("conversion.sources must be a list of mappings with a `uri`", "INVALID_ARGUMENT")
+    return sources
+
+
+def _name_sources(named: Sequence[str], options: Mapping[str, str], spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sources of the command, with the options for all of them; without any, those of the spec, each with its own."""
+    given = {key: value for key, value in options.items() if value}
+    if named:
+        return [resolve_alias({"uri": uri, **given}) for uri in named]
+    if given or "sources" not in spec:
+        raise ApiError(
+            "name the rows to convert, or give a --spec with `sources` and their options", "INVALID_ARGUMENT"
+        )
+    return [resolve_alias(source) for source in read_sources(spec)]
+
+
+def _find_here(uri: str, folder: Path) -> Path:
+    if is_artifact(uri) and not (folder / uri).exists():
+        raise ApiError(
+            f"{uri} is on a server, and --output works without one: `fabrictune artifacts pull {uri} FOLDER` first",
+            "INVALID_ARGUMENT",
+        )
+    return find_with_bar(uri, folder).path
 
 
 def _start(api: Jobs, spec: Mapping[str, Any], job_id: str, dry_run: bool, detach: bool) -> None:

@@ -78,6 +78,11 @@ class Artifacts:
             raise NotFound(f"there is no artifact {name}", {"name": name})
         return _parse(name, stored)
 
+    def exists(self, name: str) -> bool:
+        """Whether it is there, whole. Raises InvalidSpec (no artifact's name)."""
+        check_name(name)
+        return self._store.get_json(f"{name}/manifest.json") is not None
+
     def names(self, prefix: str) -> builtins.list[str]:
         """Names below a prefix, in order."""
         folders = self._store.list_folders(prefix)
@@ -199,6 +204,14 @@ class Artifacts:
         if hashlib.sha256(data).hexdigest() != file.sha256:
             raise DataLoss(f"{manifest.name}/{path} is not what was stored: its hash differs")
         return data
+
+    def read_head(self, manifest: Manifest, path: str, size: int) -> bytes:
+        """The first bytes of a file, at most `size`; not verified, since a hash is one of the whole. Raises NotFound."""
+        file = next((f for f in manifest.files if f.path == path), None)
+        if file is None:
+            raise NotFound(f"{manifest.name} has no {path}")
+        # Of an empty object there is no range to ask for.
+        return self._store.get_head(f"{manifest.name}/{manifest.attempt}/{path}", size) if file.size else b""
 
     def cached(self, name: str, digest: str = "") -> Path:
         """The artifact's folder on this machine, read-only by agreement; fetched once for all processes.

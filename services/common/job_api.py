@@ -10,6 +10,7 @@ from google.protobuf import empty_pb2, json_format
 from google.protobuf.message import Message
 
 from fabrictune.v1 import job_pb2
+from services.common.artifacts import Artifacts
 from services.common.clusters import Cluster, Workload
 from services.common.errors import InvalidSpec
 from services.common.job_state import JobView, execution_of, progress_message
@@ -40,6 +41,11 @@ class JobApi(Generic[R]):
 
     def __init__(self, jobs: Jobs, cluster: Cluster, resource: type[R]) -> None:
         self._jobs, self._cluster, self._resource = jobs, cluster, resource
+
+    @property
+    def artifacts(self) -> Artifacts:
+        """Where the jobs' inputs and outputs are."""
+        return self._jobs.artifacts
 
     async def create(self, job: Any, job_id: str, request: CreateRequest) -> R:
         """Accept a job, or, with validate_only, return its plan."""

@@ -61,6 +61,11 @@ class Jobs:
         self._stage, self._store, self._artifacts, self._cluster = stage, store, artifacts, cluster
         self._log = get_logger(stage.kind)
 
+    @property
+    def artifacts(self) -> Artifacts:
+        """Where their inputs and outputs are."""
+        return self._artifacts
+
     async def create(
         self,
         spec: Mapping[str, Any],

@@ -39,6 +39,11 @@ class Stage(Generic[S]):
     A resumed run gets one more role, "checkpoint". Raises errors of services.common.errors; a SIGTERM to the worker
     arrives as `Cancelled`, raised in the main thread.
     """
+    share: Callable[[S, Mapping[str, Path], Path, tuple[int, int], Reporter], None] | None = None
+    """(spec, inputs, folder, (this node, nodes), reporter): a node's part of the work, where nodes work apart.
+
+    `run` then finds the nodes' folders among its inputs, as "shares/0", "shares/1", … None: nodes compute together in `run`.
+    """
     versions: tuple[str, ...] = ()
     """Packages whose versions belong into the manifest, such as "ms-swift"."""
     verdict: Callable[[Mapping[str, Any]], None] | None = None

@@ -8,6 +8,7 @@ up` stopped) writes no outcome: whoever starts the next attempt goes on.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import shutil
@@ -37,7 +38,7 @@ from services.common.errors import (
 from services.common.events import EventWriter
 from services.common.job_state import JobRecord
 from services.common.records import accept_record, read_record, read_spec_file
-from services.common.reporter import Progress, Silent
+from services.common.reporter import Progress, Reporter, Silent
 from services.common.stage import Stage
 from services.common.store import Store, open_store
 
@@ -132,12 +133,18 @@ def _run_stage(
     folders = _fetch_inputs(record, artifacts)
     if "checkpoint" in folders:
         events.log(f"goes on from {checkpoints_of(artifacts, record.name)[-1]}")
+    shared = stage.share is not None and spec.resources.nodes > 1
+    if shared:
+        folders |= _do_shares(stage, spec, record, artifacts, events, data_dir, folders)
     with _scratch(data_dir, record) as output:
         metadata = stage.run(spec, folders, output, events)
         events.progress(Progress(unit="files", step=0, phase="uploading"))
-        return artifacts.publish(
+        sealed = artifacts.publish(
             output, record.output, stage.output_kind, created_by=provenance(stage, record), metadata=dict(metadata)
         )
+    if shared:
+        forget_shares(artifacts, record.name)
+    return sealed
 
 
 def _follow(
@@ -145,9 +152,66 @@ def _follow(
 ) -> tuple[int, status_pb2.Status]:
     """One of the further nodes of a job: it computes with the first one, which alone reports, keeps and publishes."""
     spec = stage.spec.model_validate(record.spec)
+    folders = _fetch_inputs(record, artifacts)
+    if stage.share is not None:
+        node = int(os.environ["JOB_COMPLETION_INDEX"])
+        give_share(stage, spec, record, artifacts, data_dir, folders, node, Silent())
+        return 0, status_pb2.Status()
     with _scratch(data_dir, record) as output:
-        stage.run(spec, _fetch_inputs(record, artifacts), output, Silent())
+        stage.run(spec, folders, output, Silent())
     return 0, status_pb2.Status()
+
+
+def _do_shares(
+    stage: Stage[Any],
+    spec: Any,
+    record: JobRecord,
+    artifacts: Artifacts,
+    events: EventWriter,
+    data_dir: Path,
+    folders: Mapping[str, Path],
+) -> dict[str, Path]:
+    """This node's share, then those of the others as they come; the Job fails as a whole when one of them cannot be done."""
+    nodes = spec.resources.nodes
+    give_share(stage, spec, record, artifacts, data_dir, folders, 0, events)
+    for waited in itertools.count():
+        missing = [n for n in range(nodes) if not artifacts.exists(share_name(record.name, n))]
+        events.progress(
+            Progress(unit="shares", step=nodes - len(missing), total_steps=nodes, phase="waiting for shares")
+        )
+        if not missing:
+            break
+        time.sleep(min(0.5 * 1.2**waited, 5))
+    return {f"shares/{n}": artifacts.cached(share_name(record.name, n)) for n in range(nodes)}
+
+
+def give_share(
+    stage: Stage[Any],
+    spec: Any,
+    record: JobRecord,
+    artifacts: Artifacts,
+    data_dir: Path,
+    folders: Mapping[str, Path],
+    node: int,
+    reporter: Reporter,
+) -> None:
+    """Do one node's share and put it where the first node finds it, unless an earlier attempt has done so."""
+    if stage.share is None or artifacts.exists(share_name(record.name, node)):
+        return
+    with _scratch(data_dir, record) as output:
+        stage.share(spec, folders, output, (node, spec.resources.nodes), reporter)
+        artifacts.publish(output, share_name(record.name, node), "share", created_by={"job": record.name})
+
+
+def share_name(job: str, node: int) -> str:
+    """Where a node's share lies until the job has ended."""
+    return f"checkpoints/{job.replace('/', '-')}-shares/step-{node:08d}"
+
+
+def forget_shares(artifacts: Artifacts, job: str) -> None:
+    """Delete what nodes have shared."""
+    for name in artifacts.names(f"checkpoints/{job.replace('/', '-')}-shares/"):
+        artifacts.delete(name)
 
 
 def _fetch_inputs(record: JobRecord, artifacts: Artifacts) -> dict[str, Path]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 from services.conversion.rows import Call, Round, Tool, Turn
 
@@ -55,37 +54,39 @@ TOOL_LINE: Mapping[str, str] = {
 PREFIX: Mapping[str, str] = {"zh": "(。你可以使用工具：[{names}])", "en": "(. you can use tools: [{names}])"}
 
 
-@dataclass(frozen=True)
-class Example:
-    """One training row. expected: the call that its last turn makes (() when no tool fits); None: not to be scored."""
+class Example(NamedTuple):
+    """One training row."""
 
     messages: Sequence[Mapping[str, Any]]
     expected: tuple[Call, ...] | None
+    """The call that its last turn makes (() when no tool fits); None: not to be scored."""
 
 
 def language_of(query: str) -> str:
     """Say "zh" when a text has a Chinese character, else "en"; AgentFabric asks the query only."""
-    return "zh" if CHINESE.search(query) else "en"
+    return (
+        "en" if query.isascii() or not CHINESE.search(query) else "zh"
+    )  # isascii() is asked of a flag, not of the text
 
 
 def render_system(tools: Sequence[Tool], role: str, language: str, wording: str = "0.7.1") -> str:
     """The system prompt that RolePlay sends. role: the instruction's text."""
-    head, middle, rest, tail = re.split(r"\{descs\}|\{names\}|\{tail\}", TOOLS[language])
-    descs = "\n\n".join(map(render_tool, tools))
-    section = head + descs + middle + _names(tools) + rest + ANSWER_TAIL[wording, language] + tail
-    return section + INSTRUCTIONS[language].replace("{role}", role)
+    head, middle, rest, end = _cut_system(language, wording)
+    descs = "\n\n".join([render_tool(tool) for tool in tools])
+    return f"{head}{descs}{middle}{_names(tools)}{rest}{role}{end}"
 
 
-@lru_cache(maxsize=16384)
 def render_tool(tool: Tool) -> str:
     """The line that describes a tool, in the language of its description."""
-    head, tail = TOOL_LINE[language_of(tool.description)].split("{description}")
-    return head.replace("{name}", tool.name) + tool.description + tail.replace("{parameters}", tool.parameters)
+    name, description, parameters = tool
+    of_name, before, between, end = _TOOL_LINE[language_of(description)]
+    return f"{name}{of_name}{name}{before}{description}{between}{parameters}{end}"
 
 
 def render_prefix(tools: Sequence[Tool], language: str) -> str:
     """What RolePlay puts before the last user message."""
-    return PREFIX[language].replace("{names}", _names(tools))
+    head, end = _PREFIX[language]
+    return f"{head}{_names(tools)}{end}"
 
 
 def render_call(call: Call) -> str:
@@ -104,12 +105,14 @@ def render_rows(
     """The training rows of a conversation. layout: "split" or "inline". rounds: (user's text, assistant's turn)."""
     history: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     own = render_prefix(tools, language)
-    for query, turn, prefix in rounds:
-        rows = _split_rows if layout == "split" else _inline_rows
+    rows = _split_rows if layout == "split" else _inline_rows
+    last = len(rounds) - 1
+    for number, (query, turn, prefix) in enumerate(rounds):
         yield from rows(history, (own if prefix is None else prefix) + query, turn)
-        # In later rounds this one is history: without the prefix, as one finished text, and not trained again.
-        history.append({"role": "user", "content": query})
-        history.append({"role": "assistant", "content": _transcript(turn), "loss": False})
+        if number < last:
+            # For later rounds this one is history: without the prefix, as one finished text, and not trained again.
+            history.append({"role": "user", "content": query})
+            history.append({"role": "assistant", "content": _transcript(turn), "loss": False})
 
 
 def render_together(system: str, tools: Sequence[Tool], rounds: Sequence[Round], language: str) -> list[dict[str, Any]]:
@@ -170,4 +173,17 @@ def _go_on(call: Call, first: bool) -> str:
 
 
 def _names(tools: Sequence[Tool]) -> str:
-    return ",".join(tool.name for tool in tools)
+    return ",".join([tool.name for tool in tools])
+
+
+# Templates are cut at their places once: `replace` would also find a place in what stands in another one.
+_PREFIX = {language: text.split("{names}") for language, text in PREFIX.items()}
+_TOOL_LINE = {
+    language: re.split(r"\{name\}|\{description\}|\{parameters\}", text)[1:] for language, text in TOOL_LINE.items()
+}
+
+
+@cache
+def _cut_system(language: str, wording: str) -> list[str]:
+    whole = TOOLS[language].replace("{tail}", ANSWER_TAIL[wording, language]) + INSTRUCTIONS[language]
+    return re.split(r"\{descs\}|\{names\}|\{role\}", whole)

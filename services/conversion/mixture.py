@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 from services.common.errors import InvalidData
@@ -58,6 +59,10 @@ class ToolGroups:
             name = self._parent[name]
         return name
 
+    def pairs(self) -> list[tuple[str, str]]:
+        """(tool, its group) of every tool; ties of these pairs make the same groups elsewhere."""
+        return [(name, self.root(name)) for name in self._parent]
+
     def members(self) -> dict[str, int]:
         """Group → how many tools it has."""
         sizes: dict[str, int] = {}
@@ -98,7 +103,7 @@ def add_distractors(tools: Sequence[Tool], pool: Sequence[Tool], count: int, see
 
     A tool that shares a telling word with one of the row's own is left out: it might fit the question as well.
     """
-    own = set().union(*(_words(t) for t in tools)) if tools else set()
+    own = set().union(*(_words(t.name) for t in tools)) if tools else set()
     names = {t.name for t in tools}
     chosen = list(tools)
     start, stride = seeded(seed, "distractor", row_id), _stride(len(pool))
@@ -107,7 +112,7 @@ def add_distractors(tools: Sequence[Tool], pool: Sequence[Tool], count: int, see
             break
         # A walk with a stride that has no factor in common with the pool's length visits every tool once.
         tool = pool[(start + step * stride) % len(pool)]
-        if tool.name not in names and not (_words(tool) & own):
+        if tool.name not in names and not (_words(tool.name) & own):
             names.add(tool.name)
             chosen.append(tool)
     return sorted(chosen, key=lambda t: seeded(seed, "place", row_id, t.name))
@@ -115,9 +120,9 @@ def add_distractors(tools: Sequence[Tool], pool: Sequence[Tool], count: int, see
 
 def fits_none(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> bool:
     """Whether a question about `query_tools` surely fits none of `tools`: no common name, no telling word in common."""
-    words = set().union(*(_words(t) for t in query_tools))
+    words = set().union(*(_words(t.name) for t in query_tools))
     names = {t.name for t in query_tools}
-    return not any(t.name in names or _words(t) & words for t in tools)
+    return not any(t.name in names or _words(t.name) & words for t in tools)
 
 
 def pick_one(options: Sequence[T], seed: int, *parts: object) -> T:
@@ -134,6 +139,7 @@ def _stride(length: int) -> int:
     return next(s for s in range(7919, 7919 + length + 2) if math.gcd(s, length) == 1)
 
 
-def _words(tool: Tool) -> set[str]:
-    spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", tool.name)
-    return {w for w in re.findall(r"[^\W\d_]+", spaced.lower()) if w not in COMMON}
+@lru_cache(maxsize=16384)
+def _words(name: str) -> frozenset[str]:
+    spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
+    return frozenset(w for w in re.findall(r"[^\W\d_]+", spaced.lower()) if w not in COMMON)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +24,7 @@ from services.conversion.refusals import (
     Refused,
 )
 from services.conversion.rows import Call, Tool, Turn, make_call, make_tool, unique_tools
+from services.conversion.schemas import make_schema
 
 MARKER = "You have access to the following APIs:"
 FORMAT_BLOCK = "\nUse the following format:"
@@ -133,7 +134,7 @@ def _parse_api(block: str, number: int) -> Tool:
         _, found, after = before.partition("API.")
         description = after if found else before
     description = description.strip().removesuffix(".").strip()
-    return make_tool(name, description, _to_schema(raw, name))
+    return make_tool(name, description, make_schema(raw, name))
 
 
 def _find_parameters(text: str, name: str) -> tuple[Any, str]:
@@ -164,49 +165,6 @@ def _decode(text: str) -> Any | None:
         return ast.literal_eval(body)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
-
-
-def _to_schema(raw: Any, name: str) -> dict[str, Any]:
-    if isinstance(raw, dict):
-        properties, required = (
-            raw.get("properties", {} if raw.get("type") == "object" else None),
-            raw.get("required") or [],
-        )
-        if not isinstance(properties, dict) or not isinstance(required, list):
-            raise Refused(INVALID_PARAMETERS, f"tool {name!r}: an object that is no JSON schema of an object")
-        typed = {key: _with_type(value, name) for key, value in properties.items()}
-        return {"type": "object", "properties": typed, "required": [r for r in required if r in typed]}
-    if not isinstance(raw, list):
-        raise Refused(INVALID_PARAMETERS, f"tool {name!r}: neither a list nor an object")
-    properties, required = {}, []
-    for item in raw:
-        if (
-            not isinstance(item, dict)
-            or not isinstance(item.get("name"), str)
-            or not item["name"]
-            or item["name"] in properties
-        ):
-            raise Refused(INVALID_PARAMETERS, f"tool {name!r}: {str(item)[:80]} is no parameter with a name of its own")
-        properties[item["name"]] = _property(item, name)
-        if str(item.get("required")).strip().lower() == "true":
-            required.append(item["name"])
-    return {"type": "object", "properties": properties, "required": required}
-
-
-def _property(item: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """{"type", "description", …}: the order in which AgentFabric prints them; `schema` stands for what it holds."""
-    schema = item.get("schema")
-    nested = isinstance(item.get("required"), list) and isinstance(item.get("properties"), dict)
-    rest = {k: v for k, v in item.items() if k not in ("name", "schema") and (k != "required" or nested)}
-    return _with_type({**rest, **schema} if isinstance(schema, dict) else rest, name)
-
-
-def _with_type(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise Refused(INVALID_PARAMETERS, f"tool {name!r}: a property that is no object")
-    return {"type": value.get("type") or "string", "description": value.get("description") or "", **{
-        k: v for k, v in value.items() if k not in ("type", "description")
-    }}  # fmt: skip
 
 
 def _literal(text: str, code: str) -> Any:

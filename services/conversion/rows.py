@@ -69,6 +69,8 @@ class Conversation(NamedTuple):
     rounds: tuple[Round, ...]
     system: str | None = None
     """Kept word for word (AgentFabric's own rows, plain chat; "" sends none); None: rendered from the tools."""
+    instruction: str = ""
+    """The row's own role text, where the prompt is rendered from the tools; "": one of the spec's."""
 
 
 def make_tool(name: str, description: str, schema: Mapping[str, Any]) -> Tool:
@@ -94,12 +96,6 @@ def unique_tools(tools: Sequence[Tool]) -> tuple[Tool, ...]:
         if by_name.setdefault(tool.name, tool) != tool:
             raise Refused(DUPLICATE_TOOL, f"{tool.name!r} is defined twice, differently")
     return tuple(by_name.values())
-
-
-def to_openai(tool: Tool) -> dict[str, Any]:
-    """The OpenAI function object."""
-    told = {"name": tool.name, "description": tool.description, "parameters": json.loads(tool.parameters)}
-    return {"type": "function", "function": told}
 
 
 def _to_json(value: Mapping[str, Any], code: str, what: str) -> str:

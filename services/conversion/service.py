@@ -1,15 +1,28 @@
-"""The conversion service: ms_agent rows become AgentFabric training rows."""
+"""The conversion service: rows of several forms become AgentFabric training rows."""
 
 from __future__ import annotations
 
+import asyncio
+import tempfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
-from google.protobuf import empty_pb2
+from google.protobuf import empty_pb2, json_format
+from pydantic import ValidationError
 
 from fabrictune.v1 import conversion_pb2, conversion_pb2_grpc, job_pb2
-from services.common.job_api import JobApi, Offer
+from services.common.artifacts import Artifacts, Manifest
+from services.common.errors import InvalidSpec, Violation
+from services.common.job_api import JobApi, Offer, spec_dict
+from services.common.validation import violations_of
+from services.conversion.preview import HEAD_BYTES, MOST_ROWS, ROWS, preview_head, to_plain
+from services.conversion.sources import find_files
+from services.conversion.spec import Spec
 from services.conversion.worker import STAGE
+
+ANSWER_BYTES = 3 << 20
+"""Of a preview: gRPC's clients take 4 MB in one message."""
 
 
 class ConversionService(conversion_pb2_grpc.ConversionServiceServicer):
@@ -54,6 +67,50 @@ class ConversionService(conversion_pb2_grpc.ConversionServiceServicer):
         """Events of a job."""
         async for event in self._api.watch(request):
             yield event
+
+    async def PreviewConversion(
+        self, request: conversion_pb2.PreviewConversionRequest, context: Any
+    ) -> conversion_pb2.PreviewConversionResponse:
+        """The first rows before and after."""
+        return await asyncio.to_thread(preview_conversion, request, self._api.artifacts)
+
+
+def preview_conversion(
+    request: conversion_pb2.PreviewConversionRequest, artifacts: Artifacts
+) -> conversion_pb2.PreviewConversionResponse:
+    """The first rows of the first source, an artifact. Raises InvalidSpec, NotFound, InvalidData: it has no rows."""
+    if request.rows < 0:
+        raise InvalidSpec("there is nothing to preview", violations=[Violation("rows", "must be positive")])
+    try:
+        spec = Spec.model_validate(spec_dict(request.spec))
+    except ValidationError as error:
+        raise InvalidSpec("the conversion cannot be previewed", violations=violations_of(error, "spec")) from None
+    manifest = artifacts.get(spec.sources[0].uri)
+    path = _find_rows(manifest, spec.sources[0].files)
+    head = artifacts.read_head(manifest, path, HEAD_BYTES)
+    whole = any(f.path == path and f.size <= HEAD_BYTES for f in manifest.files)
+    answer, size = conversion_pb2.PreviewConversionResponse(), 0
+    for shown in preview_head(head, whole, Path(path).name, spec, min(request.rows or ROWS, MOST_ROWS)):
+        row = json_format.ParseDict(to_plain(shown), conversion_pb2.PreviewedRow())
+        if row.ByteSize() > ANSWER_BYTES:
+            row.after_left_out += len(row.after)
+            row.ClearField("after")
+            row.ClearField("before")
+        size += row.ByteSize()
+        if size > ANSWER_BYTES:
+            break
+        answer.rows.append(row)
+    return answer
+
+
+def _find_rows(manifest: Manifest, pattern: str) -> str:
+    """The first rows file, which is the one that a worker would read first."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, manifest.name)
+        for file in manifest.files:
+            (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file.path).touch()
+        return find_files(folder, pattern)[0].relative_to(folder).as_posix()
 
 
 OFFER = Offer(

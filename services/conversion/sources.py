@@ -1,12 +1,15 @@
-"""Reads raw rows, one line at a time, with the line number and byte offset that a refusal names."""
+"""Finds the rows of a source and reads them in chunks, each by itself: the unit that processes and shards share out.
+
+A plain file is cut about every CHUNK_BYTES at a line's end; what is packed is read from its beginning, so it is one chunk.
+"""
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import orjson
 
@@ -14,17 +17,36 @@ from services.common.errors import InvalidData
 from services.conversion.refusals import INVALID_JSON, ROW_TOO_LARGE, WRONG_ENCODING, Refused
 
 BOM = b"\xef\xbb\xbf"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PACKED = (".jsonl.gz", ".jsonl.zst")
+PARQUET = ".parquet"
+SUFFIXES = (".jsonl", *PACKED, PARQUET)
+CHUNK_BYTES = 8 << 20
+PACKED_RATIO = 6
+"""About so many times larger are rows when they are unpacked."""
 
 
-@dataclass(frozen=True)
-class RawRow:
-    """One line of a source. offset: bytes before it in the (unpacked) file."""
+class RawRow(NamedTuple):
+    """One line of a source, or one row of a table as JSON."""
 
-    source: str
-    line: int
-    offset: int
     data: bytes
+    line: int
+    """In its chunk, from 1."""
+    offset: int
+    """Bytes before it in the (unpacked) file; rows before it in a table."""
+
+
+class Chunk(NamedTuple):
+    """A part of a file."""
+
+    number: int
+    """Among all chunks of the conversion."""
+    source: int
+    path: str
+    name: str
+    """The file's, as the report tells it."""
+    start: int = 0
+    end: int = 0
+    """Bytes of a plain file: lines that begin in start..end. 0..0 reads all of it."""
 
 
 def find_files(path: Path, pattern: str) -> list[Path]:
@@ -39,17 +61,44 @@ def find_files(path: Path, pattern: str) -> list[Path]:
     return found
 
 
-def read_rows(file: Path, source: str) -> Iterator[RawRow]:
-    """The lines of a file that are not blank. Raises InvalidData when it cannot be unpacked."""
-    offset = 0
+def cut_chunks(files: Sequence[tuple[int, Path]], chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
+    """(source's number, file) → chunks, in order. They depend on nothing but the files' sizes."""
+    chunks: list[Chunk] = []
+    for source, file in files:
+        size = 0 if file.name.endswith((*PACKED, PARQUET)) else file.stat().st_size
+        starts = range(0, size, chunk_bytes) if size else (0,)
+        chunks += [
+            Chunk(len(chunks) + n, source, str(file), file.name, start, min(start + chunk_bytes, size))
+            for n, start in enumerate(starts)
+        ]
+    return chunks
+
+
+def unpacked_bytes(files: Sequence[tuple[int, Path]]) -> int:
+    """About how many bytes the rows of these files have."""
+    return sum(
+        file.stat().st_size * (PACKED_RATIO if file.name.endswith((*PACKED, PARQUET)) else 1) for _, file in files
+    )
+
+
+def read_rows(chunk: Chunk) -> Iterator[RawRow]:
+    """The rows of a chunk, blank ones too, so that lines can be counted. Raises InvalidData when it cannot be unpacked."""
+    path = Path(chunk.path)
+    if path.name.endswith(PARQUET):
+        yield from _read_table(path)
+        return
     try:
-        with _open(file) as lines:
+        with _open(path) as lines:
+            offset = _seek_line(lines, chunk.start)
+            if chunk.end and offset >= chunk.end:
+                return
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield RawRow(source, number, offset, line.rstrip(b"\r\n"))
+                yield RawRow(line.rstrip(b"\r\n"), number, offset)
                 offset += len(line)
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise InvalidData(f"{file.name} cannot be unpacked: {error}") from None
+                if chunk.end and offset >= chunk.end:
+                    return
+    except (OSError, EOFError, zlib.error, _zstd_error(path)) as error:
+        raise InvalidData(f"{path.name} cannot be unpacked: {error}") from None
 
 
 def decode_row(data: bytes, max_bytes: int) -> dict[str, Any]:
@@ -74,11 +123,48 @@ def _explain(data: bytes, error: orjson.JSONDecodeError) -> tuple[str, str]:
     return INVALID_JSON, str(error)[:120]
 
 
-def _open(file: Path) -> IO[bytes]:
-    if file.name.endswith(".gz"):
-        return gzip.open(file, "rb")  # type: ignore[return-value]  # GzipFile is read like one
-    if file.name.endswith(".zst"):
+def _seek_line(lines: IO[bytes], start: int) -> int:
+    """Go to the first line that begins at `start` or after it; returns where that is."""
+    if not start:
+        return 0
+    lines.seek(start - 1)
+    return start - 1 + len(lines.readline())
+
+
+def _read_table(path: Path) -> Iterator[RawRow]:
+    from arro3.io import read_parquet
+
+    number = 0
+    try:
+        for batch in read_parquet(path):
+            names = batch.schema.names
+            columns = [batch.column(name).to_pylist() for name in names]
+            for values in zip(*columns, strict=True):
+                number += 1
+                row = dict(zip(names, values, strict=True))
+                yield RawRow(orjson.dumps(row, default=str), number, number - 1)
+    except (ValueError, OSError, TypeError) as error:
+        raise InvalidData(f"{path.name} cannot be read as Parquet: {error}") from None
+    except BaseException as error:
+        # arro3 0.9.1 panics on a broken footer, and a panic is no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InvalidData(f"{path.name} cannot be read as Parquet: {error}") from None
+
+
+def _zstd_error(path: Path) -> type[Exception]:
+    if not path.name.endswith(".zst"):
+        return OSError
+    import zstandard
+
+    return zstandard.ZstdError
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rb")  # type: ignore[return-value]  # GzipFile is read like one
+    if path.name.endswith(".zst"):
         import zstandard
 
-        return zstandard.open(file, "rb")  # type: ignore[no-any-return]
-    return file.open("rb")
+        return zstandard.open(path, "rb")  # type: ignore[no-any-return]
+    return path.open("rb", buffering=1 << 18)

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from services.common.resources import Resources
+
 
 def _or(default: str) -> BeforeValidator:
     """Protobuf leaves a string that was not set empty."""
@@ -21,9 +23,12 @@ class Source(_Model):
 
     uri: str = Field(min_length=1, description="datasets/an-id, or, on one machine, a path")
     files: str = Field("", description="a glob inside a folder; all rows files when it is empty")
-    format: Annotated[Literal["ms_agent"], _or("ms_agent")] = "ms_agent"
-    layout: Annotated[Literal["split", "inline", "both"], _or("split")] = "split"
+    format: Annotated[Literal["ms_agent", "agentfabric", "openai", "chat"], _or("ms_agent")] = "ms_agent"
+    layout: Annotated[Literal["split", "inline", "both"], _or("both")] = "both"
     count: int = Field(0, ge=0, description="at most so many rows, chosen by the seed; 0 takes all")
+    mix_ratio: float = Field(
+        0, ge=0, le=1000, description="at most so many times the rows of the sources that have none; 0: no such limit"
+    )
     split: Annotated[Literal["auto", "train", "validation", "test"], _or("auto")] = "auto"
 
 
@@ -83,6 +88,21 @@ INSTRUCTIONS = (
 )
 
 
+class SelfCognition(_Model):
+    """Rows in which the model says who it is."""
+
+    count: int = Field(0, ge=0, le=1_000_000, description="how many; the recipe has 3000")
+    name: str = Field("", max_length=100, description="what the model is called")
+    author: str = Field("", max_length=100, description="who made it")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> SelfCognition:
+        missing = [field for field in ("name", "author") if not getattr(self, field).strip()]
+        if self.count and missing:
+            raise ValueError(f"{self.count} rows are asked for, but {' and '.join(missing)} must be told")
+        return self
+
+
 class Spec(_Model):
     """One conversion."""
 
@@ -99,6 +119,13 @@ class Spec(_Model):
     summaries: float = Field(
         1.0, ge=0, le=1, description="part of the rows sharing a prompt whose summary is trained too"
     )
+    self_cognition: SelfCognition = Field(default_factory=lambda: SelfCognition.model_validate({}))
+    duplicates: Annotated[Literal["exact", "near", "keep"], _or("exact")] = "exact"
+    pictures: bool = Field(True, description="pictures of a result are shown in the answer, as the prompt asks")
+    tokenizer: str = Field(
+        "", description="models/an-id (or, on one machine, a folder): the report tells rows' lengths in its tokens"
+    )
+    resources: Resources = Field(default_factory=lambda: Resources.model_validate({}))
     seed: int = 42
     max_reject_ratio: float = Field(
         0.5, ge=0, le=1, description="the job fails when a larger part of the rows is refused"
@@ -117,3 +144,17 @@ class Spec(_Model):
         if value.min < 1:
             raise ValueError("a prompt has one question or more")
         return value
+
+    @field_validator("resources")
+    @classmethod
+    def _check_resources(cls, value: Resources) -> Resources:
+        if value.gpus:
+            raise ValueError("a conversion uses no GPU")
+        return value
+
+    @property
+    def all_sources(self) -> tuple[Source, ...]:
+        """The sources, and self-cognition as one more when there is some."""
+        if not self.self_cognition.count:
+            return self.sources
+        return (*self.sources, Source.model_validate({"uri": "self-cognition", "layout": "split", "split": "train"}))

@@ -1,101 +1,129 @@
-"""The conversion worker: reads every source, refuses or converts every row, splits by tool, writes the dataset.
+"""The conversion worker: every row of every source is refused by name or converted, then dealt to train, validation and test.
 
-Conversations are held in memory between the two passes (which tools stand together; then what is written), about as many
-bytes as the sources have.
+Two passes, with rows on disk between them, so memory does not grow with the data: `reading` understands rows and puts them
+into buckets of their seeded order, `planning` decides which go on and where, `writing` renders bucket after bucket. Both
+passes use every core; the result is the same to the byte whatever their number.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from services.common.errors import InvalidData
 from services.common.reporter import Progress, Reporter
 from services.common.stage import Stage
-from services.conversion.mixture import SPLITS, ToolGroups, assign_splits, seeded_order
-from services.conversion.readers import READERS
-from services.conversion.refusals import Refused
+from services.conversion.assembly import join_parts, join_rejects, place_refusal, write_report
+from services.conversion.planning import make_plan, number_lines
+from services.conversion.processes import count_processes, run_tasks
+from services.conversion.reading import read_chunks, read_summary
 from services.conversion.report import Report
-from services.conversion.sources import RawRow, decode_row, find_files, read_rows
-from services.conversion.spec import Source, Spec
-from services.conversion.writing import EVERY, DatasetWriter, Row
+from services.conversion.sources import CHUNK_BYTES, Chunk, cut_chunks, find_files, unpacked_bytes
+from services.conversion.spec import Spec
+from services.conversion.spill import count_buckets
+from services.conversion.writing import Plan, write_buckets
+
+Told = Callable[[int], None]
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter) -> dict[str, Any]:
-    """Convert the sources. inputs: "sources/0", "sources/1", …: folders or files."""
-    report = Report()
-    with DatasetWriter(spec, output, report) as writer:
-        rows = list(_read_all(spec, inputs, report, writer, reporter))
-        splits = _split(spec, rows)
-        for split in SPLITS:
-            members = seeded_order([r for r in rows if splits[repr(r)] == split], spec.seed, "order")
-            writer.write_split(split, members, reporter)
-    report.converted = report.rows_in - sum(report.rejected.values())
-    told = report.to_json(spec.model_dump(mode="json"))
-    (output / "report.json").write_text(json.dumps(told, ensure_ascii=False, indent=1), encoding="utf-8")
+    """Convert the sources.
+
+    inputs: "sources/0", "sources/1", …: folders or files; "tokenizer" when the spec names one; "shares/0", … when nodes have
+    already read them.
+    """
+    work = _Work.plan(spec, inputs)
+    scratch = output / ".work"
+    scratch.mkdir()
+    try:
+        shares = [inputs[key] for key in sorted(inputs) if key.startswith("shares/")]
+        if not shares:
+            share(spec, inputs, scratch, (0, 1), reporter)
+        folders = sorted(folder for root in shares or [scratch] for folder in root.glob("read-*"))
+        plan, outcome, report = make_plan(spec, work.chunks, folders, work.buckets, str(inputs.get("tokenizer", "")))
+        _write(plan, folders, scratch, work, report, reporter)
+        before = number_lines(work.chunks, [read_summary(folder) for folder in folders])
+        join_parts(scratch, work.buckets, output)
+        join_rejects(folders, before, output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    for code, examples in report.examples.items():
+        report.examples[code] = [place_refusal(told, before) for told in examples]
+    told = outcome.to_json(report, spec.model_dump(mode="json", exclude={"resources"}), spec.tokenizer)
+    write_report(told, output)
+    for warning in outcome.warnings:
+        reporter.log(warning, "WARNING")
     _judge(spec, report)
     reporter.log(
-        f"{report.rows_in} rows in, {report.converted} converted, {told['rows_rejected']} rejected; wrote {dict(report.rows)}"
+        f"{told['rows_in']} rows in, {told['rows_converted']} converted, {told['rows_rejected']} rejected, "
+        f"{sum(told['rows_duplicate'].values())} duplicates, {told['rows_left_out']} left out; wrote {report.rows}"
     )
-    keys = ("rows_in", "rows_converted", "rows_rejected", "rejected_by_code", "rows_written", "rows_scored", "tools")
-    return {key: told[key] for key in keys}
+    keys = ("rows_in", "rows_converted", "rows_rejected", "rows_duplicate", "rows_left_out")
+    return {key: told[key] for key in (*keys, "rejected_by_code", "rows_written", "rows_scored", "tools")}
 
 
-def _read_all(
-    spec: Spec, inputs: Mapping[str, Path], report: Report, writer: DatasetWriter, reporter: Reporter
-) -> Iterator[Row]:
-    for number, source in enumerate(spec.sources):
-        path = inputs[f"sources/{number}"]
-        taken = []
-        for file in find_files(path, source.files):
-            for raw in read_rows(file, file.name):
-                report.rows_in += 1
-                if report.rows_in % EVERY == 0:
-                    reporter.progress(Progress(unit="rows", step=report.rows_in, phase="reading"))
-                try:
-                    taken.append(_understand(raw, source, spec.max_row_bytes))
-                except Refused as refused:
-                    writer.reject(raw, refused)
-        if source.count and len(taken) > source.count:
-            left_out = seeded_order(taken, spec.seed, "count")[source.count :]
-            report.rows_in -= len(left_out)  # not asked for, so neither converted nor rejected
-            gone = {repr(r) for r in left_out}
-            taken = [r for r in taken if repr(r) not in gone]
-        for row in taken:
-            report.sources[row.raw.source] += 1
-            yield row
-    reporter.progress(Progress(unit="rows", step=report.rows_in, total_steps=report.rows_in, phase="writing"))
+def share(spec: Spec, inputs: Mapping[str, Path], folder: Path, place: tuple[int, int], reporter: Reporter) -> None:
+    """Do one node's part of the first pass. place: (this node, nodes). Leaves a folder "read-…" for each process."""
+    node, nodes = place
+    work = _Work.plan(spec, inputs)
+    chunks = work.chunks[node::nodes]
+    tasks = []
+    for number in range(max(1, min(work.processes, len(chunks)))):
+        target = folder / f"read-{node:04d}-{number:04d}"
+        target.mkdir()
+        tasks.append((spec, chunks[number :: work.processes], target, work.buckets))
+    run_tasks(read_chunks, tasks, _teller(reporter, "reading", 0))
 
 
-def _understand(raw: RawRow, source: Source, max_bytes: int) -> Row:
-    row_id, tools, rounds, system = READERS[source.format](decode_row(raw.data, max_bytes))
-    return Row(row_id or f"{raw.source}:{raw.line}", raw, source, tools, rounds, system)
+@dataclass(frozen=True)
+class _Work:
+    """What there is to do: the same for whoever asks."""
+
+    chunks: Sequence[Chunk]
+    buckets: int
+    processes: int
+    """Of this node."""
+
+    @classmethod
+    def plan(cls, spec: Spec, inputs: Mapping[str, Path]) -> _Work:
+        """From the sources' files."""
+        files = [(n, f) for n, s in enumerate(spec.sources) for f in find_files(inputs[f"sources/{n}"], s.files)]
+        chunks = cut_chunks(files)
+        if spec.self_cognition.count:
+            chunks.append(Chunk(len(chunks), len(spec.sources), "", "self-cognition"))
+        size = unpacked_bytes(files)
+        return cls(chunks, count_buckets(size), 1 if size < CHUNK_BYTES else count_processes())
 
 
-def _split(spec: Spec, rows: Sequence[Row]) -> dict[str, str]:
-    """Row → split."""
-    groups, fixed = ToolGroups(), dict[str, set[str]]()
-    for row in rows:
-        if row.tools:
-            groups.tie([t.name for t in row.tools])
-    for row in rows:
-        if row.tools and row.source.split != "auto":
-            fixed.setdefault(groups.root(row.tools[0].name), set()).add(row.source.split)
-    assigned = assign_splits(groups, fixed, spec.split.validation, spec.split.test, spec.seed)
-    bare = {"auto": "train"}  # rows without tools cannot leak one
-    return {
-        repr(r): assigned[groups.root(r.tools[0].name)] if r.tools else bare.get(r.source.split, r.source.split)
-        for r in rows
-    }
+def _write(plan: Plan, folders: Sequence[Path], scratch: Path, work: _Work, report: Report, reporter: Reporter) -> None:
+    tasks = [
+        (plan, range(n, work.buckets, work.processes), folders, scratch)
+        for n in range(min(work.processes, work.buckets))
+    ]
+    total = sum(plan.rows.values())
+    for part in run_tasks(write_buckets, tasks, _teller(reporter, "writing", total)):
+        report.add(part)
+
+
+def _teller(reporter: Reporter, phase: str, total: int) -> Told:
+    done = 0
+
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
+        reporter.progress(Progress(unit="rows", step=done, total_steps=total, phase=phase))
+
+    return tell
 
 
 def _judge(spec: Spec, report: Report) -> None:
     rejected = sum(report.rejected.values())
     if not report.rows_in:
         raise InvalidData("the sources hold no rows")
-    if not report.rows["train"]:
+    if not report.rows.get("train"):
         raise InvalidData(
             f"no row is left to train on: {rejected} of {report.rows_in} were rejected. {report.explain_rejects()}"
         )
@@ -107,7 +135,8 @@ def _judge(spec: Spec, report: Report) -> None:
 
 
 def _inputs(spec: Spec) -> dict[str, str]:
-    return {f"sources/{number}": source.uri for number, source in enumerate(spec.sources)}
+    tokenizer = {"tokenizer": spec.tokenizer} if spec.tokenizer else {}
+    return {f"sources/{number}": source.uri for number, source in enumerate(spec.sources)} | tokenizer
 
 
 STAGE: Stage[Spec] = Stage(
@@ -118,6 +147,7 @@ STAGE: Stage[Spec] = Stage(
     spec=Spec,
     inputs=_inputs,
     run=run,
+    share=share,
 )
 
 if __name__ == "__main__":

@@ -1,195 +1,223 @@
-"""Rows become training rows: alone, or several questions sharing a prompt; and the dataset's files."""
+"""The second pass: one bucket of rows after the other becomes training rows, in the seeded order, and the dataset's parts.
+
+Rows that share a prompt come from one bucket, so buckets can be written by any process.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from services.common.reporter import Progress, Reporter
-from services.conversion.fabric import Example, language_of, render_rows, render_system, render_together
-from services.conversion.mixture import SPLITS, add_distractors, fits_none, pick_count, pick_one, seeded, seeded_order
-from services.conversion.refusals import ROW_TOO_LONG, Refused
-from services.conversion.report import Report
-from services.conversion.rows import Round, Tool, Turn, to_openai
-from services.conversion.sources import RawRow
-from services.conversion.spec import Source, Spec
+import orjson
 
-EVERY = 500
-"""Rows between two words of progress."""
+from services.conversion.fabric import Example, language_of, render_rows
+from services.conversion.mixture import SPLITS, add_distractors, fits_none, pick_count, pick_one, seeded
+from services.conversion.processes import Tell
+from services.conversion.rendering import LAYOUTS, Renderer
+from services.conversion.report import Report, count
+from services.conversion.rows import Round, Tool, Turn
+from services.conversion.selection import Marks
+from services.conversion.spec import Spec
+from services.conversion.spill import Row, read_bucket, unpack_row, unpack_rows
+from services.conversion.tokens import Tokenizer, open_tokenizer
+
+Question = tuple[str, tuple[Tool, ...]]
+"""A question and the tools of its row."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row that has been understood."""
+class Plan:
+    """What the first pass has decided for the second."""
 
-    id: str
-    raw: RawRow
-    source: Source
-    tools: tuple[Tool, ...]
-    rounds: tuple[Round, ...]
-    system: str | None = None
+    spec: Spec
+    rows: Mapping[int, int]
+    """Chunk → rows."""
+    gone: bytes
+    """Bits of `Marks`: duplicates, and rows that were left out."""
+    splits: Mapping[str, str]
+    """Tool → split."""
+    pools: Mapping[str, Sequence[Tool]] = field(default_factory=dict)
+    """Split → tools that may be added to its prompts, in seeded order."""
+    asked: Sequence[Question] = ()
+    """Questions of training rows that may be asked where their tool is not listed."""
+    tokenizer: str = ""
+    """A folder."""
 
-    def __repr__(self) -> str:
-        return f"{self.raw.source}:{self.id}:{self.raw.offset}"  # what seeded orders know it by
+
+def write_buckets(plan: Plan, buckets: Sequence[int], spilled: Sequence[Path], parts: Path, tell: Tell) -> Report:
+    """Do the second pass over some buckets; leaves `part_file`s. The spilled rows are gone afterwards."""
+    writer = _Writer(plan)
+    for bucket in buckets:
+        writer.write(bucket, spilled, parts, tell)
+    return writer.report
 
 
-class DatasetWriter:
-    """The dataset's files; tools.jsonl has the same ids in the same order as the splits one after the other."""
+def part_file(parts: Path, name: str, bucket: int) -> Path:
+    """A bucket's part of one of the dataset's files; name: a split, or "tools-" and a split."""
+    return parts / f"{name}-{bucket:06d}"
 
-    def __init__(self, spec: Spec, output: Path, report: Report) -> None:
-        self._spec, self._report = spec, report
-        self._files = {
-            name: (output / f"{name}.jsonl").open("w", encoding="utf-8") for name in (*SPLITS, "tools", "rejects")
-        }
 
-    def __enter__(self) -> DatasetWriter:
-        return self
+class _Writer:
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._spec = plan, plan.spec
+        self._sources = plan.spec.all_sources
+        self._gone = Marks(plan.rows, plan.gone)
+        self._renderer = Renderer(plan.spec)
+        self._together = plan.spec.questions.max > 1 or plan.spec.refusals.ratio > 0
+        self._tokenizer: Tokenizer | None = open_tokenizer(Path(plan.tokenizer)) if plan.tokenizer else None
+        self._files: dict[str, BinaryIO] = {}
+        self._lengths: list[Sequence[Mapping[str, Any]]] = []
+        self.report = Report()
 
-    def __exit__(self, *_: object) -> None:
+    def write(self, bucket: int, spilled: Sequence[Path], parts: Path, tell: Tell) -> None:
+        """Write one bucket's parts."""
+        self._files = {name: part_file(parts, name, bucket).open("wb") for s in SPLITS for name in (s, f"tools-{s}")}
+        waiting: list[Row] = []
+        seen = 0
+        for place, packed in unpack_rows(read_bucket(spilled, "rows", bucket)):
+            seen += 1
+            if place not in self._gone:
+                waiting = self._take(unpack_row(packed), waiting)
+        if waiting:
+            self._write_together(waiting)
+        self._count_tokens(0)
         for file in self._files.values():
             file.close()
+        tell(seen)
 
-    def reject(self, raw: RawRow, refused: Refused) -> None:
-        """Put a refused row aside, with the reason."""
-        self._line("rejects", self._report.reject(raw, refused))
+    def _take(self, row: Row, waiting: list[Row]) -> list[Row]:
+        """Write a row, or let it wait for others to share its prompt; returns those that wait."""
+        split = self._split(row)
+        row = self._exchange_tools(split, row)
+        layouts = LAYOUTS[self._sources[row.source].layout]
+        if not (self._together and split == "train" and "split" in layouts and self._renderer.may_share(row)):
+            self._write_alone(split, row)
+            return waiting
+        if "inline" in layouts:
+            self._write_alone(split, row, "inline")
+        if waiting and not all(fits_none(row.tools, other.tools) for other in waiting):
+            # Each question must have one right answer under the prompt that they share.
+            self._write_together(waiting)
+            waiting = []
+        waiting.append(row)
+        wanted = self._spec.questions
+        if len(waiting) >= pick_count(wanted.min, wanted.max, self._spec.seed, "questions", waiting[0].id):
+            self._write_together(waiting)
+            return []
+        return waiting
 
-    def write_split(self, split: str, rows: Sequence[Row], reporter: Reporter) -> None:
-        """Write the rows of one split, in this order. In train several may share a prompt."""
-        spec = self._spec
-        pool = list({t.name: t for row in rows for t in row.tools}.values())
-        pool = seeded_order(pool, spec.seed, f"pool {split}")
-        self._report.tools[split] = {t.name for t in pool}
-        together = split == "train" and (spec.questions.max > 1 or spec.refusals.ratio > 0)
-        asked = [r for r in rows if _is_single(r) and r.rounds[0][1].calls]
-        waiting: list[Row] = []
-        for number, row in enumerate(rows):
-            if number % EVERY == 0:
-                reporter.progress(Progress(unit="rows", step=number, total_steps=len(rows), phase=f"writing {split}"))
-            if not (together and _is_single(row)):
-                self._write_alone(split, row, pool)
-                continue
-            if waiting and not _may_join(waiting, row):
-                self._write_together(waiting, pool, asked)
-                waiting = []
-            waiting.append(row)
-            if len(waiting) >= pick_count(
-                spec.questions.min, spec.questions.max, spec.seed, "questions", waiting[0].id
-            ):
-                self._write_together(waiting, pool, asked)
-                waiting = []
-        if waiting:
-            self._write_together(waiting, pool, asked)
+    def _split(self, row: Row) -> str:
+        if row.tools:
+            called = next((call.name for r in row.rounds for call in r.turn.calls), row.tools[0].name)
+            return self._plan.splits[called]
+        named = self._sources[row.source].split
+        return "train" if named == "auto" else named  # rows without tools cannot leak one
 
-    def _write_alone(self, split: str, row: Row, pool: Sequence[Tool]) -> None:
-        spec, report, language = self._spec, self._report, self._language(row)
-        count = pick_count(spec.distractors.min, spec.distractors.max, spec.seed, "distractors", row.id)
-        tools = add_distractors(row.tools, pool, count, spec.seed, row.id) if row.tools and count else list(row.tools)
-        system = self._system(tools, row.id, language)
-        layouts = ("split", "inline") if row.source.layout == "both" else (row.source.layout,)
-        examples = [(layout, e) for layout in layouts for e in render_rows(layout, system, tools, row.rounds, language)]
-        longest = max((_length(example) for _, example in examples), default=0)
-        if self._is_too_long(longest):
-            self.reject(row.raw, Refused(ROW_TOO_LONG, f"{longest} characters after conversion"))
-            return
-        report.languages[language] += 1
+    def _exchange_tools(self, split: str, row: Row) -> Row:
+        """Other tools of the split instead of those that are held out from it: none of them is called here."""
+        own = tuple(tool for tool in row.tools if self._plan.splits[tool.name] == split)
+        missing = len(row.tools) - len(own)
+        if not missing:
+            return row
+        self.report.tools_exchanged += missing
+        tools = add_distractors(own, self._plan.pools[split], missing, self._spec.seed, row.id)
+        return row._replace(tools=tuple(tools))
+
+    def _write_alone(self, split: str, row: Row, only: str = "") -> None:
+        report, tools = self.report, self._add_tools(split, row)
+        examples = self._renderer.alone(row, tools, only)
+        if len(tools) > len(row.tools) and any(self._renderer.is_too_long(e) for _, e in examples):
+            tools = row.tools
+            examples = self._renderer.alone(row, tools, only)
+        count(report.languages, self._renderer.language(row))
         for _, turn, _ in row.rounds:
-            report.calls += bool(turn.calls)
-            report.without_call += not turn.calls
+            report.turns_with_calls += bool(turn.calls)
+            report.turns_without_call += not turn.calls
         for number, (layout, example) in enumerate(examples):
-            report.layouts[layout] += 1
-            row_id = f"{row.id}/{number}" if len(examples) > 1 else row.id
-            self._write(split, row_id, row.raw.source, example, tools)
+            count(report.layouts, layout)
+            suffix = f"/{only}" if only else f"/{number}" if len(examples) > 1 else ""
+            self._write(split, row.id + suffix, row.file, example, tools)
 
-    def _write_together(self, rows: Sequence[Row], pool: Sequence[Tool], asked: Sequence[Row]) -> None:
+    def _add_tools(self, split: str, row: Row) -> Sequence[Tool]:
+        wanted, seed = self._spec.distractors, self._spec.seed
+        number = pick_count(wanted.min, wanted.max, seed, "distractors", row.id) if wanted.max else 0
+        if not (number and row.tools and row.system is None):
+            return row.tools
+        return add_distractors(row.tools, self._plan.pools[split], number, seed, row.id)
+
+    def _write_together(self, rows: Sequence[Row]) -> None:
         """Several rows as questions of one: their tools side by side are each other's distractors."""
-        spec, report, first = self._spec, self._report, rows[0]
-        language = self._language(first)
+        spec, report, first = self._spec, self.report, rows[0]
         own = list({t.name: t for row in rows for t in row.tools}.values())
         wanted = pick_count(spec.distractors.min, spec.distractors.max, spec.seed, "distractors", first.id)
-        tools = add_distractors(own, pool, max(0, wanted + 1 - len(own)), spec.seed, first.id)
-        rounds = [*(row.rounds[0] for row in rows), *self._refusals(first.id, len(rows), tools, asked)]
-        rounds.sort(key=lambda r: seeded(spec.seed, "turn", first.id, r[0]))
-        messages = render_together(self._system(tools, first.id, language), tools, rounds, language)
-        example = Example(messages, None)
-        if self._is_too_long(_length(example)):
+        tools = add_distractors(
+            own, self._plan.pools.get("train", ()), max(0, wanted + 1 - len(own)), spec.seed, first.id
+        )
+        rounds = [*(row.rounds[0] for row in rows), *self._refusals(first.id, len(rows), tools)]
+        rounds.sort(key=lambda r: seeded(spec.seed, "turn", first.id, r.query))
+        example = self._renderer.together(first, tools, rounds)
+        if self._renderer.is_too_long(example):
             for row in rows:
-                self._write_alone("train", row, pool)
+                self._write_alone("train", row, "split")
             return
-        report.languages[language] += len(rows)
-        report.calls += sum(bool(turn.calls) for _, turn, _ in rounds)
-        report.without_call += sum(not turn.calls for _, turn, _ in rounds)
-        report.layouts["together"] += 1
-        self._write("train", "+".join(r.id for r in rows), first.raw.source, example, tools)
+        count(report.languages, self._renderer.language(first), len(rows))
+        report.turns_with_calls += sum(bool(turn.calls) for _, turn, _ in rounds)
+        report.turns_without_call += sum(not turn.calls for _, turn, _ in rounds)
+        count(report.layouts, "together")
+        self._write("train", "+".join(r.id for r in rows), first.file, example, tools)
         for row in rows:
             if seeded(spec.seed, "summary", row.id) % 10_000 < spec.summaries * 10_000:
-                self._write_summary(row, language)
+                self._write_summary(row, self._renderer.language(first))
 
     def _write_summary(self, row: Row, language: str) -> None:
-        system = self._system(row.tools, row.id, language)
+        system = self._renderer.system(row, row.tools, language)
         for number, example in enumerate(render_rows("split", system, row.tools, row.rounds, language)):
-            if example.expected is None and not self._is_too_long(_length(example)):
-                self._report.layouts["split"] += 1
-                self._write("train", f"{row.id}/{number}", row.raw.source, example, row.tools)
+            if example.expected is None and not self._renderer.is_too_long(example):
+                count(self.report.layouts, "split")
+                self._write("train", f"{row.id}/{number}", row.file, example, row.tools)
 
-    def _refusals(self, row_id: str, questions: int, tools: Sequence[Tool], asked: Sequence[Row]) -> list[Round]:
+    def _refusals(self, row_id: str, questions: int, tools: Sequence[Tool]) -> Iterator[Round]:
         """Questions of other rows that none of these tools fits, each with a refusal as its answer."""
-        spec = self._spec
+        spec, asked = self._spec, self._plan.asked
         # From none to twice as many as the ratio says: were it always the same number, a model could count, not read.
-        count = pick_count(0, round(2 * questions * spec.refusals.ratio), spec.seed, "refusals", row_id)
-        found: list[Round] = []
+        missing = pick_count(0, round(2 * questions * spec.refusals.ratio), spec.seed, "refusals", row_id)
         start = seeded(spec.seed, "refused", row_id)
         for step in range(min(len(asked), 200)):
-            if len(found) == count:
-                break
-            other = asked[(start + step) % len(asked)]
-            if fits_none(other.tools, tools):
-                query = other.rounds[0][0]
-                answers = _in_language(spec.refusals.answers, language_of(query))
-                found.append(Round(query, Turn(answer=pick_one(answers, spec.seed, row_id, query))))
-        return found
-
-    def _system(self, tools: Sequence[Tool], row_id: str, language: str) -> str:
-        role = pick_one(_in_language(self._spec.instructions, language), self._spec.seed, "role", row_id)
-        return render_system(tools, role, language, self._spec.wording)
-
-    def _language(self, row: Row) -> str:
-        return self._spec.language if self._spec.language != "auto" else language_of(row.rounds[-1][0])
-
-    def _is_too_long(self, length: int) -> bool:
-        return bool(self._spec.max_row_characters) and length > self._spec.max_row_characters
+            if not missing:
+                return
+            query, others = asked[(start + step) % len(asked)]
+            if fits_none(others, tools):
+                language = language_of(query)
+                answers = [a for a in spec.refusals.answers if language_of(a) == language] or spec.refusals.answers
+                missing -= 1
+                yield Round(query, Turn(answer=pick_one(answers, spec.seed, row_id, query)))
 
     def _write(self, split: str, row_id: str, source: str, example: Example, tools: Sequence[Tool]) -> None:
         """One row, and its tools beside it."""
-        self._line(split, {"id": row_id, "source": source, "messages": list(example.messages)})
-        beside: dict[str, Any] = {"id": row_id, "tools": [to_openai(t) for t in tools]}
+        line = {"id": row_id, "source": source, "messages": example.messages}
+        self._files[split].write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        beside: dict[str, Any] = {"id": row_id, "tools": [_tool_json(tool) for tool in tools]}
         if example.expected is not None:
-            beside["expected"] = [{"name": c.name, "arguments": json.loads(c.arguments)} for c in example.expected]
-            self._report.scored[split] += 1
-        self._line("tools", beside)
-        self._report.rows[split] += 1
+            beside["expected"] = [{"name": c.name, "arguments": orjson.Fragment(c.arguments)} for c in example.expected]
+            count(self.report.scored, split)
+        self._files[f"tools-{split}"].write(orjson.dumps(beside, option=orjson.OPT_APPEND_NEWLINE))
+        count(self.report.rows, split)
+        if self._tokenizer is not None:
+            self._lengths.append(example.messages)
+            self._count_tokens(256)
 
-    def _line(self, file: str, value: Mapping[str, Any]) -> None:
-        self._files[file].write(json.dumps(value, ensure_ascii=False) + "\n")
-
-
-def _is_single(row: Row) -> bool:
-    """Whether a row may share a prompt: one question, answered by a call or in plain words."""
-    return len(row.rounds) == 1 and row.source.layout == "split" and bool(row.tools)
-
-
-def _may_join(waiting: Sequence[Row], row: Row) -> bool:
-    """Whether a row may share a prompt with those that wait: its question has one right answer there, and theirs too."""
-    return all(fits_none(row.tools, other.tools) for other in waiting)
+    def _count_tokens(self, at_least: int) -> None:
+        """Count the tokens of rows that wait for it, many at a time."""
+        if self._tokenizer is not None and self._lengths and len(self._lengths) >= at_least:
+            self.report.tokens.add(self._tokenizer.count_rows(self._lengths))
+            self._lengths = []
 
 
-def _in_language(texts: Sequence[str], language: str) -> Sequence[str]:
-    """Those in the language; all when there are none."""
-    return [text for text in texts if language_of(text) == language] or texts
-
-
-def _length(example: Example) -> int:
-    """Characters of all messages."""
-    return sum(len(m["content"]) for m in example.messages)
+@lru_cache(maxsize=16384)
+def _tool_json(tool: Tool) -> orjson.Fragment:
+    parameters = orjson.Fragment(tool.parameters)  # as it is: no number loses digits
+    told = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return orjson.Fragment(orjson.dumps({"type": "function", "function": told}))

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from services.common.pictures import find_pictures, find_shown
+
 CALL = re.compile(r"Action: (.+)\nAction Input: (.+)")
 _IGNORED = re.compile(r"[\s,./\-_*^]")
 Z95 = 1.959963984540054
@@ -94,6 +96,12 @@ def score_answer(
             right and arguments is not None and same_arguments(arguments, wanted["arguments"], schema)
         )
     return Score(row_id, len(tools), marks)
+
+
+def pictures_shown(observation: str, answer: str) -> bool | None:
+    """Whether an answer shows every picture of a tool's result as `![…](url)`. None: the result has none."""
+    pictures = find_pictures(observation)
+    return set(pictures) <= find_shown(answer) if pictures else None
 
 
 def parse_arguments(raw: str) -> dict[str, Any] | None:

@@ -87,6 +87,28 @@ def test_a_data_set_with_no_valid_row(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+def test_a_preview_of_a_file_needs_no_server_and_writes_nothing(tmp_path: Path) -> None:
+    row = {"id": "row-1", "conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\nnothing\n")
+    preview = ("--endpoint", NOBODY, "convert", "rows.jsonl", "--format", "chat", "--preview", "5")
+    done = call(*preview, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "rows.jsonl line 1 · row-1" in done.stdout
+    assert "INVALID_JSON" in done.stdout
+    shown = json.loads(call(*preview, "--json", folder=tmp_path).stdout)["rows"]
+    assert [r.get("refusal", {}).get("code") for r in shown] == [None, "INVALID_JSON"]
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_preview_of_what_is_not_there_and_of_a_wrong_spec(tmp_path: Path) -> None:
+    assert call("convert", "rows.jsonl", "--preview", "5", folder=tmp_path).returncode == 66
+    assert call("convert", "rows.jsonl", "--preview", "51", folder=tmp_path).returncode == 2
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    done = call("convert", "rows.jsonl", "--preview", "5", "--layout", "sideways", folder=tmp_path)
+    assert done.returncode == 64
+    assert "spec.sources[0].layout" in done.stderr
+
+
 def test_an_output_folder_that_is_not_empty(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("keep")

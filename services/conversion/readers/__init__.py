@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from services.conversion.readers import ms_agent
+from services.conversion.readers import agentfabric, chat, ms_agent, openai_tools
 from services.conversion.rows import Conversation
 
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Conversation]] = {
     "ms_agent": ms_agent.read,
+    "agentfabric": agentfabric.read,
+    "openai": openai_tools.read,
+    "chat": chat.read,
 }
 """A source's `format` → row → conversation. Readers raise Refused."""

@@ -6,7 +6,10 @@ import ast
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from services.conversion.refusals import EMPTY_CONVERSATIONS, NO_SYSTEM_TURN, ROLE_ORDER, Refused
+import orjson
+
+from services.conversion.refusals import EMPTY_CONVERSATIONS, INCOMPLETE_TURN, NO_SYSTEM_TURN, ROLE_ORDER, Refused
+from services.conversion.rows import Turn
 
 
 def list_turns(row: Mapping[str, Any]) -> list[Any]:
@@ -15,7 +18,8 @@ def list_turns(row: Mapping[str, Any]) -> list[Any]:
     if isinstance(turns, str):
         try:
             turns = ast.literal_eval(turns)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            orjson.dumps(turns)  # half a surrogate pair, written "\\ud800", is no text, and bytes are none
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
             raise Refused(EMPTY_CONVERSATIONS, "the text in `conversations` is no Python list") from None
     if not isinstance(turns, list) or not turns:
         raise Refused(EMPTY_CONVERSATIONS, "no turns")
@@ -49,3 +53,13 @@ def split_rounds(turns: Sequence[Any], needs_system: bool = True) -> tuple[str |
 def row_id(row: Mapping[str, Any]) -> str:
     """The row's own id as text, "" when it has none."""
     return str(row.get("id") or "")
+
+
+def check_turns(turns: Sequence[Turn]) -> None:
+    """Refuse what could not be rendered: a turn that says nothing, a call without a result that is not the very last one."""
+    for number, turn in enumerate(turns, 1):
+        if not turn.calls and not turn.answer:
+            raise Refused(INCOMPLETE_TURN, f"assistant turn {number} is empty")
+        for call in turn.calls[: -1 if number == len(turns) and not turn.answer else None]:
+            if call.observation is None:
+                raise Refused(INCOMPLETE_TURN, f"the call of {call.name} in assistant turn {number} has no result")

@@ -1,0 +1,65 @@
+"""One conversion in a process of its own: `python -m bench.conversion_once ROWS.jsonl OUT --spec JSON --processes N`.
+
+Or, with `--script FILE`, the published converter instead, run by the same Python in the same way. Prints the seconds, imports
+not counted, and what became of the rows, as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def convert(rows: Path, output: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    """Our stage, as its worker runs it. The spec's sources are all these rows."""
+    from services.common.reporter import Silent
+    from services.conversion.worker import STAGE
+
+    meant = STAGE.spec.model_validate(spec)
+    inputs = {f"sources/{number}": rows for number in range(len(meant.sources))}
+    if tokenizer := spec.get("tokenizer"):
+        inputs["tokenizer"] = Path(tokenizer)
+    output.mkdir()
+    begin = time.perf_counter()
+    result = STAGE.run(meant, inputs, output, Silent())
+    return {"seconds": time.perf_counter() - begin, "left_out": result["rows_rejected"]}
+
+
+def run_script(script: Path, rows: Path, output: Path) -> dict[str, Any]:
+    """The published converter; it leaves out the rows on which it would crash."""
+    output.mkdir()
+    target = output / "train.jsonl"
+    sys.argv = [str(script), str(rows), str(target), "--skip-broken"]
+    begin = time.perf_counter()
+    runpy.run_path(str(script), run_name="__main__")
+    seconds = time.perf_counter() - begin
+    return {"seconds": seconds, "left_out": _count_lines(rows) - _count_lines(target)}
+
+
+def _count_lines(file: Path) -> int:
+    with file.open("rb") as lines:
+        return sum(1 for _ in lines)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.conversion_once")
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--spec", type=json.loads, default="{}")
+    parser.add_argument("--processes", default="1")
+    parser.add_argument("--script", type=Path)
+    told = parser.parse_args()
+    os.environ["FABRICTUNE_PROCESSES"] = told.processes
+    spec = {"sources": [{"uri": str(told.rows)}], **told.spec}
+    print(json.dumps(run_script(told.script, told.rows, told.output) if told.script else
+                     convert(told.rows, told.output, spec)))  # fmt: skip
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,64 @@
+"""The dataset's files out of their parts: buckets in order, refusals with their lines, the report."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from services.conversion.mixture import SPLITS
+from services.conversion.reading import REJECTS
+from services.conversion.writing import part_file
+
+
+def join_parts(parts: Path, buckets: int, output: Path) -> None:
+    """Make train, validation and test, and tools.jsonl, which has the same ids in the order of the three."""
+    for split in SPLITS:
+        with (output / f"{split}.jsonl").open("wb") as file:
+            _append(file, parts, split, buckets)
+    with (output / "tools.jsonl").open("wb") as file:
+        for split in SPLITS:
+            _append(file, parts, f"tools-{split}", buckets)
+
+
+def join_rejects(folders: Sequence[Path], before: Mapping[int, int], output: Path) -> None:
+    """Make rejects.jsonl, in the order of the sources. before: chunk → lines of its file before it."""
+    with (output / "rejects.jsonl").open("wb") as file:
+        for _, _, told in heapq.merge(*(_read_rejects(folder) for folder in folders), key=lambda r: r[:2]):
+            file.write(orjson.dumps(place_refusal(told, before), option=orjson.OPT_APPEND_NEWLINE))
+
+
+def place_refusal(told: Mapping[str, Any], before: Mapping[int, int]) -> dict[str, Any]:
+    """A refusal with its line in the file instead of in its chunk."""
+    return {
+        key: value + before[told["chunk"]] if key == "line" else value for key, value in told.items() if key != "chunk"
+    }
+
+
+def write_report(told: Mapping[str, Any], output: Path) -> None:
+    """Make report.json and report.html."""
+    from services.conversion.report_page import render_page
+
+    (output / "report.json").write_text(json.dumps(told, ensure_ascii=False, indent=1), encoding="utf-8")
+    (output / "report.html").write_text(render_page(told), encoding="utf-8")
+
+
+def _append(file: Any, parts: Path, name: str, buckets: int) -> None:
+    for bucket in range(buckets):
+        part = part_file(parts, name, bucket)
+        if part.exists():
+            with part.open("rb") as data:
+                shutil.copyfileobj(data, file, 1 << 20)
+            part.unlink()
+
+
+def _read_rejects(folder: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    with (folder / REJECTS).open("rb") as lines:
+        for line in lines:
+            told = orjson.loads(line)
+            yield told["chunk"], told["line"], told

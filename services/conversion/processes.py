@@ -1,0 +1,88 @@
+"""Work on several cores: one process for each task, its progress added up, its error raised here as it was raised there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from services.common.errors import FabrictuneError, WorkerLost
+
+Tell = Callable[[int], None]
+"""Called with how many more are done."""
+
+
+def count_processes() -> int:
+    """Cores that this process may use: FABRICTUNE_PROCESSES, else the container's limit, else the machine's."""
+    if told := os.environ.get("FABRICTUNE_PROCESSES", ""):
+        return max(1, int(told))
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+
+
+def run_tasks(work: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], tell: Tell) -> list[Any]:
+    """work(*task, tell) of each task, all at a time; their results in order.
+
+    A single task is done in this process. Raises what a task raised, WorkerLost when a process was killed.
+    """
+    if len(tasks) == 1:
+        return [work(*tasks[0], tell)]
+    context = multiprocessing.get_context("spawn")
+    running: dict[Connection, tuple[int, BaseProcess]] = {}
+    results: list[Any] = [None] * len(tasks)
+    try:
+        for number, task in enumerate(tasks):
+            ours, theirs = context.Pipe(duplex=False)
+            started = context.Process(target=_run, args=(work, task, theirs), daemon=True)
+            started.start()
+            theirs.close()
+            running[ours] = number, started
+        while running:
+            for connection in [c for c in wait(list(running)) if isinstance(c, Connection)]:
+                number, process = running[connection]
+                kind, value = _receive(connection, process)
+                if kind == "told":
+                    tell(value)
+                elif kind == "failed":
+                    raise value
+                else:
+                    results[number] = value
+                    del running[connection]
+                    process.join()
+        return results
+    finally:
+        for _, left in running.values():
+            left.kill()
+            left.join()
+
+
+def _receive(connection: Connection, process: BaseProcess) -> tuple[str, Any]:
+    try:
+        kind, value = connection.recv()
+    except EOFError:
+        process.join()
+        raise WorkerLost(
+            f"a process of the conversion was killed (exit {process.exitcode}), most often for want of memory"
+        ) from None
+    return kind, value
+
+
+def _run(work: Callable[..., Any], task: tuple[Any, ...], connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends this one
+    try:
+        result = work(*task, lambda count: connection.send(("told", count)))
+    except FabrictuneError as error:
+        connection.send(("failed", error))
+    except OSError as error:
+        connection.send(("failed", error))
+    else:
+        connection.send(("done", result))
