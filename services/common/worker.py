@@ -171,7 +171,7 @@ def _do_shares(
     data_dir: Path,
     folders: Mapping[str, Path],
 ) -> dict[str, Path]:
-    """This node's share, then those of the others as they come; the Job fails as a whole when one of them cannot be done."""
+    """Do the first node's share and take those of the others as they come; the Job fails as a whole when one cannot be done."""
     nodes = spec.resources.nodes
     give_share(stage, spec, record, artifacts, data_dir, folders, 0, events)
     for waited in itertools.count():

@@ -20,7 +20,8 @@ _DECODER = json.JSONDecoder()
 _JSON_WORDS = re.compile(r"true|false|null|NaN|Infinity")
 # A whole string, a bracket, or what ends a scan: a quote without its other half, a backslash, another "Parameters:".
 _PART = re.compile(
-    r""" "(?:[^"\\]|\\.)*+" | '(?:[^'\\]|\\.)*+' | ([\[{(]) | ([\]})]) | (["'\\]|Parameters:) """, re.DOTALL | re.VERBOSE
+    r""" "(?:[^"\\]|\\.)*+" | '(?:[^'\\]|\\.)*+' | ([\[{(]) | ([\]})]) | (["'\\]|Parameters:) """,
+    re.DOTALL | re.VERBOSE,
 )
 
 # What a literal consists of: no names, calls or f-strings reach ast's parser, which takes quadratic time for some of them.

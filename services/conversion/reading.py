@@ -21,7 +21,7 @@ from services.conversion.mixture import ToolGroups, seeded
 from services.conversion.pictures import show_pictures
 from services.conversion.processes import Tell
 from services.conversion.readers import READERS
-from services.conversion.refusals import ROW_TOO_LONG, Refused
+from services.conversion.refusals import MAX_ROUNDS, ROW_TOO_LARGE, ROW_TOO_LONG, Refused
 from services.conversion.rendering import Renderer, count_characters
 from services.conversion.report import EXAMPLES, Report, count, describe_refusal
 from services.conversion.rows import Conversation, Tool
@@ -81,6 +81,8 @@ def read_summary(folder: Path) -> Summary:
 def understand_row(raw: RawRow, source: Source, spec: Spec) -> Conversation:
     """What a row says, as its source's reader and the spec have it. Raises Refused."""
     conversation = READERS[source.format](decode_row(raw.data, spec.max_row_bytes))
+    if len(conversation.rounds) > MAX_ROUNDS:
+        raise Refused(ROW_TOO_LARGE, f"{len(conversation.rounds)} rounds")
     if not spec.pictures or conversation.system is not None:
         return conversation
     rounds = tuple(

@@ -24,11 +24,14 @@ INCOMPLETE_TURN = "INCOMPLETE_TURN"
 RESULT_TAG_IN_RESULT = "RESULT_TAG_IN_RESULT"
 UNEXPECTED_TOOL_CALL = "UNEXPECTED_TOOL_CALL"
 
+MAX_ROUNDS = 256
+"""Each round of a conversation is trained with all before it: their text grows with the square of their number."""
+
 # code → what is expected instead
 EXPECTED: Mapping[str, str] = {
     INVALID_JSON: "one JSON object a line",
     WRONG_ENCODING: "UTF-8 text",
-    ROW_TOO_LARGE: "a row of at most max_row_bytes bytes",
+    ROW_TOO_LARGE: f"a row of at most max_row_bytes bytes and {MAX_ROUNDS} rounds",
     ROW_TOO_LONG: "a converted row of at most max_row_characters characters",
     EMPTY_CONVERSATIONS: "a list `conversations` (from/value) or `messages` (role/content) with a user and an assistant turn",
     ROLE_ORDER: "one system turn, then user and assistant turns in alternation, the assistant's last",

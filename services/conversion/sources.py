@@ -6,6 +6,7 @@ A plain file is cut about every CHUNK_BYTES at a line's end; what is packed is r
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,14 +62,14 @@ def find_files(path: Path, pattern: str) -> list[Path]:
     return found
 
 
-def cut_chunks(files: Sequence[tuple[int, Path]], chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
+def cut_chunks(files: Sequence[tuple[int, Path]]) -> list[Chunk]:
     """(source's number, file) → chunks, in order. They depend on nothing but the files' sizes."""
     chunks: list[Chunk] = []
     for source, file in files:
         size = 0 if file.name.endswith((*PACKED, PARQUET)) else file.stat().st_size
-        starts = range(0, size, chunk_bytes) if size else (0,)
+        starts = range(0, size, CHUNK_BYTES) if size else (0,)
         chunks += [
-            Chunk(len(chunks) + n, source, str(file), file.name, start, min(start + chunk_bytes, size))
+            Chunk(len(chunks) + n, source, str(file), file.name, start, min(start + CHUNK_BYTES, size))
             for n, start in enumerate(starts)
         ]
     return chunks
@@ -164,7 +165,43 @@ def _open(path: Path) -> IO[bytes]:
     if path.name.endswith(".gz"):
         return gzip.open(path, "rb")  # type: ignore[return-value]  # GzipFile is read like one
     if path.name.endswith(".zst"):
+        return io.BufferedReader(_ZstdFile(path), 1 << 18)
+    return path.open("rb", buffering=1 << 18)
+
+
+class _ZstdFile(io.RawIOBase):
+    """Frames of zstd as one stream. The library's own reader (zstandard 0.25) ends a file that was cut off as if it were whole."""
+
+    def __init__(self, path: Path) -> None:
         import zstandard
 
-        return zstandard.open(path, "rb")  # type: ignore[no-any-return]
-    return path.open("rb", buffering=1 << 18)
+        self._file = path.open("rb")
+        self._context = zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._packed, self._ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Raises EOFError when the last frame is not whole."""
+        while not self._ready:
+            self._packed = self._packed or self._file.read(1 << 16)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle")
+                return 0
+            self._frame = self._frame or self._context.decompressobj()
+            self._ready = memoryview(self._frame.decompress(self._packed))
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        size = min(len(self._ready), len(buffer))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        """Close the file, too."""
+        self._file.close()
+        super().close()

@@ -7,10 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 from pydantic import ValidationError
 
 from services.common.errors import InvalidData
+from services.conversion import sources as sources_module
+from services.conversion import spill, worker
 from services.conversion.spec import Spec
 from services.conversion.worker import run
 from tests.conftest import Recorder
@@ -49,7 +54,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 def convert(tmp_path: Path, *sources: Path, folder: str = "out", **settings: Any) -> tuple[Path, dict[str, Any]]:
-    listed = settings.pop("sources", [{"uri": str(s)} for s in sources])
+    listed = settings.pop("sources", [{"uri": str(s), "layout": "split"} for s in sources])
     spec = Spec.model_validate({"sources": listed, **settings})
     output = tmp_path / folder
     output.mkdir()
@@ -72,7 +77,7 @@ def many(count: int = 60) -> list[dict[str, Any]]:
 def test_files_of_a_dataset(tmp_path: Path) -> None:
     output, metadata = convert(tmp_path, write(tmp_path / "a.jsonl", *many()))
     assert sorted(f.name for f in output.iterdir()) == [
-        "rejects.jsonl", "report.json", "test.jsonl", "tools.jsonl", "train.jsonl", "validation.jsonl",
+        "rejects.jsonl", "report.html", "report.json", "test.jsonl", "tools.jsonl", "train.jsonl", "validation.jsonl",
     ]  # fmt: skip
     written = [r for split in ("train", "validation", "test") for r in lines(output / f"{split}.jsonl")]
     assert {frozenset(r) for r in written} == {frozenset({"id", "source", "messages"})}
@@ -206,6 +211,113 @@ def test_a_shared_prompt_that_is_too_long_is_taken_apart_and_what_is_still_too_l
         max_row_characters=2500,
     )  # fmt: skip
     assert max(sum(len(m["content"]) for m in r["messages"]) for r in lines(output / "train.jsonl")) <= 2500
-    assert {r["id"].partition("/")[0] for r in lines(output / "train.jsonl")} == {"row-0", "row-1", "row-2"}
+    written = {part for r in lines(output / "train.jsonl") for part in r["id"].partition("/")[0].split("+")}
+    assert written == {"row-0", "row-1", "row-2"}
     assert [(r["code"], r["line"]) for r in lines(output / "rejects.jsonl")] == [("ROW_TOO_LONG", 4)]
     assert metadata["rows_converted"] == 3
+
+
+SPLITS = ("train", "validation", "test", "tools", "rejects")
+
+
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chunks and buckets out of little data."""
+    monkeypatch.setattr(sources_module, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(worker, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(spill, "BUCKET_BYTES", 12_000)
+
+
+def test_processes_and_nodes_do_not_change_a_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_pieces(monkeypatch)
+    rows = [*many(), *many(), *[row(200 + n, name(n), name(n + 9), name(n + 17)) for n in range(40)]]
+    source = write(tmp_path / "a.jsonl", *rows[:50], "no json", *rows[50:], '{"conversations": []}')
+    settings: dict[str, Any] = {
+        "distractors": {"max": 2}, "questions": {"min": 1, "max": 3}, "refusals": {"ratio": 0.5}, "duplicates": "near",
+        "split": {"test": 0.2, "validation": 0.1}, "self_cognition": {"count": 20, "name": "A", "author": "B"},
+    }  # fmt: skip
+    monkeypatch.setenv("FABRICTUNE_PROCESSES", "1")
+    one, told = convert(tmp_path, source, folder="one", **settings)
+    assert told["rows_duplicate"]["exact"] == 60
+    assert told["rows_in"] == told["rows_converted"] + told["rows_rejected"] + sum(told["rows_duplicate"].values())
+    monkeypatch.setenv("FABRICTUNE_PROCESSES", "2")
+    two, _ = convert(tmp_path, source, folder="two", **settings)
+    spec = Spec.model_validate({"sources": [{"uri": str(source), "layout": "split"}], **settings})
+    shares = {}
+    for node in range(3):
+        shares[f"shares/{node}"] = tmp_path / f"share-{node}"
+        shares[f"shares/{node}"].mkdir()
+        worker.share(spec, {"sources/0": source}, shares[f"shares/{node}"], (node, 3), Recorder())
+    three = tmp_path / "three"
+    three.mkdir()
+    run(spec, {"sources/0": source, **shares}, three, Recorder())
+    for file in (*(f"{split}.jsonl" for split in SPLITS), "report.json"):
+        assert (one / file).read_bytes() == (two / file).read_bytes(), file
+        if file != "report.json":
+            assert (one / file).read_bytes() == (three / file).read_bytes(), file
+    assert [r["line"] for r in lines(one / "rejects.jsonl")] == [51, 162]
+
+
+def test_listed_tools_are_exchanged_so_that_a_held_out_tool_is_never_seen(tmp_path: Path) -> None:
+    rows = [row(n, name(n % 30), name((n + 7) % 30), name((n + 13) % 30)) for n in range(90)]
+    output, _ = convert(tmp_path, write(tmp_path / "a.jsonl", *rows), split={"test": 0.2, "validation": 0})
+    beside = {b["id"]: {t["function"]["name"] for t in b["tools"]} for b in lines(output / "tools.jsonl")}
+    train, test = (
+        set().union(*(beside[r["id"]] for r in lines(output / f"{split}.jsonl"))) for split in ("train", "test")
+    )
+    assert train and test and not train & test
+    assert json.loads((output / "report.json").read_text())["tools_exchanged"] > 0
+
+
+def test_near_duplicates_go_and_other_questions_on_the_same_tool_stay(tmp_path: Path) -> None:
+    text = "please tell me all about the long and winding history of this remarkable old question " * 3
+    rows = [row(n, "alpha") for n in range(3)]
+    for number, each in enumerate(rows):
+        each["conversations"][1]["value"] = text + ("!", "!!", "what else is there to see around the corner")[number]
+        each["conversations"][2]["value"] = rows[0]["conversations"][2]["value"]
+    source = write(tmp_path / "a.jsonl", *rows)
+    none = {"test": 0, "validation": 0}
+    assert convert(tmp_path, source, folder="exact", split=none)[1]["rows_duplicate"] == {"exact": 0, "near": 0}
+    _, told = convert(tmp_path, source, folder="near", split=none, duplicates="near")
+    assert told["rows_duplicate"] == {"exact": 0, "near": 1}
+
+
+def test_a_mix_ratio_takes_so_many_times_the_rows_of_the_other_sources(tmp_path: Path) -> None:
+    own, general = write(tmp_path / "a.jsonl", *many(10)), tmp_path / "b.jsonl"
+    chat = [
+        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]} for n in range(50)
+    ]
+    write(general, *chat)
+    sources = [{"uri": "a", "layout": "split"}, {"uri": "b", "layout": "split", "format": "chat", "mix_ratio": 2.0}]
+    output, told = convert(tmp_path, own, general, sources=sources, split={"test": 0, "validation": 0})
+    assert sum(r["source"] == "b.jsonl" for r in lines(output / "train.jsonl")) == 20
+    assert (told["rows_left_out"], told["rows_converted"]) == (30, 30)
+
+
+def test_a_row_of_very_many_rounds_is_refused(tmp_path: Path) -> None:
+    long = row(1, "t")
+    long["conversations"] += long["conversations"][1:] * 300
+    output, _ = convert(tmp_path, write(tmp_path / "a.jsonl", long, *many(3)), split={"test": 0, "validation": 0})
+    assert [r["code"] for r in lines(output / "rejects.jsonl")] == ["ROW_TOO_LARGE"]
+
+
+def test_half_a_surrogate_pair_in_a_literal_is_refused(tmp_path: Path) -> None:
+    broken = row(1, "t")
+    broken["conversations"][1]["value"] = "half"
+    text = {"id": "x", "conversations": str(broken["conversations"]).replace("half", "\\ud800")}
+    output, _ = convert(tmp_path, write(tmp_path / "a.jsonl", text, *many(3)), split={"test": 0, "validation": 0})
+    assert [r["code"] for r in lines(output / "rejects.jsonl")] == ["EMPTY_CONVERSATIONS"]
+
+
+def test_parquet_and_zstd_are_read(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_pylist([row(1, "t"), row(2, "u")])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    packed = zstandard.compress(json.dumps(row(3, "v")).encode())
+    (tmp_path / "b.jsonl.zst").write_bytes(packed)
+    none = {"test": 0, "validation": 0}
+    _, told = convert(tmp_path, tmp_path / "a.parquet", tmp_path / "b.jsonl.zst", split=none)
+    assert told["rows_converted"] == 3
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "d.jsonl.zst").write_bytes(packed[:-4])
+    for broken in ("c.parquet", "d.jsonl.zst"):
+        with pytest.raises(InvalidData, match=broken):
+            convert(tmp_path, tmp_path / broken, folder=f"out-{broken}")

@@ -52,11 +52,13 @@ def is_lost(pod: Object, now: datetime) -> bool:
     if _is_ready(conditions, "ContainersReady") and not _is_ready(conditions, "Ready"):
         # Said by the control plane of pods on a node that is silent; a kubelet never says the two apart (no readiness gates).
         return late + float(pod["metadata"].get("deletionGracePeriodSeconds") or 0) >= LOST_SECONDS
-    return late >= LOST_SECONDS and conditions.get("DisruptionTarget", {}).get("reason") == "DeletionByTaintManager"
+    return bool(
+        late >= LOST_SECONDS and conditions.get("DisruptionTarget", {}).get("reason") == "DeletionByTaintManager"
+    )
 
 
 def _is_ready(conditions: Mapping[str, Any], kind: str) -> bool:
-    return conditions.get(kind, {}).get("status") == "True"
+    return bool(conditions.get(kind, {}).get("status") == "True")
 
 
 def _has_run(job: Object) -> bool:
