@@ -170,7 +170,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 class _ZstdFile(io.RawIOBase):
-    """Frames of zstd as one stream. The library's own reader (zstandard 0.25) ends a file that was cut off as if it were whole."""
+    """Frames of zstd as one stream. The reader of zstandard 0.25 ends a file that was cut off as if it were whole."""
 
     def __init__(self, path: Path) -> None:
         import zstandard

@@ -18,7 +18,7 @@ def list_turns(row: Mapping[str, Any]) -> list[Any]:
     if isinstance(turns, str):
         try:
             turns = ast.literal_eval(turns)
-            orjson.dumps(turns)  # half a surrogate pair, written "\\ud800", is no text, and bytes are none
+            orjson.dumps(turns)  # half a surrogate pair, written "\ud800", is no text, and bytes are none
         except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
             raise Refused(EMPTY_CONVERSATIONS, "the text in `conversations` is no Python list") from None
     if not isinstance(turns, list) or not turns:
