@@ -15,18 +15,17 @@ from typing import Any
 
 MAX_DEPTH = 100
 """Brackets within brackets; ast's own parser ends at 200."""
+STOP = "Parameters:"
+"""Begins another value wherever it stands outside of strings."""
 _DECODER = json.JSONDecoder()
 # Words that JSON has and Python has not: exchanging quotes must not make them values.
 _JSON_WORDS = re.compile(r"true|false|null|NaN|Infinity")
+_STRING = r"""(?: "[^"\\]*+(?:\\.[^"\\]*+)*+" | '[^'\\]*+(?:\\.[^'\\]*+)*+' )"""
 # A whole string, a bracket, or what ends a scan: a quote without its other half, a backslash, another "Parameters:".
-_PART = re.compile(
-    r""" "(?:[^"\\]|\\.)*+" | '(?:[^'\\]|\\.)*+' | ([\[{(]) | ([\]})]) | (["'\\]|Parameters:) """,
-    re.DOTALL | re.VERBOSE,
-)
-
+_PART = re.compile(_STRING + r""" | ([\[{(]) | ([\]})]) | (["'\\]|Parameters:) """, re.DOTALL | re.VERBOSE)
 # What a literal consists of: no names, calls or f-strings reach ast's parser, which takes quadratic time for some of them.
 _LITERAL = re.compile(
-    r"""(?: u?"(?:[^"\\]|\\.)*+" | u?'(?:[^'\\]|\\.)*+' | [\[\](){},:\s] | True\b | False\b | None\b
+    rf"""(?: u?{_STRING} | [\[\](){{}},:\s] | True\b | False\b | None\b
     | [-+]?[.0-9][0-9_]*+(?:\.[0-9_]*+)?(?:[eE][-+]?[0-9]++)? )*+""",
     re.DOTALL | re.VERBOSE,
 )
@@ -35,7 +34,7 @@ _LITERAL = re.compile(
 def decode_literal(text: str) -> Any:
     """The value that a text is, JSON or Python's repr. Raises ValueError: neither, or deeper than MAX_DEPTH."""
     text = text.strip()
-    if _may_be_deep(text) and find_end(text, 0) != len(text):
+    if text.startswith(("[", "{", "(")) and _may_be_deep(text) and find_end(text, 0) != len(text):
         raise ValueError("brackets that do not close, or too many within each other")
     as_json = _exchange_quotes(text) if "'" in text and '"' not in text else text
     if as_json is not None:
@@ -48,7 +47,8 @@ def decode_literal(text: str) -> Any:
 
 def decode_prefix(text: str, start: int) -> tuple[Any, int] | None:
     """(value, its end) of the JSON or repr of a list or an object at a place in a text, None where there is none."""
-    if not _may_be_deep(text):
+    # A failed try of the decoder looks at all text before it, so it is made once a text: where no other place can follow.
+    if text.find(STOP, start) < 0 and not _may_be_deep(text):
         try:
             return _DECODER.raw_decode(text, start)
         except (ValueError, RecursionError):

@@ -1,22 +1,23 @@
 r"""The ms_agent ReAct grammar: tools out of a system prompt, calls out of an assistant's turn.
 
 A system prompt lists APIs as "N. NAME: Call this tool … API. What is the HUMAN API useful for? DESC. Parameters: JSON", a turn
-is one text "[Thought: …\n]Action: …\nAction Input: …\nObservation: …\nThought: …\nFinal Answer: …". Everything is found by
-`str.find` from left to right, so time is linear in the length; nothing is guessed: what does not fit is refused by name.
+is one text "[Thought: …\n]Action: …\nAction Input: …\nObservation: …\nThought: …\nFinal Answer: …". Both are read once from left
+to right, so time is linear in the length. Nothing is guessed: a line that begins like a part of the grammar is that part,
+even within a description or a result, and what then does not fit is refused by name.
 """
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
+from services.conversion.literals import decode_literal, decode_prefix
 from services.conversion.refusals import (
     INCOMPLETE_TURN,
     INVALID_ACTION_INPUT,
+    INVALID_APIS,
     INVALID_PARAMETERS,
     MISSING_PARAMETERS,
     NOT_REACT_PROMPT,
@@ -29,146 +30,184 @@ from services.conversion.schemas import make_schema
 MARKER = "You have access to the following APIs:"
 FORMAT_BLOCK = "\nUse the following format:"
 CALL = ": Call this tool"
-USEFUL = "useful for?"
 PARAMETERS = "Parameters:"
 LAST_THOUGHT = "I now know the final answer"
-_NUMBER = re.compile(r"(?:^|\n)[ \t]*(\d{1,4})\.[ \t]*(?=[^\n]*?: Call this tool)")
-_TOKEN = re.compile(r"(?:^|\n)[ \t]*(Thought|Action Input|Action|Observation|Final Answer):[ \t]?")
-_DECODER = json.JSONDecoder()
+KNOWN_PROMPTS, LONGEST_KNOWN_PROMPT = 256, 8192
+KNOWN_APIS, LONGEST_KNOWN_API = 8192, 2048
+"""Data sets repeat their APIs, in ever other combinations. Characters are bounded too: at worst 100 MB are kept."""
+
+# A name ends before ": Call this tool"; the words may also stand in the parameters of a tool, after a numbered list.
+_HEAD = re.compile(r"\n[ \t]*+([0-9]{1,4})\.[ \t]*+(?=(?:(?!Parameters:)[^\n])*?: Call this tool)")
+_BLANKS = re.compile(r"\s*+")
+# What may follow parameters: nothing, or prose on lines of its own. [1]: prose; [2]: it begins like another API.
+_AFTER = re.compile(r"[ \t.]*+(?:\s*+\Z|(\n)\s*+([0-9]{1,4}\.(?![0-9]))?)")
+_QUESTION = re.compile(r"\s*+What is the [^\n]*? API useful for\?")
+_KEYWORD = re.compile(r"\n[ \t]*+(Thought|Action Input|Action|Observation|Final Answer)[:：][ \t]?")
 
 
-@lru_cache(maxsize=4096)
 def parse_system_prompt(text: str) -> tuple[Tool, ...]:
-    """The tools of an ms_agent system prompt, in order. Raises Refused. Cached: data sets repeat their prompts."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    start = text.find(MARKER)
-    if start < 0:
-        raise Refused(NOT_REACT_PROMPT, f"no {MARKER!r}")
-    end = text.rfind(FORMAT_BLOCK)
-    if end < start:
-        raise Refused(NOT_REACT_PROMPT, f"no {FORMAT_BLOCK.strip()!r} after the APIs")
-    return unique_tools([_parse_api(block, number) for number, block in _split_apis(text[start + len(MARKER) : end])])
+    """The tools of an ms_agent system prompt, in order. Raises Refused."""
+    return _parse_known_prompt(text) if len(text) <= LONGEST_KNOWN_PROMPT else _parse_prompt(text)
 
 
 def parse_turn(text: str, tools: Sequence[Tool]) -> Turn:
-    """An assistant's turn. Text outside of the grammar is kept as part of the answer. Raises Refused."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    """An assistant's turn. Thoughts are left out; what is said before the first of them is kept. Raises Refused."""
+    lead, parts = _split_turn(_unify_line_ends(text))
     names = {tool.name for tool in tools}
-    marks = list(_TOKEN.finditer(text))
-    ends = [*(mark.start() for mark in marks[1:]), len(text)][: len(marks)]
-    parts = [(mark[1], text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)]
-    lead = text[: marks[0].start()] if marks else text
     calls: list[Call] = []
-    answer: list[str] = []
+    answer = ""
     position = 0
     while position < len(parts):
         kind, value = parts[position]
         position += 1
         if kind == "Action":
-            call, position = _parse_call(value.strip(), parts, position, names)
+            call, position = _parse_call(value, parts, position, names)
             calls.append(call)
         elif kind == "Final Answer":
-            # All that follows is the answer, whatever it looks like.
-            answer.append(text[marks[position - 1].end() :].strip())
-            break
+            answer = value
         elif kind != "Thought":
             raise Refused(INCOMPLETE_TURN, f"{kind}: without an Action before it")
         elif LAST_THOUGHT not in value and position == len(parts) and not calls:
-            answer.append(value.strip())  # a turn that is nothing but a thought
-    said = lead.strip()
-    if calls and said:
-        calls[0] = calls[0]._replace(lead=said)
-    turn = Turn(tuple(calls), "\n".join(filter(None, answer if calls else [said, *answer])))
-    if any(c.observation is None for c in calls[:-1]) or (calls and calls[-1].observation is None and turn.answer):
-        raise Refused(INCOMPLETE_TURN, "an Action Input without an Observation")
-    return turn
-
-
-def _parse_call(name: str, parts: Sequence[tuple[str, str]], position: int, names: set[str]) -> tuple[Call, int]:
-    if name not in names:
-        raise Refused(UNKNOWN_TOOL, f"{name[:80]!r}")
-    if position >= len(parts) or parts[position][0] != "Action Input":
-        raise Refused(INCOMPLETE_TURN, f"Action: {name} without an Action Input")
-    arguments = parse_arguments(parts[position][1])
-    position += 1
-    observation = None
-    if position < len(parts) and parts[position][0] == "Observation":
-        observation = parts[position][1].strip()
-        position += 1
-    return make_call(name, arguments, observation), position
+            answer = value  # a turn that is nothing but a thought
+    if not calls:
+        answer = "\n".join(filter(None, (lead, answer)))
+    elif lead:
+        calls[0] = calls[0]._replace(lead=lead)
+    return Turn(tuple(calls), answer)
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
     """Action Input as an object: JSON or a Python literal; [] and nothing mean no arguments. Raises Refused."""
     text = text.strip()
     try:
-        value = json.loads(text) if text else {}
+        value = decode_literal(text) if text else {}
     except ValueError:
-        value = _literal(text, INVALID_ACTION_INPUT)
-    if value in ([], None):
+        raise Refused(INVALID_ACTION_INPUT, f"{text[:80]!r} is neither JSON nor a Python literal") from None
+    if value is None or value == []:
         value = {}
     if not isinstance(value, dict):
         raise Refused(INVALID_ACTION_INPUT, f"{text[:80]!r} is no object")
     return value
 
 
-def _split_apis(text: str) -> Iterator[tuple[int, str]]:
-    """(number, text) of each API: numbers count up from 1, so a numbered list in a description starts none."""
-    starts: list[tuple[int, int, int]] = []
-    for match in _NUMBER.finditer(text):
-        if int(match[1]) == len(starts) + 1:
-            starts.append((int(match[1]), match.start(), match.end()))
-    for index, (number, _, begin) in enumerate(starts):
-        yield number, text[begin : starts[index + 1][1] if index + 1 < len(starts) else len(text)]
+def _parse_prompt(text: str) -> tuple[Tool, ...]:
+    text = _unify_line_ends(text)
+    start = text.find(MARKER)
+    if start < 0:
+        raise Refused(NOT_REACT_PROMPT, f"no {MARKER!r}")
+    end = text.rfind(FORMAT_BLOCK)
+    if end < start:
+        raise Refused(NOT_REACT_PROMPT, f"no {FORMAT_BLOCK.strip()!r} after the APIs")
+    apis = _split_apis("\n" + text[start + len(MARKER) : end])
+    return unique_tools([_parse_known_api(a) if len(a) <= LONGEST_KNOWN_API else _parse_api(a) for a in apis])
 
 
-def _parse_api(block: str, number: int) -> Tool:
-    name, _, rest = block.partition(CALL)
+_parse_known_prompt = lru_cache(maxsize=KNOWN_PROMPTS)(_parse_prompt)
+
+
+def _split_apis(section: str) -> Iterator[str]:
+    """The text of each API, from its name on. Numbers count up from 1: a numbered list in a description starts none."""
+    heads: list[re.Match[str]] = []
+    for head in _HEAD.finditer(section):
+        if int(head[1]) == len(heads) + 1:
+            heads.append(head)
+    before = section[: heads[0].start()] if heads else section
+    if before := before.strip():
+        raise Refused(INVALID_APIS, f"{before[:80]!r} where API 1 should be")
+    for number, head in enumerate(heads, 1):
+        yield section[head.end() : heads[number].start() if number < len(heads) else len(section)].rstrip()
+
+
+def _parse_api(api: str) -> Tool:
+    name, _, told = api.partition(CALL)
     name = name.strip()
-    raw, before = _find_parameters(rest, name or f"API {number}")
-    useful = before.find(USEFUL)
-    if useful >= 0:
-        description = before[useful + len(USEFUL) :]
-    else:
-        # "… to interact with the HUMAN API. DESC" without the question
-        _, found, after = before.partition("API.")
-        description = after if found else before
-    description = description.strip().removesuffix(".").strip()
+    raw, position = _find_parameters(told, name)
+    description = _cut_description(told[:position], name).strip().removesuffix(".").strip()
     return make_tool(name, description, make_schema(raw, name))
 
 
-def _find_parameters(text: str, name: str) -> tuple[Any, str]:
-    """(decoded parameters, text before them): the last "Parameters:" whose value decodes and ends the block."""
-    position, seen = text.rfind(PARAMETERS), False
+_parse_known_api = lru_cache(maxsize=KNOWN_APIS)(_parse_api)
+
+
+def _cut_description(told: str, name: str) -> str:
+    """What comes after "… to interact with the HUMAN API. What is the HUMAN API useful for?"; the question may be missing."""
+    for human in (name, name.replace("_", " "), name.replace("_", "")):
+        start = f" to interact with the {human} API."
+        if told.startswith(start):
+            return told[len(start) :].removeprefix(f" What is the {human} API useful for?")
+    if not told.startswith(" to interact with the "):
+        return told
+    _, found, after = told.partition(" API.")
+    question = _QUESTION.match(after)
+    return after[question.end() :] if question else after if found else told
+
+
+def _find_parameters(told: str, name: str) -> tuple[Any, int]:
+    """(decoded parameters, where they begin): the value after "Parameters:" that ends the API, others being prose.
+
+    Where none ends it, prose follows on lines of its own; then only one value may be there. An API that is not the next
+    one would be lost as such prose, so prose must not begin with a number.
+    """
+    last: tuple[Any, int] | None = None
+    before_prose: list[tuple[Any, int]] = []
+    position = told.find(PARAMETERS)
+    if position < 0:
+        raise Refused(MISSING_PARAMETERS, f"tool {name!r}")
     while position >= 0:
-        seen = True
-        value = _decode(text[position + len(PARAMETERS) :])
-        if value is not None:
-            return value, text[:position]
-        position = text.rfind(PARAMETERS, 0, position)
-    raise Refused(INVALID_PARAMETERS if seen else MISSING_PARAMETERS, f"tool {name!r}")
+        begin = end = _end_of_blanks(told, position + len(PARAMETERS))
+        found = decode_prefix(told, begin) if told.startswith(("[", "{"), begin) else None
+        after = _AFTER.match(told, found[1]) if found else None
+        if found and after:
+            end = found[1]
+            if after[2]:
+                line = told[after.start(2) :].partition("\n")[0]
+                raise Refused(INVALID_APIS, f"{line[:80]!r} after tool {name!r} is not the next API")
+            if after[1]:
+                before_prose.append((found[0], position))
+            else:
+                last = found[0], position
+        position = told.find(PARAMETERS, end)
+    if last is None and len(before_prose) == 1:
+        last = before_prose[0]
+    if last is None:
+        raise Refused(INVALID_PARAMETERS, f"tool {name!r}{', which has more than one list' if before_prose else ''}")
+    return last
 
 
-def _decode(text: str) -> Any | None:
-    """A JSON or Python list or object at the start of a text; what stands after it, on lines of its own, is prose."""
-    text = text.lstrip()
-    if text[:1] not in ("[", "{"):
-        return None
-    try:
-        value, end = _DECODER.raw_decode(text)
-        rest = text[end:].strip(" \t.")
-        return value if not rest or rest.startswith("\n") else None
-    except ValueError:
-        pass
-    body = text.split("\n\n")[0].strip()
-    try:
-        return ast.literal_eval(body)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
+def _split_turn(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """(what is said first, [(keyword, its text)]). All that follows a Final Answer is the answer, but no call may."""
+    text = "\n" + text
+    marks: list[re.Match[str]] = []
+    for mark in _KEYWORD.finditer(text):
+        marks.append(mark)
+        if mark[1] == "Final Answer":
+            break
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    parts = [(mark[1], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=False)]
+    if marks and marks[-1][1] == "Final Answer":
+        for mark in _KEYWORD.finditer(text, marks[-1].end()):
+            if mark[1] == "Action Input":
+                raise Refused(INCOMPLETE_TURN, "a call after the Final Answer")
+    return text[: marks[0].start()].strip() if marks else text.strip(), parts
 
 
-def _literal(text: str, code: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise Refused(code, f"{text[:80]!r} is neither JSON nor a Python literal") from None
+def _parse_call(name: str, parts: Sequence[tuple[str, str]], position: int, names: set[str]) -> tuple[Call, int]:
+    """(the call, the place of the part after it)."""
+    if name not in names:
+        raise Refused(UNKNOWN_TOOL, f"{name[:80]!r}")
+    if position >= len(parts) or parts[position][0] != "Action Input":
+        raise Refused(INCOMPLETE_TURN, f"Action: {name} without an Action Input")
+    arguments = parse_arguments(parts[position][1])
+    position += 1
+    if position < len(parts) and parts[position][0] == "Observation":
+        return make_call(name, arguments, parts[position][1]), position + 1
+    return make_call(name, arguments), position
+
+
+def _unify_line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _end_of_blanks(text: str, position: int) -> int:
+    found = _BLANKS.match(text, position)
+    return found.end() if found else position

@@ -14,6 +14,7 @@ NO_SYSTEM_TURN = "NO_SYSTEM_TURN"
 NOT_REACT_PROMPT = "NOT_REACT_PROMPT"
 NOT_FABRIC_PROMPT = "NOT_FABRIC_PROMPT"
 INVALID_TOOLS = "INVALID_TOOLS"
+INVALID_APIS = "INVALID_APIS"
 INVALID_PARAMETERS = "INVALID_PARAMETERS"
 MISSING_PARAMETERS = "MISSING_PARAMETERS"
 DUPLICATE_TOOL = "DUPLICATE_TOOL"
@@ -39,13 +40,14 @@ EXPECTED: Mapping[str, str] = {
     NOT_REACT_PROMPT: "a system prompt that says 'You have access to the following APIs:' and ends with the format block",
     NOT_FABRIC_PROMPT: "a system prompt of AgentFabric: its tool section, then its instructions",
     INVALID_TOOLS: "`tools`, a list (or its JSON) of {type: function, function: {name, description, parameters}}",
+    INVALID_APIS: "APIs as `N. NAME: Call this tool …`, numbered 1, 2, 3, …, the first right after `following APIs:`",
     INVALID_PARAMETERS: "after `Parameters:` a JSON list of {name, description, required, …} or a JSON schema of an object",
     MISSING_PARAMETERS: "`Parameters:` with a list, [] when there are none",
     DUPLICATE_TOOL: "one definition for a tool's name",
     INVALID_TOOL_NAME: "a tool's name in one line, without blanks around it",
     UNKNOWN_TOOL: "a call of a tool that the prompt lists",
     INVALID_ACTION_INPUT: "`Action Input:` with one JSON object or Python dict, [] or nothing for no arguments",
-    INCOMPLETE_TURN: "each call followed by its arguments and, unless it is the last one, its result",
+    INCOMPLETE_TURN: "an answer or calls, each call followed by its arguments and, unless it is the last one, its result",
     RESULT_TAG_IN_RESULT: "a result without a literal </result>",
     UNEXPECTED_TOOL_CALL: "plain chat, without tools and calls; `format` names the readers of rows that have some",
 }

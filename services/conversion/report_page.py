@@ -41,6 +41,7 @@ MENDS: Mapping[str, str] = {
     "INVALID_TOOL_NAME": "Give the tool a name in one line, without blanks at its ends.",
     "UNKNOWN_TOOL": "Correct the name in the call, or list the tool in the prompt.",
     "INVALID_ACTION_INPUT": "Write the arguments as one JSON object: {\"city\": \"Paris\"}.",
+    "INVALID_APIS": "Number the APIs 1, 2, 3, … and begin each with its name and `: Call this tool`.",
     "INCOMPLETE_TURN": "Give each Action its Action Input and, where the turn goes on, its Observation.",
     "RESULT_TAG_IN_RESULT": "Take </result> out of the tool's result.",
     "UNEXPECTED_TOOL_CALL": "Name the format of rows with tools, or take the calls out.",

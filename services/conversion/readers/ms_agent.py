@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from services.conversion.react import parse_system_prompt, parse_turn
-from services.conversion.readers.turns import list_turns, row_id, split_rounds
+from services.conversion.readers.turns import check_turns, list_turns, row_id, split_rounds
 from services.conversion.rows import Conversation, Round
 
 
@@ -14,4 +14,8 @@ def read(row: Mapping[str, Any]) -> Conversation:
     """A row in ms_agent's form. Raises Refused."""
     system, rounds = split_rounds(list_turns(row))
     tools = parse_system_prompt(system or "")
-    return Conversation(row_id(row), tools, tuple(Round(query, parse_turn(text, tools)) for query, text in rounds))
+    turns = [parse_turn(text, tools) for _, text in rounds]
+    check_turns(turns)
+    return Conversation(
+        row_id(row), tools, tuple(Round(query, turn) for (query, _), turn in zip(rounds, turns, strict=True))
+    )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 
+from services.conversion.literals import decode_literal
 from services.conversion.refusals import EMPTY_CONVERSATIONS, INCOMPLETE_TURN, NO_SYSTEM_TURN, ROLE_ORDER, Refused
 from services.conversion.rows import Turn
 
@@ -17,9 +17,9 @@ def list_turns(row: Mapping[str, Any]) -> list[Any]:
     turns = row.get("conversations", row.get("messages"))
     if isinstance(turns, str):
         try:
-            turns = ast.literal_eval(turns)
+            turns = decode_literal(turns)
             orjson.dumps(turns)  # half a surrogate pair, written "\ud800", is no text, and bytes are none
-        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise Refused(EMPTY_CONVERSATIONS, "the text in `conversations` is no Python list") from None
     if not isinstance(turns, list) or not turns:
         raise Refused(EMPTY_CONVERSATIONS, "no turns")
