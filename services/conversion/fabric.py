@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from services.conversion.rows import Call, Round, Tool, Turn
 
-CHINESE = re.compile(r"[\u4e00-\u9fa5]")
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
 URL_ZH = "，如果结果中出现url，请使用如下格式展示出来：![图片](url)"
 URL_EN = " If the result contains url, please display it in the following format:![Image](URL)"
 ANSWER_TAIL: Mapping[tuple[str, str], str] = {
