@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="session")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The interpreter of a venv that has the package."""
     kept = os.environ.get("FABRICTUNE_ROLEPLAY_VENV")
     folder = Path(kept) if kept else tmp_path_factory.mktemp("roleplay") / "venv"
@@ -164,7 +166,9 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         install(found, "--no-deps", PACKAGE)
         install(found, *NEEDED)
         complete.touch()
-    return found
+    yield found
+    if not kept:
+        shutil.rmtree(folder)  # pytest would keep those of the last three sessions
 
 
 def install(python: Path, *packages: str) -> None:

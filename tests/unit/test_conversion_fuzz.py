@@ -1,7 +1,7 @@
 """Rows broken in every way: none ends a conversion or keeps it waiting, and each is converted or refused, never lost.
 
-Vectors and example rows are mutated as bytes, as JSON and as texts of the grammar. FUZZ_ROWS says how many (a million is a
-matter of half an hour), FUZZ_SEED which ones: `FUZZ_ROWS=1000000 FUZZ_SEED=7 pytest tests/unit/test_conversion_fuzz.py`.
+Vectors and example rows are mutated as bytes, as JSON and as texts of the grammar. FUZZ_ROWS says how many (a million take
+seven minutes), FUZZ_SEED which ones: `FUZZ_ROWS=1000000 FUZZ_SEED=7 pytest tests/unit/test_conversion_fuzz.py`.
 """
 
 from __future__ import annotations
