@@ -222,7 +222,7 @@ def _license(lineage: Sequence[artifact_pb2.Artifact], license_id: str) -> str:
     if license_id:
         return f"## Licence\n\n{license_id}.{bound}"
     return (
-        "## Licence\n\n**TODO: not chosen yet.** Whoever publishes this has to choose one (`--license`, such as apache-2.0), "
+        "## Licence\n\n**Not chosen yet.** Whoever publishes this has to choose one (`--license`, such as apache-2.0), "
         f"or may not publish it.{bound}"
     )
 

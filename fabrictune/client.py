@@ -39,6 +39,8 @@ from fabrictune.v1 import (
 
 SUCCEEDED, FAILED, CANCELLED = job_pb2.Execution.SUCCEEDED, job_pb2.Execution.FAILED, job_pb2.Execution.CANCELLED
 ENDED = (SUCCEEDED, FAILED, CANCELLED)
+COLLECTIONS = ("datasets", "models", "adapters", "reports")
+"""Of artifacts, by what they are."""
 
 
 class Kind(NamedTuple):

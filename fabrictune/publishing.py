@@ -14,7 +14,7 @@ from google.protobuf import json_format
 
 from fabrictune import transfer
 from fabrictune.card import TEXTS, render_card
-from fabrictune.client import Client
+from fabrictune.client import COLLECTIONS, Client
 from fabrictune.errors import ApiError
 from fabrictune.v1 import artifact_pb2
 
@@ -62,6 +62,11 @@ def plan(
     """What publishing would send; nothing is sent. leave_out: globs of files that stay here. Raises ApiError."""
     if license_id and not _LICENSE.fullmatch(license_id):
         raise ApiError(f"{license_id!r} is no licence's id; it looks like apache-2.0 or cc-by-4.0", "INVALID_ARGUMENT")
+    if name.partition("/")[0] not in COLLECTIONS:
+        raise ApiError(
+            f"{name!r} is no artifact: its lineage is what the card tells, so push the folder to datasets/ID first",
+            "INVALID_ARGUMENT",
+        )
     lineage = client.artifacts.lineage(name)
     artifact = lineage[0]
     if artifact.kind not in TEXTS:
@@ -102,12 +107,10 @@ def _revisions_of(client: Client, models: set[str]) -> set[str]:
 
 def lay_out(client: Client, publication: Publication, on_bytes: transfer.OnBytes = lambda _: None) -> Path:
     """Bring the files and the card into a folder that is as the repository will be. A second call goes on."""
-    data_dir = Path(os.environ.get("FABRICTUNE_DATA_DIR", ".fabrictune"))
-    whole = data_dir / "publishing" / f"{publication.artifact.digest[:16]}-files"
+    folder, whole = _folders(publication)
     if not whole.exists():
         whole.parent.mkdir(parents=True, exist_ok=True)
         transfer.pull(client, publication.artifact.name, whole, on_bytes)
-    folder = whole.with_name(publication.artifact.digest[:16])
     shutil.rmtree(folder, ignore_errors=True)
     for path in publication.files[1:]:
         target = folder / path
@@ -119,6 +122,12 @@ def lay_out(client: Client, publication: Publication, on_bytes: transfer.OnBytes
 
 def clear(publication: Publication) -> None:
     """Forget the files of a publication that is done."""
+    for folder in _folders(publication):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folders(publication: Publication) -> tuple[Path, Path]:
+    """(what the repository will hold, the artifact's files)."""
     data_dir = Path(os.environ.get("FABRICTUNE_DATA_DIR", ".fabrictune"))
-    for name in (publication.artifact.digest[:16], f"{publication.artifact.digest[:16]}-files"):
-        shutil.rmtree(data_dir / "publishing" / name, ignore_errors=True)
+    folder = data_dir / "publishing" / publication.artifact.digest[:16]
+    return folder, folder.with_name(f"{folder.name}-files")

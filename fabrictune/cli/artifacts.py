@@ -5,20 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
 from google.protobuf import json_format
 from rich.tree import Tree
 
 from fabrictune import publishing, transfer
-from fabrictune.cli.context import console, errors, print_json, print_message, print_rows, settings, to_dict
+from fabrictune.cli.context import console, print_json, print_message, print_rows, say, settings, to_dict
 from fabrictune.cli.progress import new_progress
-from fabrictune.client import Client
+from fabrictune.cli.publish import publish_artifact
+from fabrictune.client import COLLECTIONS, Client
 from fabrictune.errors import ApiError
 from fabrictune.v1 import artifact_pb2
 
-COLLECTIONS = ("datasets", "models", "adapters", "reports")
 KINDS = {"datasets": "dataset", "models": "model", "adapters": "adapter", "reports": "report"}
 app = typer.Typer(
     name="artifacts", help="Datasets, models, adapters and reports in the object store.", no_args_is_help=True
@@ -53,7 +53,7 @@ def pull_artifact(name: Name, folder: Annotated[Path, typer.Argument(help="A new
         with new_progress() as display:
             task = display.add_task(f"pull {name}", total=size, figures="bytes")
             transfer.pull(client, name, folder, lambda n: display.advance(task, n))
-    _say({"folder": str(folder)}, f"{name} is in {folder}")
+    say({"folder": str(folder)}, f"{name} is in {folder}")
 
 
 @app.command("push")
@@ -82,7 +82,7 @@ def push_artifact(
     """
     address = publishing.parse_address(target)
     if address is not None:
-        _publish(source, address, _Publishing(public, license_id, report or [], leave_out or [], dry_run))
+        publish_artifact(source, address, public, license_id, report or [], leave_out or [], dry_run)
         return
     if public or license_id or report or leave_out or dry_run:
         raise ApiError(f"{target} is no hub's address, which --public, --license, … are for", "INVALID_ARGUMENT")
@@ -97,52 +97,7 @@ def push_artifact(
         raise ApiError(f"there is nothing at {folder}", "NOT_FOUND")
     with settings().connect() as client:
         sealed = push_with_bar(client, folder, target, kind or KINDS[collection])
-    _say(to_dict(sealed), f"{sealed.name}  sha256:{sealed.digest[:12]}  {sealed.size_bytes / 1e6:.1f} MB")
-
-
-class _Publishing(NamedTuple):
-    """The options that are for hubs."""
-
-    public: bool
-    license_id: str
-    reports: list[str]
-    leave_out: list[str]
-    dry_run: bool
-
-
-def _publish(name: str, address: publishing.HubAddress, options: _Publishing) -> None:
-    if name.partition("/")[0] not in KINDS:
-        raise ApiError(
-            f"{name!r} is no artifact: its lineage is what the card tells, so push the folder to datasets/ID first",
-            "INVALID_ARGUMENT",
-        )
-    from fabrictune import local
-
-    with settings().connect() as client:
-        planned = publishing.plan(client, name, address, options.license_id, options.reports, options.leave_out)
-        if options.dry_run:
-            text = "\n".join([planned.card, "Files:", *(f"  {path}" for path in planned.files)])
-            if settings().json:
-                print_json({"card": planned.card, "files": planned.files})
-            else:
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
-            return
-        local.check_publishing(address.hub)
-        with new_progress(errors) as display:
-            task = display.add_task(f"pull {name}", total=planned.artifact.size_bytes, figures="bytes")
-            folder = publishing.lay_out(client, planned, lambda n: display.advance(task, n))
-    done = local.publish_folder(
-        address.hub,
-        address.name,
-        planned.artifact.kind,
-        folder,
-        public=options.public,
-        license_id=options.license_id,
-        message=f"{name} sha256:{planned.artifact.digest[:12]}",
-    )
-    publishing.clear(planned)
-    seen = "private" if done.private else "public"
-    _say({"address": done.address, "private": done.private}, f"{name} is at {done.address} ({seen})")
+    say(to_dict(sealed), f"{sealed.name}  sha256:{sealed.digest[:12]}  {sealed.size_bytes / 1e6:.1f} MB")
 
 
 @app.command("rm")
@@ -168,7 +123,7 @@ def import_model(
     """Bring a base model into the object store. Only safetensors weights are taken."""
     with settings().connect() as client:
         sealed = import_with_bar(client, source, model_id)
-    _say(to_dict(sealed), f"{sealed.name}  sha256:{sealed.digest[:12]}  {sealed.size_bytes / 1e6:.1f} MB")
+    say(to_dict(sealed), f"{sealed.name}  sha256:{sealed.digest[:12]}  {sealed.size_bytes / 1e6:.1f} MB")
 
 
 @datasets.command("list")
@@ -262,10 +217,3 @@ def _grow(tree: Tree, found: dict[str, artifact_pb2.Artifact], name: str, seen: 
         branch = tree.add(_label(found.get(source.name), source.name, source.digest))
         if source.name not in seen:
             _grow(branch, found, source.name, seen | {source.name})
-
-
-def _say(plain: object, text: str) -> None:
-    if settings().json:
-        print_json(plain)
-    else:
-        console.print(text, highlight=False)

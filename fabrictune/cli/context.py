@@ -135,3 +135,11 @@ def report_error(error: Exception, as_json: bool) -> None:
         errors.print(first, markup=False, highlight=False, soft_wrap=True)
         if rest:
             errors.print(rest, markup=False, highlight=False, soft_wrap=True)
+
+
+def say(plain: object, text: str) -> None:
+    """What has been done: `plain` as JSON when that is asked for, else a line of text."""
+    if settings().json:
+        print_json(plain)
+    else:
+        console.print(text, highlight=False)

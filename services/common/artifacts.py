@@ -27,8 +27,11 @@ from services.common.resources import ID_PATTERN
 from services.common.store import Store
 from services.common.transfer import download, upload
 
-COLLECTIONS = ("datasets", "models", "adapters", "reports", "checkpoints")
-NAME = re.compile(rf"({'|'.join(COLLECTIONS[:-1])})/{ID_PATTERN}|checkpoints/[A-Za-z0-9-]+/step-\d+")
+COLLECTIONS = ("datasets", "models", "adapters", "reports")
+# Of a job that is not done, seen by its workers only: checkpoints, and what its nodes share.
+NAME = re.compile(
+    rf"({'|'.join(COLLECTIONS)})/{ID_PATTERN}|checkpoints/[A-Za-z0-9-]+/step-\d+|shares/[A-Za-z0-9-]+/node-\d+"
+)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OnBytes = Callable[[int], None]
 
@@ -90,8 +93,8 @@ class Artifacts:
 
     def list(self, collection: str, page_size: int = 50, page_token: str = "") -> tuple[builtins.list[Manifest], str]:
         """A page of manifests by id, and the next page's token."""
-        if collection not in COLLECTIONS[:-1]:
-            raise InvalidSpec(f"{collection!r} is no collection; there are {', '.join(COLLECTIONS[:-1])}")
+        if collection not in COLLECTIONS:
+            raise InvalidSpec(f"{collection!r} is no collection; there are {', '.join(COLLECTIONS)}")
         size = min(page_size or 50, 1000)
         after = f"{collection}/{page_token}/" if page_token else ""
         ids = self._store.list_folders(f"{collection}/", start_after=after, limit=size + 1)

@@ -8,7 +8,8 @@ import os
 import re
 from pathlib import Path
 
-from services.common.errors import FailedPrecondition, InvalidData, NotFound, Unavailable
+from services.common.errors import FailedPrecondition, InvalidData, NotFound
+from services.common.hubs import asking
 
 EMBEDDED = "smollm2-135m-instruct"
 # What a model folder may hold; weights in any other form are refused, never converted unseen.
@@ -80,7 +81,7 @@ def check_model(folder: Path) -> None:
 
 def _from_hub(hub: str, name: str, revision: str | None, scratch: Path) -> Path:
     ignore = [*PICKLES, "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"]
-    try:
+    with asking(name, hub):
         if hub == "hf":
             import huggingface_hub
 
@@ -93,13 +94,6 @@ def _from_hub(hub: str, name: str, revision: str | None, scratch: Path) -> Path:
         return Path(
             modelscope.snapshot_download(name, revision=revision, cache_dir=str(scratch), ignore_patterns=ignore)
         )
-    except ImportError as error:
-        raise FailedPrecondition(f"{error.name} is not installed here: run `make setup`") from None
-    except (OSError, ValueError) as error:
-        # Both hubs raise subclasses of these for "not found", "no network" and "not allowed".
-        raise Unavailable(
-            f"{name} cannot be had from the hub: {error}. Is this machine online? A folder works too"
-        ) from None
 
 
 def _from_wheel(target: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from services.common.errors import FailedPrecondition, Unauthenticated
-from services.common.hub_rows import asking
+from services.common.hubs import asking
 
 REPOSITORIES: Mapping[str, str] = {"dataset": "dataset", "rows": "dataset", "adapter": "model", "model": "model"}
 """Kind of artifact → kind of repository."""

@@ -128,13 +128,15 @@ class Jobs:
         return view
 
     async def delete(self, name: str) -> None:
-        """Forget an ended job and its events. Raises NotFound, FailedPrecondition while it runs."""
+        """Forget an ended job, its events and its checkpoints. Raises NotFound, FailedPrecondition while it runs."""
         view = await self.get(name)
         if view.outcome is None:
             raise FailedPrecondition(f"{name} has not ended; cancel it first")
         await self._cluster.delete(workload_name(self._stage.kind, view.record.id))
+        kept = name.replace("/", "-")  # by workers, for another attempt
+        prefixes = [f"checkpoints/{kept}/", f"shares/{kept}/", f"events/{name}/", f"{name}/"]
         # The record goes last: until then the job can be seen, and deleted again.
-        await asyncio.to_thread(self._delete_all, [f"events/{name}/", f"{name}/"], f"{name}/job.json")
+        await asyncio.to_thread(self._delete_all, prefixes, f"{name}/job.json")
 
     async def resume(self, name: str) -> JobView:
         """Begin a failed or cancelled job again; its worker goes on from what the last attempt has kept."""

@@ -8,7 +8,6 @@ up` stopped) writes no outcome: whoever starts the next attempt goes on.
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import json
 import os
 import shutil
@@ -39,6 +38,7 @@ from services.common.events import EventWriter
 from services.common.job_state import JobRecord
 from services.common.records import accept_record, read_record, read_spec_file
 from services.common.reporter import Progress, Reporter, Silent
+from services.common.shares import Shares
 from services.common.stage import Stage
 from services.common.store import Store, open_store
 
@@ -93,7 +93,7 @@ def _do_job(stage: Stage[Any], name: str) -> tuple[int, status_pb2.Status]:
     name = record.name
     if store.get_json(f"{name}/outcome.json") is not None:
         return 0, status_pb2.Status()
-    if int(os.environ.get("JOB_COMPLETION_INDEX", "0")):
+    if _node():
         return _follow(stage, record, artifacts, data_dir)
     attempt = claim_attempt(store, name)
     begin = time.time()
@@ -133,17 +133,17 @@ def _run_stage(
     folders = _fetch_inputs(record, artifacts)
     if "checkpoint" in folders:
         events.log(f"goes on from {checkpoints_of(artifacts, record.name)[-1]}")
-    shared = stage.share is not None and spec.resources.nodes > 1
-    if shared:
-        folders |= _do_shares(stage, spec, record, artifacts, events, data_dir, folders)
+    shares = _give_share(stage, spec, record, artifacts, data_dir, folders, events)
+    if shares is not None:
+        folders |= shares.wait(events)
     with _scratch(data_dir, record) as output:
         metadata = stage.run(spec, folders, output, events)
         events.progress(Progress(unit="files", step=0, phase="uploading"))
         sealed = artifacts.publish(
             output, record.output, stage.output_kind, created_by=provenance(stage, record), metadata=dict(metadata)
         )
-    if shared:
-        forget_shares(artifacts, record.name)
+    if shares is not None:
+        shares.forget()
     return sealed
 
 
@@ -153,65 +153,35 @@ def _follow(
     """One of the further nodes of a job: it computes with the first one, which alone reports, keeps and publishes."""
     spec = stage.spec.model_validate(record.spec)
     folders = _fetch_inputs(record, artifacts)
-    if stage.share is not None:
-        node = int(os.environ["JOB_COMPLETION_INDEX"])
-        give_share(stage, spec, record, artifacts, data_dir, folders, node, Silent())
-        return 0, status_pb2.Status()
-    with _scratch(data_dir, record) as output:
-        stage.run(spec, folders, output, Silent())
+    if _give_share(stage, spec, record, artifacts, data_dir, folders, Silent()) is None:
+        with _scratch(data_dir, record) as output:
+            stage.run(spec, folders, output, Silent())
     return 0, status_pb2.Status()
 
 
-def _do_shares(
-    stage: Stage[Any],
-    spec: Any,
-    record: JobRecord,
-    artifacts: Artifacts,
-    events: EventWriter,
-    data_dir: Path,
-    folders: Mapping[str, Path],
-) -> dict[str, Path]:
-    """Do the first node's share and take those of the others as they come; the Job fails as a whole when one cannot be done."""
-    nodes = spec.resources.nodes
-    give_share(stage, spec, record, artifacts, data_dir, folders, 0, events)
-    for waited in itertools.count():
-        missing = [n for n in range(nodes) if not artifacts.exists(share_name(record.name, n))]
-        events.progress(
-            Progress(unit="shares", step=nodes - len(missing), total_steps=nodes, phase="waiting for shares")
-        )
-        if not missing:
-            break
-        time.sleep(min(0.5 * 1.2**waited, 5))
-    return {f"shares/{n}": artifacts.cached(share_name(record.name, n)) for n in range(nodes)}
-
-
-def give_share(
+def _give_share(
     stage: Stage[Any],
     spec: Any,
     record: JobRecord,
     artifacts: Artifacts,
     data_dir: Path,
     folders: Mapping[str, Path],
-    node: int,
     reporter: Reporter,
-) -> None:
-    """Do one node's share and put it where the first node finds it, unless an earlier attempt has done so."""
-    if stage.share is None or artifacts.exists(share_name(record.name, node)):
-        return
-    with _scratch(data_dir, record) as output:
-        stage.share(spec, folders, output, (node, spec.resources.nodes), reporter)
-        artifacts.publish(output, share_name(record.name, node), "share", created_by={"job": record.name})
+) -> Shares | None:
+    """Do this node's share; None where there is one node, or nodes compute together."""
+    share = stage.share
+    if share is None or spec.resources.nodes == 1:
+        return None
+    node, nodes = _node(), spec.resources.nodes
+    shares = Shares(artifacts, record.name, nodes)
+    with _scratch(data_dir, record) as scratch:
+        shares.give(node, scratch, lambda folder: share(spec, folders, folder, (node, nodes), reporter))
+    return shares
 
 
-def share_name(job: str, node: int) -> str:
-    """Where a node's share lies until the job has ended."""
-    return f"checkpoints/{job.replace('/', '-')}-shares/step-{node:08d}"
-
-
-def forget_shares(artifacts: Artifacts, job: str) -> None:
-    """Delete what nodes have shared."""
-    for name in artifacts.names(f"checkpoints/{job.replace('/', '-')}-shares/"):
-        artifacts.delete(name)
+def _node() -> int:
+    """The place of this process among the nodes of an Indexed Job."""
+    return int(os.environ.get("JOB_COMPLETION_INDEX", "0"))
 
 
 def _fetch_inputs(record: JobRecord, artifacts: Artifacts) -> dict[str, Path]:

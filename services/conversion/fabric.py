@@ -64,9 +64,8 @@ class Example(NamedTuple):
 
 def language_of(query: str) -> str:
     """Say "zh" when a text has a Chinese character, else "en"; AgentFabric asks the query only."""
-    return (
-        "en" if query.isascii() or not CHINESE.search(query) else "zh"
-    )  # isascii() is asked of a flag, not of the text
+    # isascii() asks a flag, not the text.
+    return "en" if query.isascii() or not CHINESE.search(query) else "zh"
 
 
 def render_system(tools: Sequence[Tool], role: str, language: str, wording: str = "0.7.1") -> str:

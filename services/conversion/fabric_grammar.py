@@ -15,6 +15,7 @@ from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 from services.conversion.fabric import ANSWER_TAIL, INSTRUCTIONS, PREFIX, TOOL_LINE, TOOLS
+from services.conversion.literals import unify_line_ends
 from services.conversion.react import parse_arguments
 from services.conversion.refusals import (
     INCOMPLETE_TURN,
@@ -64,7 +65,7 @@ class Prompt(NamedTuple):
 def parse_prompt(text: str) -> Prompt:
     """A system prompt of AgentFabric. Raises Refused. Cached: data sets repeat their prompts."""
     # Only a text that has no other line ends has Windows' own: a description may hold "\r".
-    text = (normalize(text) if text.count("\r\n") == text.count("\n") else text).strip()
+    text = (unify_line_ends(text) if text.count("\r\n") == text.count("\n") else text).strip()
     for language in LANGUAGES:
         before, after = (part.strip() for part in INSTRUCTIONS[language].split("{role}"))
         if not text.endswith(after):
@@ -99,7 +100,7 @@ def split_prefix(text: str, prompt: Prompt) -> tuple[str, str, str]:
 
 def parse_transcript(text: str, names: Collection[str]) -> Turn:
     """An assistant's turn with its results inside. names: of the tools that it may call. Raises Refused."""
-    text = normalize(text)
+    text = unify_line_ends(text)
     calls: list[Call] = []
     position, match = 0, CALL.search(text)
     while match:
@@ -108,11 +109,6 @@ def parse_transcript(text: str, names: Collection[str]) -> Turn:
         calls.append(call._replace(lead=lead))
         match = CALL.search(text, position)
     return Turn(tuple(calls), _check_said(text[position:].strip(), names))
-
-
-def normalize(text: str) -> str:
-    """Line ends as AgentFabric has them."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _find_section(text: str, language: str, head: str) -> int:

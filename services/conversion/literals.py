@@ -31,6 +31,11 @@ _LITERAL = re.compile(
 )
 
 
+def unify_line_ends(text: str) -> str:
+    """The text with line feeds only."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
 def decode_literal(text: str) -> Any:
     """The value that a text is, JSON or Python's repr. Raises ValueError: neither, or deeper than MAX_DEPTH."""
     text = text.strip()

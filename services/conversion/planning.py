@@ -34,9 +34,9 @@ def make_plan(
     splits = split_tools(spec, summaries)
     marks = gone.union(left_out)
     asked = [
-        (query, tools)
-        for _, chunk, number, query, tools in sorted(a for s in summaries for a in s.asked)[:ASKED]
-        if all(splits[tool.name] == "train" for tool in tools) and (chunk, number) not in marks
+        (each.query, each.tools)
+        for each in sorted(a for s in summaries for a in s.asked)[:ASKED]
+        if all(splits[tool.name] == "train" for tool in each.tools) and (each.chunk, each.number) not in marks
     ]
     plan = Plan(spec, rows, bytes(marks.bits), splits, draw_pools(summaries, splits), asked, tokenizer)
     by_split = {split: [name for name, where in splits.items() if where == split] for split in SPLITS}

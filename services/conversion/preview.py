@@ -19,7 +19,7 @@ from services.common.errors import InvalidData
 from services.conversion.changes import Span, cut_spans, mark_changes
 from services.conversion.readers.turns import list_turns
 from services.conversion.reading import understand_row
-from services.conversion.refusals import EXPECTED, ROW_TOO_LONG, Refused
+from services.conversion.refusals import REASONS, ROW_TOO_LONG, Refused
 from services.conversion.rendering import Renderer, count_characters
 from services.conversion.report import EXCERPT
 from services.conversion.sources import Chunk, RawRow, decode_row, find_files, read_rows
@@ -73,7 +73,7 @@ class PreviewedRow(NamedTuple):
     refusal: PreviewedRefusal | None = None
 
 
-class Turn(NamedTuple):
+class RawTurn(NamedTuple):
     """A turn of the row as it is, whatever its form."""
 
     role: str
@@ -86,7 +86,7 @@ def preview_path(path: Path, spec: Spec, rows: int) -> Iterator[PreviewedRow]:
     raws = (
         (raw, file.name)
         for file in find_files(path, source.files)
-        for raw in read_rows(Chunk(0, 0, str(file), file.name))
+        for raw in read_rows(Chunk(0, 0, str(file), file.name), spec.max_row_bytes)
         if raw.data.strip()
     )
     for raw, name in islice(raws, rows):
@@ -107,7 +107,7 @@ def preview_head(head: bytes, whole: bool, name: str, spec: Spec, rows: int) -> 
 def preview_row(data: bytes, source: Source, spec: Spec, line: int, name: str = "") -> PreviewedRow:
     """A row before and after, or why it is refused. name: of its file."""
     shown = PreviewedRow(name or source.uri, line, f"{name or source.uri}:{line}")
-    turns: Sequence[Turn] = ()
+    turns: Sequence[RawTurn] = ()
     try:
         turns = _list_turns(decode_row(data, spec.max_row_bytes))
         shown = shown._replace(before=[PreviewedMessage(_cut(turn.role), _cut(turn.text)) for turn in turns])
@@ -121,7 +121,7 @@ def preview_row(data: bytes, source: Source, spec: Spec, line: int, name: str = 
             raise Refused(ROW_TOO_LONG, f"{longest} characters after conversion")
     except Refused as refused:
         excerpt = data.decode("utf-8", errors="replace")[:EXCERPT]
-        refusal = PreviewedRefusal(refused.code, EXPECTED[refused.code], _cut(refused.detail), excerpt)
+        refusal = PreviewedRefusal(refused.code, REASONS[refused.code].expected, _cut(refused.detail), excerpt)
         return shown._replace(refusal=refusal)
     mark = lru_cache(maxsize=64)(mark_changes)  # what training rows of one row have in common is compared once
     after = [_show(layout, example.messages, turns, mark) for layout, example in examples[:MOST_EXAMPLES]]
@@ -135,7 +135,7 @@ def to_plain(value: Any) -> Any:
     return [to_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _show(layout: str, messages: Sequence[Mapping[str, Any]], turns: Sequence[Turn], mark: Mark) -> PreviewedExample:
+def _show(layout: str, messages: Sequence[Mapping[str, Any]], turns: Sequence[RawTurn], mark: Mark) -> PreviewedExample:
     """A training row, each message beside the turn that it was made from."""
     shown: list[PreviewedMessage] = []
     system, rounds = _rounds(turns)
@@ -164,7 +164,7 @@ def _group(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, 
         yield group
 
 
-def _rounds(turns: Sequence[Turn]) -> tuple[str, list[tuple[str, str]]]:
+def _rounds(turns: Sequence[RawTurn]) -> tuple[str, list[tuple[str, str]]]:
     """(all before the first question, [(question, all that followed until the next one)])."""
     system: list[str] = []
     rounds: list[tuple[str, list[str]]] = []
@@ -176,24 +176,24 @@ def _rounds(turns: Sequence[Turn]) -> tuple[str, list[tuple[str, str]]]:
     return "\n".join(system), [(question, "\n".join(answers)) for question, answers in rounds]
 
 
-def _list_turns(row: Mapping[str, Any]) -> list[Turn]:
+def _list_turns(row: Mapping[str, Any]) -> list[RawTurn]:
     """The row's turns, as far as they can be made out: a refused row is shown, too. Its tools come first."""
     try:
         listed = list_turns(row)
     except Refused:
         return []
-    tools = [Turn("tools", _plain(row["tools"]))] if row.get("tools") else []
+    tools = [RawTurn("tools", _plain(row["tools"]))] if row.get("tools") else []
     return tools + [_turn(turn) for turn in listed]
 
 
-def _turn(turn: Any) -> Turn:
+def _turn(turn: Any) -> RawTurn:
     if not isinstance(turn, Mapping):
-        return Turn("?", _plain(turn))
+        return RawTurn("?", _plain(turn))
     role = turn.get("from", turn.get("role"))
     text = turn.get("value", turn.get("content"))
     more = {k: v for k, v in turn.items() if k not in ("from", "role", "value", "content") and v}
     parts = [_plain(part) for part in (text, more) if part]
-    return Turn(str(role or "?"), "\n".join(parts))
+    return RawTurn(str(role or "?"), "\n".join(parts))
 
 
 def _plain(value: Any) -> str:

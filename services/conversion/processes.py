@@ -5,22 +5,28 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from services.common.errors import FabrictuneError, WorkerLost
+from services.common.errors import FabrictuneError, InvalidSpec, WorkerLost
 
 Tell = Callable[[int], None]
 """Called with how many more are done."""
 
 
 def count_processes() -> int:
-    """Cores that this process may use: FABRICTUNE_PROCESSES, else the container's limit, else the machine's."""
+    """Cores that this process may use: FABRICTUNE_PROCESSES, else the container's limit, else the machine's.
+
+    Raises InvalidSpec.
+    """
     if told := os.environ.get("FABRICTUNE_PROCESSES", ""):
-        return max(1, int(told))
+        if not told.isdigit() or not int(told):
+            raise InvalidSpec(f"FABRICTUNE_PROCESSES is {told!r}; it must be a number of processes")
+        return int(told)
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
@@ -80,9 +86,10 @@ def _run(work: Callable[..., Any], task: tuple[Any, ...], connection: Connection
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends this one
     try:
         result = work(*task, lambda count: connection.send(("told", count)))
-    except FabrictuneError as error:
+    except (FabrictuneError, OSError) as error:
         connection.send(("failed", error))
-    except OSError as error:
-        connection.send(("failed", error))
+    except Exception as unknown:  # noqa: BLE001 - this process's rim: the parent is to know why, not only that it ended
+        trace = "".join(traceback.format_exception(unknown))
+        connection.send(("failed", FabrictuneError(f"a process of the conversion broke:\n{trace}")))
     else:
         connection.send(("done", result))

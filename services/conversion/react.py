@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from services.conversion.literals import decode_literal, decode_prefix
+from services.conversion.literals import decode_literal, decode_prefix, unify_line_ends
 from services.conversion.refusals import (
     INCOMPLETE_TURN,
     INVALID_ACTION_INPUT,
@@ -52,7 +52,7 @@ def parse_system_prompt(text: str) -> tuple[Tool, ...]:
 
 def parse_turn(text: str, tools: Sequence[Tool]) -> Turn:
     """An assistant's turn. Thoughts are left out; what is said before the first of them is kept. Raises Refused."""
-    lead, parts = _split_turn(_unify_line_ends(text))
+    lead, parts = _split_turn(unify_line_ends(text))
     names = {tool.name for tool in tools}
     calls: list[Call] = []
     answer = ""
@@ -91,7 +91,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
 
 
 def _parse_prompt(text: str) -> tuple[Tool, ...]:
-    text = _unify_line_ends(text)
+    text = unify_line_ends(text)
     start = text.find(MARKER)
     if start < 0:
         raise Refused(NOT_REACT_PROMPT, f"no {MARKER!r}")
@@ -202,10 +202,6 @@ def _parse_call(name: str, parts: Sequence[tuple[str, str]], position: int, name
     if position < len(parts) and parts[position][0] == "Observation":
         return make_call(name, arguments, parts[position][1]), position + 1
     return make_call(name, arguments), position
-
-
-def _unify_line_ends(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def _end_of_blanks(text: str, position: int) -> int:

@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import orjson
@@ -37,6 +38,18 @@ POOL, ASKED = 4096, 4096
 SUMMARY, REJECTS = "summary", "rejects"
 
 
+class Asked(NamedTuple):
+    """A question that a tool answers."""
+
+    order: int
+    """Of its row, seeded."""
+    chunk: int
+    number: int
+    """Of its row in the chunk."""
+    query: str
+    tools: tuple[Tool, ...]
+
+
 @dataclass
 class Summary:
     """What one process found."""
@@ -52,8 +65,8 @@ class Summary:
     """Tool → splits that sources name for its rows."""
     pool: list[tuple[int, Tool]] = field(default_factory=list)
     """Tools that may be distractors, with their place in the seeded order."""
-    asked: list[tuple[int, int, int, str, tuple[Tool, ...]]] = field(default_factory=list)
-    """Questions that may be asked elsewhere: (order, chunk, number, question, tools)."""
+    asked: list[Asked] = field(default_factory=list)
+    """Questions that may be asked elsewhere."""
 
 
 def read_chunks(spec: Spec, chunks: Sequence[Chunk], folder: Path, buckets: int, tell: Tell) -> None:
@@ -64,7 +77,7 @@ def read_chunks(spec: Spec, chunks: Sequence[Chunk], folder: Path, buckets: int,
             if chunk.source == len(spec.sources):
                 reader.introduce(chunk)
                 continue
-            for number, raw in enumerate(read_rows(chunk), 1):
+            for number, raw in enumerate(read_rows(chunk, spec.max_row_bytes), 1):
                 if refused := reader.read(chunk, raw):
                     rejects.write(orjson.dumps(refused) + b"\n")
                 if number % TOLD_EACH == 0:
@@ -103,7 +116,7 @@ class _Reader:
         self._renderer = Renderer(spec)
         self._tied: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
         self._pool: dict[str, tuple[int, Tool]] = {}
-        self._asked: list[tuple[int, int, int, str, tuple[Tool, ...]]] = []
+        self._asked: list[Asked] = []
 
     def read(self, chunk: Chunk, raw: RawRow) -> dict[str, object] | None:
         """Put a row where it belongs; returns its refusal, if it is one."""
@@ -139,9 +152,7 @@ class _Reader:
             self._index.close()
         self.summary.groups = self._groups.pairs()
         self.summary.pool = smallest_tools(self._pool)
-        self.summary.asked = sorted(
-            (-order, -chunk, -number, query, tools) for order, chunk, number, query, tools in self._asked
-        )
+        self.summary.asked = heapq.nsmallest(ASKED, self._asked)
         (self._folder / SUMMARY).write_bytes(msgspec.msgpack.encode(self.summary))
 
     def _put(self, row: Row, chunk: int, source: Source) -> None:
@@ -158,9 +169,9 @@ class _Reader:
             self._tie(row, source)
         self._count(row)
         if self._spec.refusals.ratio and self._renderer.may_share(row) and row.rounds[0].turn.calls:
-            asked = (-order, -chunk, -number, row.rounds[0].query, row.tools)
-            keep = heapq.heappush if len(self._asked) < ASKED else heapq.heappushpop
-            keep(self._asked, asked)
+            self._asked.append(Asked(order, chunk, number, row.rounds[0].query, row.tools))
+            if len(self._asked) > 4 * ASKED:
+                self._asked = heapq.nsmallest(ASKED, self._asked)
 
     def _tie(self, row: Row, source: Source) -> None:
         listed = tuple(tool.name for tool in row.tools)

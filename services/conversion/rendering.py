@@ -18,7 +18,7 @@ class Renderer:
 
     def __init__(self, spec: Spec) -> None:
         self.spec, self.sources = spec, spec.all_sources
-        self._roles = {language: _in_language(spec.instructions, language) for language in ("zh", "en")}
+        self._roles = {language: in_language(spec.instructions, language) for language in ("zh", "en")}
 
     def language(self, row: Row) -> str:
         """The language that AgentFabric would speak: the last question's, unless the spec names one."""
@@ -57,6 +57,6 @@ def count_characters(example: Example) -> int:
     return sum(len(m["content"]) for m in example.messages)
 
 
-def _in_language(texts: Sequence[str], language: str) -> Sequence[str]:
+def in_language(texts: Sequence[str], language: str) -> Sequence[str]:
     """Those in the language; all when there are none."""
     return [text for text in texts if language_of(text) == language] or texts

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.conversion.refusals import EXPECTED, Refused
+from services.conversion.refusals import REASONS, Refused
 
 EXCERPT = 80
 EXAMPLES = 3
@@ -105,7 +105,7 @@ class Report:
         for code, number in most_frequent(self.rejected, 5):
             first = self.examples[code][0]
             parts.append(
-                f"{code} {number} × (first in {first['source']} line {first['line']}: expected {EXPECTED[code]})"
+                f"{code} {number} × (first in {first['source']} line {first['line']}: expected {REASONS[code].expected})"
             )
         return "; ".join(parts)
 
@@ -161,7 +161,7 @@ def describe_refusal(refused: Refused, data: bytes, source: str, line: int, offs
         "line": line,
         "offset": offset,
         "code": refused.code,
-        "expected": f"{EXPECTED[refused.code]}; found {refused.detail}",
+        "expected": f"{REASONS[refused.code].expected}; found {refused.detail}",
         "excerpt": text[:EXCERPT],
         "row": text,
     }

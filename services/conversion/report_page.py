@@ -11,41 +11,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from services.conversion.refusals import EXPECTED
+from services.conversion.mixture import SPLITS
+from services.conversion.refusals import REASONS
+from services.conversion.report import MAX_LENGTHS
 
 if TYPE_CHECKING:
     import jinja2
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
-SPLITS = ("train", "validation", "test")
-MAX_LENGTHS = (1024, 1500, 2048, 4096, 8192)
-"""Settings of training that the histogram marks when the report names none."""
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 TOOLS, NAMES = 30, 10
 BARS_PER_OCTAVE = 8
-
-# code → how the row is mended
-MENDS: Mapping[str, str] = {
-    "INVALID_JSON": "Write each row as one JSON object on one line; a line break inside a text is \\n.",
-    "WRONG_ENCODING": "Save the file as UTF-8, for instance with iconv -t UTF-8.",
-    "ROW_TOO_LARGE": "Shorten the row, or raise max_row_bytes.",
-    "ROW_TOO_LONG": "Shorten the results or drop turns, or raise max_row_characters.",
-    "EMPTY_CONVERSATIONS": "Give the turns as a list of from/value or role/content, all of them texts.",
-    "ROLE_ORDER": "Order the turns: system, user, assistant, user, assistant …; join two in a row of the same role.",
-    "NO_SYSTEM_TURN": "Put the system prompt first, or name the format that has none.",
-    "NOT_REACT_PROMPT": "Name the source's real format, or write the prompt with its APIs and its format block.",
-    "NOT_FABRIC_PROMPT": "Name the source's real format, or write the prompt as AgentFabric does.",
-    "INVALID_TOOLS": "Write the tools as OpenAI function objects.",
-    "INVALID_PARAMETERS": "Close all brackets and quotes after Parameters: and give every parameter a name of its own.",
-    "MISSING_PARAMETERS": "Write Parameters: [] behind a tool that takes none.",
-    "DUPLICATE_TOOL": "Keep one of the definitions, or give the other one another name.",
-    "INVALID_TOOL_NAME": "Give the tool a name in one line, without blanks at its ends.",
-    "UNKNOWN_TOOL": "Correct the name in the call, or list the tool in the prompt.",
-    "INVALID_ACTION_INPUT": "Write the arguments as one JSON object: {\"city\": \"Paris\"}.",
-    "INVALID_APIS": "Number the APIs 1, 2, 3, … and begin each with its name and `: Call this tool`.",
-    "INCOMPLETE_TURN": "Give each Action its Action Input and, where the turn goes on, its Observation.",
-    "RESULT_TAG_IN_RESULT": "Take </result> out of the tool's result.",
-    "UNEXPECTED_TOOL_CALL": "Name the format of rows with tools, or take the calls out.",
-}  # fmt: skip
 
 
 class Bar(NamedTuple):
@@ -150,13 +125,13 @@ def _refusal(code: str, count: int, report: Mapping[str, Any]) -> dict[str, Any]
     for told in (report.get("rejected_examples") or {}).get(code, ()):
         expected, _, found = str(told.get("expected", "")).partition("; found ")
         examples.append({"expected": expected, "found": found} | {k: v for k, v in told.items() if k != "expected"})
-    first = examples[0]["expected"] if examples else ""
+    known, first = REASONS.get(code), examples[0]["expected"] if examples else ""
     return {
         "code": code,
         "count": count,
         "part": share(count, report.get("rows_in") or 0),
-        "expected": EXPECTED.get(code, first),
-        "mend": MENDS.get(code, ""),
+        "expected": known.expected if known else first,
+        "mend": known.mend if known else "",
         "examples": examples,
     }
 

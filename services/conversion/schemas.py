@@ -37,8 +37,8 @@ def _complete_schema(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     required = raw.get("required") or []
     if not isinstance(properties, dict) or not isinstance(required, list):
         raise Refused(INVALID_PARAMETERS, f"tool {name!r}: an object that is no JSON schema of an object")
-    typed = {key: _with_type(value, name) for key, value in properties.items()}
-    known = [each for each in required if isinstance(each, str) and each in typed]
+    typed = {key: _with_type(value, name, raw) for key, value in properties.items()}
+    known = [key for key in typed if key in required]
     rest = {key: value for key, value in raw.items() if key not in ("type", "properties", "required")}
     return {"type": "object", "properties": typed, "required": known, **rest}
 
@@ -51,8 +51,33 @@ def _make_property(item: Mapping[str, Any], name: str) -> dict[str, Any]:
     return _with_type({**rest, **schema} if isinstance(schema, dict) else rest, name)
 
 
-def _with_type(value: Any, name: str) -> dict[str, Any]:
+def _with_type(value: Any, name: str, root: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """root: the whole schema, in which a $ref is looked up."""
     if not isinstance(value, dict):
         raise Refused(INVALID_PARAMETERS, f"tool {name!r}: a property that is no object")
     rest = {key: each for key, each in value.items() if key not in ("type", "description")}
-    return {"type": value.get("type") or "string", "description": value.get("description") or "", **rest}
+    told = value.get("type") or _type_of(_resolve(value.get("$ref"), root) or value) or "string"
+    return {"type": told, "description": value.get("description") or "", **rest}
+
+
+def _type_of(value: Mapping[str, Any]) -> str | list[str] | None:
+    """A schema's type, or those that the branches of its anyOf or oneOf have, each once; None without any."""
+    if isinstance(own := value.get("type"), str):
+        return own
+    for key in ("anyOf", "oneOf"):
+        branches = value.get(key)
+        told = [b.get("type") for b in branches if isinstance(b, dict)] if isinstance(branches, list) else []
+        types = list(dict.fromkeys(each for each in told if isinstance(each, str)))
+        if types:
+            return types[0] if len(types) == 1 else types
+    return None
+
+
+def _resolve(reference: Any, root: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What "#/$defs/NAME" points at in the whole schema; None where it points at no schema."""
+    if not isinstance(reference, str) or not reference.startswith("#/"):
+        return None
+    found: Any = root
+    for step in reference[2:].split("/"):
+        found = found.get(step) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else None

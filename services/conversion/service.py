@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from google.protobuf import empty_pb2, json_format
 from pydantic import ValidationError
 
 from fabrictune.v1 import conversion_pb2, conversion_pb2_grpc, job_pb2
-from services.common.artifacts import Artifacts, Manifest
+from services.common.artifacts import Artifacts
 from services.common.errors import InvalidSpec, Violation
 from services.common.job_api import JobApi, Offer, spec_dict
 from services.common.validation import violations_of
 from services.conversion.preview import HEAD_BYTES, MOST_ROWS, ROWS, preview_head, to_plain
-from services.conversion.sources import find_files
+from services.conversion.sources import choose_files
 from services.conversion.spec import Spec
 from services.conversion.worker import STAGE
 
@@ -86,11 +85,13 @@ def preview_conversion(
     except ValidationError as error:
         raise InvalidSpec("the conversion cannot be previewed", violations=violations_of(error, "spec")) from None
     manifest = artifacts.get(spec.sources[0].uri)
-    path = _find_rows(manifest, spec.sources[0].files)
+    # The first rows file is the one that a worker would read first.
+    names = [PurePosixPath(file.path) for file in manifest.files]
+    path = choose_files(manifest.name, names, spec.sources[0].files)[0].as_posix()
     head = artifacts.read_head(manifest, path, HEAD_BYTES)
     whole = any(f.path == path and f.size <= HEAD_BYTES for f in manifest.files)
     answer, size = conversion_pb2.PreviewConversionResponse(), 0
-    for shown in preview_head(head, whole, Path(path).name, spec, min(request.rows or ROWS, MOST_ROWS)):
+    for shown in preview_head(head, whole, PurePosixPath(path).name, spec, min(request.rows or ROWS, MOST_ROWS)):
         row = json_format.ParseDict(to_plain(shown), conversion_pb2.PreviewedRow())
         if row.ByteSize() > ANSWER_BYTES:
             row.after_left_out += len(row.after)
@@ -101,16 +102,6 @@ def preview_conversion(
             break
         answer.rows.append(row)
     return answer
-
-
-def _find_rows(manifest: Manifest, pattern: str) -> str:
-    """The first rows file, which is the one that a worker would read first."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, manifest.name)
-        for file in manifest.files:
-            (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file.path).touch()
-        return find_files(folder, pattern)[0].relative_to(folder).as_posix()
 
 
 OFFER = Offer(

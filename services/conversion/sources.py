@@ -8,9 +8,9 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -54,10 +54,16 @@ def find_files(path: Path, pattern: str) -> list[Path]:
     """The rows files of a source, in order. Raises InvalidData when there are none."""
     if path.is_file():
         return [path]
-    found = [f for f in sorted(path.rglob(pattern or "*")) if f.is_file() and f.name.endswith(SUFFIXES)]
+    inside = [PurePosixPath(f.relative_to(path).as_posix()) for f in path.rglob("*") if f.is_file()]
+    return [path / name for name in choose_files(path.name, inside, pattern)]
+
+
+def choose_files(folder: str, paths: Iterable[PurePosixPath], pattern: str) -> list[PurePosixPath]:
+    """Those of a folder's files that hold rows and match the pattern, in order. Raises InvalidData when there are none."""
+    found = sorted(p for p in paths if p.name.endswith(SUFFIXES) and p.match(pattern or "*"))
     if not found:
         raise InvalidData(
-            f"{path.name} has no rows files{f' that match {pattern!r}' if pattern else ''}; they end in {', '.join(SUFFIXES)}"
+            f"{folder} has no rows files{f' that match {pattern!r}' if pattern else ''}; they end in {', '.join(SUFFIXES)}"
         )
     return found
 
@@ -82,8 +88,11 @@ def unpacked_bytes(files: Sequence[tuple[int, Path]]) -> int:
     )
 
 
-def read_rows(chunk: Chunk) -> Iterator[RawRow]:
-    """The rows of a chunk, blank ones too, so that lines can be counted. Raises InvalidData when it cannot be unpacked."""
+def read_rows(chunk: Chunk, max_bytes: int) -> Iterator[RawRow]:
+    """The rows of a chunk, blank ones too, so that lines can be counted. Raises InvalidData when it cannot be unpacked.
+
+    Of a line that is longer than max_bytes only so much is kept as tells that: a line without end fills no memory.
+    """
     path = Path(chunk.path)
     if path.name.endswith(PARQUET):
         yield from _read_table(path)
@@ -93,9 +102,13 @@ def read_rows(chunk: Chunk) -> Iterator[RawRow]:
             offset = _seek_line(lines, chunk.start)
             if chunk.end and offset >= chunk.end:
                 return
-            for number, line in enumerate(lines, 1):
+            number = 0
+            while line := lines.readline(max_bytes + 2):
+                number += 1
                 yield RawRow(line.rstrip(b"\r\n"), number, offset)
                 offset += len(line)
+                while not line.endswith(b"\n") and (line := lines.readline(CHUNK_BYTES)):
+                    offset += len(line)
                 if chunk.end and offset >= chunk.end:
                     return
     except (OSError, EOFError, zlib.error, _zstd_error(path)) as error:
@@ -105,7 +118,7 @@ def read_rows(chunk: Chunk) -> Iterator[RawRow]:
 def decode_row(data: bytes, max_bytes: int) -> dict[str, Any]:
     """The JSON object in a line. Raises Refused."""
     if len(data) > max_bytes:
-        raise Refused(ROW_TOO_LARGE, f"{len(data)} bytes")
+        raise Refused(ROW_TOO_LARGE, f"more than {max_bytes} bytes")
     try:
         # Twice as fast as the standard library's, and strict: NaN and half surrogate pairs are no JSON.
         row = orjson.loads(data.removeprefix(BOM))
@@ -124,12 +137,17 @@ def _explain(data: bytes, error: orjson.JSONDecodeError) -> tuple[str, str]:
     return INVALID_JSON, str(error)[:120]
 
 
-def _seek_line(lines: IO[bytes], start: int) -> int:
+def _seek_line(lines: io.BufferedIOBase, start: int) -> int:
     """Go to the first line that begins at `start` or after it; returns where that is."""
     if not start:
         return 0
     lines.seek(start - 1)
-    return start - 1 + len(lines.readline())
+    position = start - 1
+    while line := lines.readline(CHUNK_BYTES):
+        position += len(line)
+        if line.endswith(b"\n"):
+            break
+    return position
 
 
 def _read_table(path: Path) -> Iterator[RawRow]:
@@ -161,12 +179,12 @@ def _zstd_error(path: Path) -> type[Exception]:
     return zstandard.ZstdError
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedIOBase:
     if path.name.endswith(".gz"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]  # GzipFile is read like one
+        return gzip.GzipFile(path)
     if path.name.endswith(".zst"):
         return io.BufferedReader(_ZstdFile(path), 1 << 18)
-    return path.open("rb", buffering=1 << 18)
+    return io.BufferedReader(io.FileIO(path), 1 << 18)
 
 
 class _ZstdFile(io.RawIOBase):

@@ -7,8 +7,9 @@ passes use every core; the result is the same to the byte whatever their number.
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,13 @@ from services.common.reporter import Progress, Reporter
 from services.common.stage import Stage
 from services.conversion.assembly import join_parts, join_rejects, place_refusal, write_report
 from services.conversion.planning import make_plan, number_lines
-from services.conversion.processes import count_processes, run_tasks
+from services.conversion.processes import Tell, count_processes, run_tasks
 from services.conversion.reading import read_chunks, read_summary
 from services.conversion.report import Report
 from services.conversion.sources import CHUNK_BYTES, Chunk, cut_chunks, find_files, unpacked_bytes
 from services.conversion.spec import Spec
 from services.conversion.spill import count_buckets
 from services.conversion.writing import Plan, write_buckets
-
-Told = Callable[[int], None]
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter) -> dict[str, Any]:
@@ -39,10 +38,13 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     scratch = output / ".work"
     scratch.mkdir()
     try:
-        shares = [inputs[key] for key in sorted(inputs) if key.startswith("shares/")]
+        shares = [folder for role, folder in inputs.items() if role.startswith("shares/")]
+        for folder in shares:
+            # Linked: what is used up below stays whole where it came from.
+            shutil.copytree(folder, scratch, copy_function=os.link, dirs_exist_ok=True)
         if not shares:
             share(spec, inputs, scratch, (0, 1), reporter)
-        folders = sorted(folder for root in shares or [scratch] for folder in root.glob("read-*"))
+        folders = sorted(scratch.glob("read-*"))
         plan, outcome, report = make_plan(spec, work.chunks, folders, work.buckets, str(inputs.get("tokenizer", "")))
         _write(plan, folders, scratch, work, report, reporter)
         before = number_lines(work.chunks, [read_summary(folder) for folder in folders])
@@ -108,7 +110,7 @@ def _write(plan: Plan, folders: Sequence[Path], scratch: Path, work: _Work, repo
         report.add(part)
 
 
-def _teller(reporter: Reporter, phase: str, total: int) -> Told:
+def _teller(reporter: Reporter, phase: str, total: int) -> Tell:
     done = 0
 
     def tell(more: int) -> None:

@@ -16,7 +16,7 @@ import orjson
 from services.conversion.fabric import Example, language_of, render_rows
 from services.conversion.mixture import SPLITS, add_distractors, fits_none, pick_count, pick_one, seeded
 from services.conversion.processes import Tell
-from services.conversion.rendering import LAYOUTS, Renderer
+from services.conversion.rendering import LAYOUTS, Renderer, in_language
 from services.conversion.report import Report, count
 from services.conversion.rows import Round, Tool, Turn
 from services.conversion.selection import Marks
@@ -138,7 +138,8 @@ class _Writer:
             report.turns_without_call += not turn.calls
         for number, (layout, example) in enumerate(examples):
             count(report.layouts, layout)
-            suffix = f"/{only}" if only else f"/{number}" if len(examples) > 1 else ""
+            # The inline row of a conversation whose split rows are written elsewhere has no number among them.
+            suffix = "/inline" if only == "inline" else f"/{number}" if len(examples) > 1 else ""
             self._write(split, row.id + suffix, row.file, example, tools)
 
     def _add_tools(self, split: str, row: Row) -> Sequence[Tool]:
@@ -190,8 +191,7 @@ class _Writer:
                 return
             query, others = asked[(start + step) % len(asked)]
             if fits_none(others, tools):
-                language = language_of(query)
-                answers = [a for a in spec.refusals.answers if language_of(a) == language] or spec.refusals.answers
+                answers = in_language(spec.refusals.answers, language_of(query))
                 missing -= 1
                 yield Round(query, Turn(answer=pick_one(answers, spec.seed, row_id, query)))
 

@@ -149,7 +149,7 @@ def test_up_with_bad_settings_says_all_of_them(tmp_path: Path) -> None:
     env_port = call("up", "--port", "70000", folder=tmp_path)
     assert env_port.returncode == 64
     assert "FABRICTUNE_PORT" in env_port.stderr
-    open_host = call("up", "--host", "0.0.0.0", "--port", "0", folder=tmp_path)
+    open_host = call("up", "--host", "0.0.0.0", "--port", "0", folder=tmp_path, FABRICTUNE_GATEWAY_PORT="0")
     assert open_host.returncode == 78
     assert "refusing to listen on 0.0.0.0" in open_host.stderr
 

@@ -391,7 +391,7 @@ def test_eight_thousand_numbered_lines_take_eight_times_as_long_as_one_thousand(
 def test_rows_are_read_one_by_one_and_no_module_warns(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", *[json.dumps(good(1)) + " " * 10_000] * 2000)
     tracemalloc.start()
-    assert sum(1 for _ in read_rows(Chunk(0, 0, str(file), file.name))) == 2000
+    assert sum(1 for _ in read_rows(Chunk(0, 0, str(file), file.name), 1 << 20)) == 2000
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1 << 20 < file.stat().st_size / 16

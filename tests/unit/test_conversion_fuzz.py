@@ -19,7 +19,7 @@ import pytest
 
 from services.conversion.fabric import render_rows, render_system
 from services.conversion.readers import READERS
-from services.conversion.refusals import EXPECTED, Refused
+from services.conversion.refusals import REASONS, Refused
 from services.conversion.sources import decode_row
 from tests.unit.test_conversion_worker import convert
 
@@ -181,7 +181,7 @@ def test_every_broken_row_is_read_or_refused_by_name_in_bounded_time(format: str
             READERS[format](decode_row(data, 1 << 20))
             read += 1
         except Refused as refused:
-            assert refused.code in EXPECTED
+            assert refused.code in REASONS
         except Exception as error:
             error.add_note(f"row {number}: {data[:4000]!r}")
             raise

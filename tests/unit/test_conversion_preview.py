@@ -37,7 +37,7 @@ from services.conversion.preview import (
     preview_row,
     to_plain,
 )
-from services.conversion.refusals import EXPECTED
+from services.conversion.refusals import REASONS
 from services.conversion.spec import Spec
 from tests.unit.test_conversion_worker import row, write
 
@@ -178,7 +178,7 @@ def test_openais_tools_stand_before_the_turns() -> None:
 def test_a_refused_row_says_why(value: Any, code: str) -> None:
     shown = preview(value)
     assert why(shown).code == code
-    assert why(shown).expected == EXPECTED[code]
+    assert why(shown).expected == REASONS[code].expected
     assert why(shown).excerpt
     assert not shown.after
 

@@ -322,3 +322,31 @@ def test_any_prompt_is_parsed_or_refused(text: str) -> None:
         parse_system_prompt(text)
     except Refused as refused:
         assert refused.code
+
+
+def schema_of(raw: Any) -> Any:
+    [tool] = parse_system_prompt(prompt(api(1, "t", json.dumps(raw))))
+    return json.loads(tool.parameters)
+
+
+def test_required_is_in_the_order_of_the_declaration() -> None:
+    properties = {"b": {"type": "string"}, "a": {"type": "string"}}
+    told = schema_of({"type": "object", "properties": properties, "required": ["a", "x", "b", 3, {}]})
+    assert told["required"] == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "kind"),
+    [
+        ({}, "string"),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, ["integer", "null"]),
+        ({"oneOf": [{"type": "number"}, {"type": "number"}]}, "number"),
+        ({"anyOf": "broken"}, "string"),
+        ({"$ref": "#/$defs/day"}, "integer"),
+        ({"$ref": "#/$defs/away"}, "string"),
+        ({"$ref": 3}, "string"),
+    ],
+)
+def test_a_property_without_a_type_has_that_of_what_it_points_at(schema: dict[str, Any], kind: Any) -> None:
+    told = schema_of({"type": "object", "properties": {"p": schema}, "$defs": {"day": {"type": "integer"}}})
+    assert told["properties"]["p"]["type"] == kind

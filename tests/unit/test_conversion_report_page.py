@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from services.conversion.refusals import EXPECTED
-from services.conversion.report_page import MENDS, render_page, share
+from services.conversion import refusals
+from services.conversion.refusals import REASONS
+from services.conversion.report_page import render_page, share
 from services.conversion.spec import Spec
 from services.conversion.worker import run
 from tests.conftest import Recorder
@@ -131,13 +132,15 @@ def test_a_key_of_the_token_lengths_may_be_missing() -> None:
 
 def test_a_refusal_says_what_was_expected_what_was_found_where_and_how_to_mend_it() -> None:
     text = Page(render_page(REPORT)).text
-    assert f"Expected {EXPECTED['UNKNOWN_TOOL']} To mend it {MENDS['UNKNOWN_TOOL']}" in text
+    assert f"Expected {REASONS['UNKNOWN_TOOL'].expected} To mend it {REASONS['UNKNOWN_TOOL'].mend}" in text
     assert "a.jsonl · line 812 · byte 19182 Found 'b' {\"id\": 1…" in text
     assert "jq -r .row rejects.jsonl > mended.jsonl" in text
 
 
 def test_every_reason_of_refusal_says_how_to_mend_the_row() -> None:
-    assert MENDS.keys() == EXPECTED.keys()
+    codes = {value for name, value in vars(refusals).items() if name == value}
+    assert codes == REASONS.keys()
+    assert all(reason.expected and reason.mend for reason in REASONS.values())
 
 
 def test_each_max_length_has_a_line_and_says_how_many_rows_it_cuts() -> None:

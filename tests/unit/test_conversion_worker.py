@@ -13,9 +13,10 @@ import pytest
 import zstandard
 from pydantic import ValidationError
 
-from services.common.errors import InvalidData
+from services.common.errors import FabrictuneError, InvalidData, InvalidSpec
 from services.conversion import sources as sources_module
 from services.conversion import spill, worker
+from services.conversion.processes import run_tasks
 from services.conversion.spec import Spec
 from services.conversion.worker import run
 from tests.conftest import Recorder
@@ -321,3 +322,53 @@ def test_parquet_and_zstd_are_read(tmp_path: Path) -> None:
     for broken in ("c.parquet", "d.jsonl.zst"):
         with pytest.raises(InvalidData, match=broken):
             convert(tmp_path, tmp_path / broken, folder=f"out-{broken}")
+
+
+def test_a_line_without_end_is_refused_and_the_next_row_is_read(tmp_path: Path) -> None:
+    endless, good = b"{" * (3 << 20), json.dumps(row(1, "t")).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(endless + b"\n" + good))
+    output, told = convert(tmp_path, tmp_path / "a.jsonl.gz", split={"test": 0, "validation": 0})
+    [refused] = lines(output / "rejects.jsonl")
+    assert (refused["code"], refused["line"], refused["offset"]) == ("ROW_TOO_LARGE", 1, 0)
+    assert len(refused["row"]) < 2 << 20
+    assert told["rows_converted"] == 1
+    [chunk] = sources_module.cut_chunks([(0, tmp_path / "a.jsonl.gz")])
+    assert [(raw.line, raw.offset) for raw in sources_module.read_rows(chunk, 99)] == [(1, 0), (2, len(endless) + 1)]
+
+
+@pytest.mark.parametrize("most", [0, 1200])
+def test_every_training_row_has_an_id_of_its_own(tmp_path: Path, most: int) -> None:
+    source = write(tmp_path / "a.jsonl", *[row(n, name(n)) for n in range(8)])
+    output, _ = convert(
+        tmp_path, source, sources=[{"uri": "a", "layout": "both"}], questions={"min": 4, "max": 4},
+        split={"test": 0, "validation": 0}, max_row_characters=most,
+    )  # fmt: skip
+    ids = [r["id"] for r in lines(output / "train.jsonl")]
+    assert len(ids) == len(set(ids)) > 16
+    assert ids == [b["id"] for b in lines(output / "tools.jsonl")]
+
+
+def test_a_wrong_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_pieces(monkeypatch)
+    monkeypatch.setenv("FABRICTUNE_PROCESSES", "many")
+    with pytest.raises(InvalidSpec, match="FABRICTUNE_PROCESSES is 'many'"):
+        convert(tmp_path, write(tmp_path / "a.jsonl", *many(5)))
+
+
+def test_what_breaks_in_a_process_is_told_here() -> None:
+    with pytest.raises(FabrictuneError, match="TypeError: unsupported operand"):
+        run_tasks(divmod, [(1,), (2,)], print)
+
+
+def test_shares_are_not_used_up(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", *many(30))
+    spec = Spec.model_validate({"sources": [{"uri": "a"}]})
+    given = tmp_path / "share"
+    given.mkdir()
+    worker.share(spec, {"sources/0": source}, given, (0, 1), Recorder())
+    before = sorted(f.relative_to(given) for f in given.rglob("*"))
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        run(spec, {"sources/0": source, "shares/0": given}, tmp_path / name, Recorder())
+    assert sorted(f.relative_to(given) for f in given.rglob("*")) == before
+    assert (tmp_path / "first/train.jsonl").read_bytes() == (tmp_path / "second/train.jsonl").read_bytes()

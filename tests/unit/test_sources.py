@@ -18,10 +18,12 @@ from typing import Any, ClassVar
 
 import pytest
 
+from fabrictune import row_files
 from fabrictune.errors import ApiError
 from fabrictune.rows import push_rows
 from fabrictune.sources import ALIASES, find_rows, public_uri, resolve_alias
 from services.common.hooks.certificates import issue
+from services.conversion import sources as conversion_sources
 from tests.conftest import ROOT, serving
 
 ROW = b'{"conversations": []}\n'
@@ -344,3 +346,7 @@ def test_an_artifact_needs_a_server(tmp_path: Path) -> None:
     done = convert(tmp_path, "datasets/d1", "--output", "out")
     assert done.returncode == 64
     assert "`fabrictune artifacts pull datasets/d1 FOLDER` first" in done.stderr
+
+
+def test_the_client_takes_for_rows_files_what_the_conversion_reads() -> None:
+    assert set(row_files.SUFFIXES) == set(conversion_sources.SUFFIXES)

@@ -14,11 +14,11 @@ from services.conversion.fabric_grammar import (
     CALL,
     RESULT_END,
     Prompt,
-    normalize,
     parse_prompt,
     parse_transcript,
     split_prefix,
 )
+from services.conversion.literals import unify_line_ends
 from services.conversion.readers.turns import check_turns, list_turns, row_id, split_rounds
 from services.conversion.refusals import INCOMPLETE_TURN, Refused
 from services.conversion.rows import Conversation, Round
@@ -29,7 +29,7 @@ def read(row: Mapping[str, Any]) -> Conversation:
     system, told = split_rounds(list_turns(row))
     prompt = parse_prompt(system or "")
     names = {tool.name for tool in prompt.tools}
-    asked = [split_prefix(normalize(user), prompt) for user, _ in told]
+    asked = [split_prefix(unify_line_ends(user), prompt) for user, _ in told]
     # RolePlay puts the parenthesis before the newest question only. An earlier one had the same when it was the newest.
     newest = asked[-1][0] or _usual_prefix(prompt)
     rounds: list[Round] = []

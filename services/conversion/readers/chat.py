@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from services.conversion.fabric import INSTRUCTIONS, TOOLS
-from services.conversion.fabric_grammar import CALL, normalize
+from services.conversion.fabric_grammar import CALL
+from services.conversion.literals import unify_line_ends
 from services.conversion.react import MARKER
 from services.conversion.readers.turns import check_turns, list_turns, row_id, split_rounds
 from services.conversion.refusals import UNEXPECTED_TOOL_CALL, Refused
@@ -31,9 +32,9 @@ def read(row: Mapping[str, Any]) -> Conversation:
     for each in (row, *(turn for turn in turns if isinstance(turn, dict))):
         _refuse_tools(each)
     system, told = split_rounds(turns, needs_system=False)
-    if any(prompt in normalize(system or "") for prompt in PROMPTS):
+    if any(prompt in unify_line_ends(system or "") for prompt in PROMPTS):
         raise Refused(UNEXPECTED_TOOL_CALL, "a system prompt of ms_agent or AgentFabric")
-    if call := next(filter(None, (_CALL.search(normalize(text)) for _, text in told)), None):
+    if call := next(filter(None, (_CALL.search(unify_line_ends(text)) for _, text in told)), None):
         raise Refused(UNEXPECTED_TOOL_CALL, f"{call[0][:80]!r}")
     rounds = tuple(Round(query, Turn(answer=text.strip()), "") for query, text in told)
     check_turns([each.turn for each in rounds])
