@@ -333,7 +333,7 @@ async def test_an_artifact_is_published_with_its_card(hub: tuple[Hub, str], endp
     assert set(sent) == {"README.md", "README.source.md", "train.jsonl", "rejects.jsonl"}
     assert sent["README.source.md"] == b"x"
     assert b"# made" in sent["README.md"]
-    assert b"TODO: not chosen yet" in sent["README.md"]
+    assert b"Not chosen yet" in sent["README.md"]
     assert list((tmp_path / "data/publishing").iterdir()) == []
 
 
