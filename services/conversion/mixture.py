@@ -44,10 +44,15 @@ class ToolGroups:
     def __init__(self) -> None:
         self._parent: dict[str, str] = {}
 
-    def tie(self, names: Sequence[str]) -> None:
-        """These tools stand in one prompt."""
+    def add(self, names: Iterable[str]) -> None:
+        """These tools exist."""
         for name in names:
             self._parent.setdefault(name, name)
+
+    def tie(self, names: Sequence[str]) -> None:
+        """These tools stand in one prompt."""
+        self.add(names)
+        for name in names[1:]:
             first, other = self.root(names[0]), self.root(name)
             if first != other:
                 self._parent[max(first, other)] = min(first, other)

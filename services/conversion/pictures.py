@@ -20,6 +20,11 @@ _PART = re.compile(
 )
 
 
+def has_pictures(turn: Turn) -> bool:
+    """Whether a result may hold one; quick, since most hold no address at all."""
+    return any(call.observation and "://" in call.observation for call in turn.calls)
+
+
 def show_pictures(turn: Turn, language: str) -> Turn:
     """A turn in which every picture of a result is shown: where its address is named, else at the end of the answer.
 

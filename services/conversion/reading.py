@@ -7,6 +7,7 @@ them, what it refused, and a summary. Folders of several processes or machines a
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from services.conversion.duplicates import Index
 from services.conversion.fabric import language_of
 from services.conversion.identity import make_conversations
 from services.conversion.mixture import ToolGroups, seeded
-from services.conversion.pictures import show_pictures
+from services.conversion.pictures import has_pictures, show_pictures
 from services.conversion.processes import Tell
 from services.conversion.readers import READERS
 from services.conversion.refusals import MAX_ROUNDS, ROW_TOO_LARGE, ROW_TOO_LONG, Refused
@@ -98,11 +99,10 @@ def understand_row(raw: RawRow, source: Source, spec: Spec) -> Conversation:
         raise Refused(ROW_TOO_LARGE, f"{len(conversation.rounds)} rounds")
     if not spec.pictures or conversation.system is not None:
         return conversation
-    rounds = tuple(
-        round._replace(turn=show_pictures(round.turn, language_of(round.query))) if round.turn.calls else round
-        for round in conversation.rounds
-    )
-    return conversation._replace(rounds=rounds)
+    if not any(has_pictures(round.turn) for round in conversation.rounds):
+        return conversation
+    rounds = [r._replace(turn=show_pictures(r.turn, language_of(r.query))) for r in conversation.rounds]
+    return conversation._replace(rounds=tuple(rounds))
 
 
 class _Reader:
@@ -110,6 +110,7 @@ class _Reader:
         self._spec, self._sources, self._folder = spec, spec.all_sources, folder
         self.summary = Summary()
         self._groups = ToolGroups()
+        self._listed: Counter[str] = Counter()
         self._rows = Buckets(folder, "rows", buckets)
         self._index = Index(folder, buckets, spec.duplicates == "near") if spec.duplicates != "keep" else None
         self._ballots = Ballots(folder, spec, buckets)
@@ -150,6 +151,7 @@ class _Reader:
         self._ballots.close()
         if self._index is not None:
             self._index.close()
+        self.summary.report.tools = dict(self._listed)
         self.summary.groups = self._groups.pairs()
         self.summary.pool = smallest_tools(self._pool)
         self.summary.asked = heapq.nsmallest(ASKED, self._asked)
@@ -174,9 +176,8 @@ class _Reader:
                 self._asked = heapq.nsmallest(ASKED, self._asked)
 
     def _tie(self, row: Row, source: Source) -> None:
-        listed = tuple(tool.name for tool in row.tools)
-        for name in listed:
-            count(self.summary.report.tools, name)
+        listed = tuple([tool.name for tool in row.tools])
+        self._listed.update(listed)
         if source.split != "auto" or row.system is not None:
             names = listed  # a prompt that is not to be changed
         else:
@@ -186,9 +187,8 @@ class _Reader:
             if len(self._tied) > 100_000:
                 self._tied.clear()
             self._tied.add((listed, names))
+            self._groups.add(listed)
             self._groups.tie(names)
-            for name in listed:
-                self._groups.tie((name,))
             self._draw(row.tools)
         if source.split != "auto":
             splits = self.summary.fixed.setdefault(names[0], [])
@@ -197,8 +197,10 @@ class _Reader:
 
     def _draw(self, tools: Sequence[Tool]) -> None:
         for tool in tools:
-            place = seeded(self._spec.seed, "pool", *tool)
             known = self._pool.get(tool.name)
+            if known is not None and known[1] == tool:
+                continue
+            place = seeded(self._spec.seed, "pool", *tool)
             if known is None or place < known[0]:
                 self._pool[tool.name] = place, tool
         if len(self._pool) > 4 * POOL:
