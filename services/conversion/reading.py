@@ -36,6 +36,8 @@ TOLD_EACH = 500
 """Rows between two words of progress."""
 POOL, ASKED = 4096, 4096
 """So many tools are drawn as distractors, and so many questions for refusals, however large the data."""
+TIED = 10_000
+"""So many lists of tools are known to have been seen; the others are looked at again."""
 SUMMARY, REJECTS = "summary", "rejects"
 
 
@@ -184,7 +186,7 @@ class _Reader:
             # Of the others only those that are called must stay together: the rest can be exchanged.
             names = tuple(dict.fromkeys(call.name for r in row.rounds for call in r.turn.calls)) or listed[:1]
         if (listed, names) not in self._tied:
-            if len(self._tied) > 100_000:
+            if len(self._tied) > TIED:
                 self._tied.clear()
             self._tied.add((listed, names))
             self._groups.add(listed)

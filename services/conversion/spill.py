@@ -16,8 +16,8 @@ import msgspec
 from services.conversion.rows import Round, Tool
 
 BUCKET_BYTES = 12 << 20
-BUFFER_BYTES = 12 << 20
-"""Of all buckets together, in one process."""
+BUFFER_BYTES = 6 << 20
+"""Of all buckets of a name together, in one process."""
 _HEAD = struct.Struct(">QIII")
 """Order, chunk, number in the chunk, length: sorted as bytes, they are in the seeded order."""
 PLACE = struct.Struct(">II")
@@ -58,16 +58,14 @@ class Buckets:
 
     def __init__(self, folder: Path, name: str, count: int) -> None:
         self._folder, self._name, self.count = folder, name, count
-        self._parts: dict[int, list[bytes]] = {}
-        self._sizes: dict[int, int] = {}
+        self._held: dict[int, bytearray] = {}
         self._limit = max(4096, BUFFER_BYTES // count)
 
     def put(self, bucket: int, data: bytes) -> None:
         """Append to a bucket."""
-        self._parts.setdefault(bucket, []).append(data)
-        size = self._sizes.get(bucket, 0) + len(data)
-        self._sizes[bucket] = size
-        if size > self._limit:
+        held = self._held.setdefault(bucket, bytearray())
+        held += data
+        if len(held) > self._limit:
             self._flush(bucket)
 
     def put_hashed(self, digest: bytes, data: bytes) -> None:
@@ -76,13 +74,12 @@ class Buckets:
 
     def close(self) -> None:
         """Write what is still held."""
-        for bucket in list(self._parts):
+        for bucket in list(self._held):
             self._flush(bucket)
 
     def _flush(self, bucket: int) -> None:
         with bucket_file(self._folder, self._name, bucket).open("ab") as file:
-            file.write(b"".join(self._parts.pop(bucket)))
-        self._sizes[bucket] = 0
+            file.write(self._held.pop(bucket))
 
 
 def bucket_file(folder: Path, name: str, bucket: int) -> Path:
