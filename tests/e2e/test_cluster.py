@@ -160,6 +160,15 @@ def test_two_nodes_train_as_one_and_start_again_together_when_one_is_lost(
     note(f"attempts: {ended['attempt']}")
 
 
+def test_a_conversion_on_two_nodes_gives_the_same_dataset_to_the_byte(release: Release, dataset: str) -> None:
+    release.fabrictune(
+        "convert", "train.jsonl", "--spec", release.write("shares.yaml", {"resources": {"nodes": 2}}), "--id", "shares"
+    )
+    alone, shared = (release.json("artifacts", "get", name)["files"] for name in (dataset, "datasets/shares"))
+    rows = {f["path"]: f["sha256"] for f in alone if f["path"].endswith(".jsonl")}
+    assert rows and rows == {f["path"]: f["sha256"] for f in shared if f["path"].endswith(".jsonl")}
+
+
 @needs_pool
 def test_a_training_brings_a_gpu_node_from_zero_and_its_log_outlives_the_node(
     release: Release, dataset: str, note: Note
