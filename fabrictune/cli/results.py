@@ -80,7 +80,9 @@ def _cell(m: Mapping[str, Any], narrow: bool) -> str:
         return ""
     if narrow:
         return f"{m['value']:4.0%} [{100 * m['low']:.0f}-{100 * m['high']:.0f}]"
-    return f"{m['value']:4.0%} [{m['low']:.0%}-{m['high']:.0%}] " + (f"{m['k']}/{m['n']}" if "k" in m else f"n={m['n']}")
+    return f"{m['value']:4.0%} [{m['low']:.0%}-{m['high']:.0%}] " + (
+        f"{m['k']}/{m['n']}" if "k" in m else f"n={m['n']}"
+    )
 
 
 def _show_report(client: Client, outputs: Mapping[str, str]) -> None:

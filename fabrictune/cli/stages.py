@@ -145,7 +145,9 @@ def evaluate(
         typer.Option(help="held_out, multi_turn (on after each tool's result), latency; may be repeated."),
     ] = None,
     bfcl: Annotated[str, typer.Option(help="Files in BFCL's format: datasets/ID, or a folder.")] = "",
-    tools: Annotated[bool, typer.Option("--tools", help="Ask with OpenAI's `tools`, not AgentFabric's prompt.")] = False,
+    tools: Annotated[
+        bool, typer.Option("--tools", help="Ask with OpenAI's `tools`, not AgentFabric's prompt.")
+    ] = False,
     constrained: Annotated[
         bool, typer.Option("--constrained", help="Ask once more with `tools`, as one more column.")
     ] = False,

@@ -42,9 +42,7 @@ TYPES: Mapping[str, type] = {
 def allow_only(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, list[Any]]:
     """One call's arguments as possible ones. schema: the tool's parameters; those that it does not require may be absent."""
     required = schema.get("required", list(arguments))
-    return {
-        name: [_allow(value), *([] if name in required else [ABSENT])] for name, value in arguments.items()
-    }
+    return {name: [_allow(value), *([] if name in required else [ABSENT])] for name, value in arguments.items()}
 
 
 def find_mismatch(given: Mapping[str, Any], possible: Possible, schema: Mapping[str, Any]) -> str:
@@ -76,8 +74,8 @@ def _allow(value: Any) -> Any:
 
 
 def _find_problem(value: Any, allowed: Sequence[Any], schema: Mapping[str, Any]) -> str:
-    candidates = [item for item in allowed if not (isinstance(item, str) and item == ABSENT)] or list(allowed)
     wanted = _types(schema)
+    candidates = [item for item in allowed if item != ABSENT] or ([] if wanted else list(allowed))
     if float in wanted and type(value) is int:
         value = float(value)
     if wanted and type(value) in wanted:
@@ -87,7 +85,7 @@ def _find_problem(value: Any, allowed: Sequence[Any], schema: Mapping[str, Any])
         not wanted and type(value) is int and any(isinstance(item, float) for item in candidates)
     ):
         return f"{value!r:.100} is a {_type_name(value)}"
-    return "" if any(_matches(value, item) for item in candidates) else f"{value!r:.100} is none of {candidates!r:.200}"
+    return "" if any(_matches(value, item) for item in allowed) else f"{value!r:.100} is none of {candidates!r:.200}"
 
 
 def _types(schema: Any) -> set[type]:

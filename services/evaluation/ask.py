@@ -7,7 +7,7 @@ import json
 import ssl
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -40,7 +40,7 @@ class Address:
     model: str
     api_key: str = ""
     ca_file: str = ""
-    wire: Wire = Wire()
+    wire: Wire = field(default_factory=Wire)
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ class Sampling:
 
 def open_client(address: Address, sampling: Sampling) -> httpx.AsyncClient:
     """A client for an address. Raises FailedPrecondition when its authority cannot be used."""
-    context = httpx.create_ssl_context()
-    if address.ca_file:
+    # Without TLS no authorities are loaded: that takes longer than many an answer.
+    context: ssl.SSLContext | bool = httpx.create_ssl_context() if address.url.startswith("https:") else False
+    if isinstance(context, ssl.SSLContext) and address.ca_file:
         try:
             context.load_verify_locations(address.ca_file)
         except (OSError, ssl.SSLError) as error:

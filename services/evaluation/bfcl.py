@@ -148,7 +148,9 @@ def _read_rows(file: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file: JSON lines, as BFCL's files are whatever their ending says, or one list."""
     text = file.read_text(encoding="utf-8")
     try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, filter(str.strip, text.splitlines()))
+        rows = (
+            json.loads(text) if text.lstrip().startswith("[") else map(json.loads, filter(str.strip, text.splitlines()))
+        )
         yield from (row for row in rows if isinstance(row, dict))
     except ValueError as error:
         raise InvalidData(f"{file.name} is neither JSON lines nor a JSON list: {error}") from None

@@ -114,7 +114,7 @@ def _mean_percentiles(values: Sequence[float]) -> tuple[float, float]:
     if len(set(values)) == 1:
         half = wilson_interval(0, n)[1]
         return values[0] - half, values[0] + half
-    draw = random.Random(SEED)  # noqa: S311 - resampling, not secrets
+    draw = random.Random(SEED)
     means = sorted(math.fsum(draw.choices(values, k=n)) / n for _ in range(RESAMPLES))
     return means[round(LOW * RESAMPLES)], means[round(HIGH * RESAMPLES) - 1]
 

@@ -74,7 +74,9 @@ async def _stream(http: httpx.AsyncClient, address: Address, question: Question,
         async with http.stream("POST", "/chat/completions", json=sent) as answer:
             if answer.status_code != 200:
                 said = (await answer.aread())[:300].decode(errors="replace")
-                raise Unavailable(f"{address.url} does not stream row {question.id} (HTTP {answer.status_code}: {said})")
+                raise Unavailable(
+                    f"{address.url} does not stream row {question.id} (HTTP {answer.status_code}: {said})"
+                )
             async for line in answer.aiter_lines():
                 if not line.startswith("data:") or line[5:].strip() == "[DONE]":
                     continue
@@ -89,4 +91,3 @@ async def _stream(http: httpx.AsyncClient, address: Address, question: Question,
         raise InvalidData(f"{address.url} does not stream as an OpenAI server would") from None
     whole = time.perf_counter() - begin
     return Timing(first or whole, whole, counted or pieces)
-

@@ -58,7 +58,9 @@ METRICS: Mapping[str, Metric] = {
     ),
     "plan_em": Metric("Plan.EM", "of all steps: calls where the row calls, answers where it answers (ModelScope)"),
     "act_em": Metric("Act.EM", "of the steps that call: the same tool is called (ModelScope)"),
-    "avg_f1": Metric("Avg.F1", "of the steps that call: F1 of the arguments, half for a name alone (ModelScope)", graded=True),
+    "avg_f1": Metric(
+        "Avg.F1", "of the steps that call: F1 of the arguments, half for a name alone (ModelScope)", graded=True
+    ),
     "hallu_rate": Metric("HalluRate", "of all steps: a tool is called that is not listed (ModelScope)", less=True),
 }
 

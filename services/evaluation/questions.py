@@ -146,9 +146,7 @@ def _inline_steps(pieces: Sequence[str]) -> Iterator[tuple[str, str, str]]:
         yield pieces[number], match["observation"], pieces[number + 2].removeprefix(" ")
 
 
-def _split_steps(
-    first: Question, said: str, later: Iterable[Mapping[str, Any]]
-) -> Iterator[tuple[str, str, str]]:
+def _split_steps(first: Question, said: str, later: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
     """The same of rows that stand behind their question's, each with all that came before in the user's turn."""
     asked = first.messages[-1]["content"] + said
     for row in later:

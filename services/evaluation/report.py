@@ -7,7 +7,8 @@ report.json: {"version": 1, "title", "dataset", "prompts", "metrics": {name: mea
    # in order: "baseline" (an earlier report), "reference" (other models), "target" (the one that is judged), "constrained"
  "paired": {metric: {difference, low, high, n}},           # the target minus the first column, on the same rows
  "pairs": [{"label", "metrics": {as paired}}],              # the target minus each other column
- "examples": [{id, question, prompt, tools, expected, reference, answers: {label: text}, failed: [metric], failure, reason}],
+ "examples": [{id, question, asked (without AgentFabric's prefix), prompt, result, tools, expected, reference,
+               answers: {label: text}, failed: [metric], failure, reason}],     # the worst rows first
  "suites": [{"name", "title", "prompts", "columns", "paired", "pairs", "examples"}],     # BFCL beside a data set
  "latency": [{"label", requests, concurrency, first_token: {p50, p95}, …}],
  "gate": [as in the manifest's metadata]}
@@ -33,6 +34,7 @@ from services.evaluation.metrics import (
     summarize,
 )
 from services.evaluation.questions import Answer, Question
+from services.evaluation.wire import strip_prompt
 
 WORST = 50
 ROLES = ("baseline", "reference", "target", "constrained")
@@ -162,6 +164,7 @@ def _example(question: Question, score: Score, columns: Sequence[Column]) -> dic
     return {
         "id": question.id,
         "question": question.messages[-1]["content"],
+        "asked": strip_prompt(question)[-1]["content"],
         "prompt": [dict(m) for m in question.messages],
         "result": after.observation if after else "",
         "tools": [t["function"]["name"] for t in question.tools],
@@ -170,7 +173,7 @@ def _example(question: Question, score: Score, columns: Sequence[Column]) -> dic
         "answers": {c.label: _say(c.by_id[question.id]) for c in columns if question.id in c.by_id},
         "failed": list(score.failed),
         "failure": score.failure,
-        "reason": score.reason,
+        "reason": score.reason if score.failure == FAILURES["exact_arguments"] else "",
     }
 
 
@@ -178,4 +181,3 @@ def _say(answer: Answer) -> str:
     """The text of an answer, with calls that the server has parsed as AgentFabric would have them."""
     calls = [f"Action: {call['name']}\nAction Input: {call['arguments']}" for call in answer.calls or ()]
     return "\n".join([*([answer.text] if answer.text or not calls else []), *calls])
-

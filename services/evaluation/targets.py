@@ -73,4 +73,7 @@ def _label(target: Target) -> str:
 
 def _unique(labels: Sequence[str]) -> list[str]:
     """Labels as they are, and with a number where one has been before."""
-    return [label if label not in labels[:n] else f"{label} ({labels[:n].count(label) + 1})" for n, label in enumerate(labels)]
+    return [
+        label if label not in labels[:n] else f"{label} ({labels[:n].count(label) + 1})"
+        for n, label in enumerate(labels)
+    ]

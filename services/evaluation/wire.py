@@ -102,7 +102,7 @@ def _find_role(system: str) -> str:
     """The instruction in AgentFabric's system prompt; all of another prompt."""
     for text in INSTRUCTIONS.values():
         head, end = text.split("{role}")
-        before, found, rest = system.rpartition(head)
+        _, found, rest = system.rpartition(head)
         if found and rest.endswith(end):
             return rest.removesuffix(end)
     return system
