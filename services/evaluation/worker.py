@@ -69,7 +69,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
         return next(c.scores for c in sections[0].columns if c.label == names[than])
 
     gate = check_gate(spec.gate, measured) + check_comparisons(spec.not_worse, scores_of, own.scores)
-    report = render_json(sections, spec.dataset or spec.bfcl, latency, gate)
+    before = _read_latency(inputs["baseline"], earlier[0].label) if earlier else []
+    report = render_json(sections, spec.dataset or spec.bfcl, before + latency, gate)
     (output / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
     (output / "report.html").write_text(render_html(report), encoding="utf-8")
     values = {
@@ -127,6 +128,12 @@ def _read_baseline(
     further = [read_column(inputs["baseline"], questions, strict=False) for _, _, questions in suites[1:]]
     answers = [answer for column in (own, *further) for answer in column.answers]
     return [Column(own.label, own.questions, answers, "baseline", own.file)]
+
+
+def _read_latency(report: Path, label: str) -> list[dict[str, Any]]:
+    """What an earlier report has measured of its judged model."""
+    told = json.loads((report / "report.json").read_text(encoding="utf-8"))
+    return [entry for entry in told.get("latency", ()) if entry["label"] == label]
 
 
 def _answers_any(column: Column, questions: Sequence[Question]) -> bool:

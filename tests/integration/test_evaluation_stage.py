@@ -152,7 +152,7 @@ def test_a_key_that_is_not_there_is_named_before_anything_is_asked(evaluate: Cal
 def test_rows_are_asked_on_after_their_results_for_every_model_alike(
     evaluate: Callable[..., Any], model: Model
 ) -> None:
-    _, before = evaluate("before", "before", suites=["multi_turn"])
+    _, before = evaluate("before", "before", suites=["multi_turn", "latency"])
     _, folder = evaluate("after", suites=["multi_turn", "latency"], baseline="reports/b", inputs={"baseline": before})
     report = read(folder)
     assert report["title"] == "3 held-out questions (test) and 4 after a tool's result"
@@ -162,7 +162,7 @@ def test_rows_are_asked_on_after_their_results_for_every_model_alike(
     assert [g["rouge_l"]["value"] for g in groups] == [0.0, 1.0]
     assert [g["plan_em"]["n"] for g in groups] == [7, 7]
     assert report["paired"]["rouge_l"] == {"difference": 1.0, "low": pytest.approx(0.34, abs=0.01), "high": 1.0, "n": 2}
-    assert [(entry["label"], entry["requests"]) for entry in report["latency"]] == [("after", 3)]
+    assert [(entry["label"], entry["requests"]) for entry in report["latency"]] == [("before", 3), ("after", 3)]
 
 
 def test_bfcl_files_are_a_table_of_their_own_or_the_whole_report(

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import empty_pb2, json_format
 
 from fabrictune.v1 import artifact_pb2, inference_pb2, inference_pb2_grpc, job_pb2
 from services.common.artifacts import Artifacts
@@ -66,7 +67,7 @@ async def test_a_run_is_named_and_a_force_with_the_numbers(served: ArtifactServi
     assert [i.name for i in told.created_by.inputs] == ["models/m", "reports/r"]
     assert told.metadata["forced"] is True
     assert told.metadata["description"] == "deployed by force: the gate of reports/r is not met"
-    assert told.metadata["error"]["message"] == "calls: 1 %"
+    assert json_format.MessageToDict(told.metadata)["error"] == {"message": "calls: 1 %"}
 
 
 def test_only_a_missed_gate_can_be_forced() -> None:
@@ -111,7 +112,7 @@ class JobServer:
     def handlers(self) -> grpc.GenericRpcHandler:
         """Its gRPC methods."""
         service = next(iter(self.messages.DESCRIPTOR.services_by_name.values()))
-        methods = {
+        methods: dict[str, Any] = {
             name: grpc.unary_unary_rpc_method_handler(
                 method,
                 request_deserializer=getattr(self.messages, f"{name}Request").FromString,
@@ -135,8 +136,6 @@ class RevisionServer(inference_pb2_grpc.InferenceServiceServicer):
         return inference_pb2.Revision(name=name, state=inference_pb2.Revision.READY)
 
     async def DeleteRevision(self, request: inference_pb2.DeleteRevisionRequest, context: Any) -> Any:
-        from google.protobuf import empty_pb2
-
         return empty_pb2.Empty()
 
     async def UpdateTraffic(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -219,3 +220,23 @@ def test_the_report() -> None:
     assert "The gate is met" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
+
+
+def test_the_table_of_a_run_has_a_column_for_each_model_and_no_row_without_figures() -> None:
+    from rich.console import Console
+
+    from fabrictune.cli.results import report_table
+
+    questions = [Question("a", [{"role": "user", "content": "Rome?"}], TOOLS, WANTED)]
+    answers = [Answer("a", 'Action: weather\nAction Input: {"city": "New York"}', "stop", 9, 0.5)]
+    labels = {"before": "baseline", "after": "target", "after, tools=": "constrained"}
+    columns = [Column(label, questions, answers, role) for label, role in labels.items()]
+    for shown, wide in ((columns, False), (columns[:2], True)):
+        report = render_json([Section("held_out", "1 question", shown)], "datasets/d")
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(report_table(report))
+        text = console.export_text()
+        assert all(column.label in text for column in shown)
+        assert ("1/1" in text) is wide
+        assert "100% [" in text
+        assert "Rouge-L" not in text
