@@ -173,7 +173,8 @@ def _evaluations(reports: Sequence[artifact_pb2.Artifact]) -> str:
 def _part(metric: Mapping[str, Any]) -> str:
     if not metric.get("n") or metric.get("value") is None:
         return "–"
-    return f"{100 * metric['value']:.1f} % ({metric['k']} of {metric['n']})"
+    of = f"{metric['k']} of {metric['n']}" if "k" in metric else f"mean of {metric['n']}"
+    return f"{100 * metric['value']:.1f} % ({of})"
 
 
 def _making(artifact: artifact_pb2.Artifact) -> str:

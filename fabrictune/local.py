@@ -70,7 +70,7 @@ def run_stage(
         draft.chmod(0o755)
         draft.rename(output)
         if stage.verdict is not None:
-            stage.verdict(metadata)
+            stage.verdict(metadata, str(output))
         return dict(metadata)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

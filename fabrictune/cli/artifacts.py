@@ -203,10 +203,10 @@ def _list(collections: list[str]) -> None:
 def _label(artifact: artifact_pb2.Artifact | None, name: str, digest: str) -> str:
     if artifact is None:
         return f"{name}  [dim]sha256:{digest[:12]}  (deleted since)[/]"
-    if artifact.kind == "deployment":
-        return f"[bold]{name}[/]"
-    by = artifact.created_by.job or "imported"
     metadata = json_format.MessageToDict(artifact.metadata)
+    if artifact.kind == "deployment":
+        return f"[bold]{name}[/]" + (f"  [yellow]{metadata['description']}[/]" if metadata.get("forced") else "")
+    by = artifact.created_by.job or "imported"
     extra = f"  {metadata['description']}" if metadata.get("description") else ""
     return f"[bold]{name}[/]  sha256:{artifact.digest[:12]}  [dim]{artifact.kind} by {by}{extra}[/]"
 

@@ -19,6 +19,8 @@ from fabrictune.cli.serving import model_config
 from fabrictune.client import Client
 
 BY_GROUP = ("calls", "right_tool", "exact_arguments", "no_call")
+NARROW_FROM = 2
+"""With more columns than these a terminal has no room for k/n."""
 HEADINGS = {
     "all": "all prompts",
     "one tool": "that list one tool",
@@ -51,7 +53,8 @@ def show(client: Client, run: Any) -> None:
 
 
 def report_table(report: Mapping[str, Any]) -> Table:
-    """Before and after on the same rows: value, 95 % interval, k/n; all prompts first, then by how many tools they list."""
+    """Before, after and others on the same rows: value, 95 % interval, k/n; all prompts first, then by listed tools."""
+    narrow = len(report["columns"]) > NARROW_FROM
     table = Table(
         title=str(report["title"]),
         title_justify="left",
@@ -65,15 +68,21 @@ def report_table(report: Mapping[str, Any]) -> Table:
     for group in HEADINGS:
         table.add_row(f"[bold]{HEADINGS[group]}[/]")
         for metric, title in report["titles"].items():
-            cells = [_cell(column["groups"][group][metric]) for column in report["columns"]]
-            if group == "all" or (metric in BY_GROUP and any(cells)):
+            cells = [_cell(column["groups"][group][metric], narrow) for column in report["columns"]]
+            if any(cells) and (group == "all" or metric in BY_GROUP):
                 table.add_row(f"  {title}", *(cell or "-" for cell in cells))
         table.add_section()
     return table
 
 
-def _cell(m: Mapping[str, Any]) -> str:
-    return f"{m['value']:4.0%} [{m['low']:.0%}-{m['high']:.0%}] {m['k']}/{m['n']}" if m["n"] else ""
+def _cell(m: Mapping[str, Any], narrow: bool) -> str:
+    if not m["n"]:
+        return ""
+    if narrow:
+        return f"{m['value']:4.0%} [{100 * m['low']:.0f}-{100 * m['high']:.0f}]"
+    return f"{m['value']:4.0%} [{m['low']:.0%}-{m['high']:.0%}] " + (
+        f"{m['k']}/{m['n']}" if "k" in m else f"n={m['n']}"
+    )
 
 
 def _show_report(client: Client, outputs: Mapping[str, str]) -> None:
@@ -94,7 +103,9 @@ def _ask(client: Client, deployment: str, dataset: str, row_id: str, scratch: Pa
     folder = scratch / "dataset"
     transfer.pull(client, dataset, folder)
     rows = map(json.loads, (folder / "test.jsonl").read_text(encoding="utf-8").splitlines())
-    row = next(r for r in rows if r["id"] == row_id)
+    row = next((r for r in rows if r["id"] == row_id), None)
+    if row is None:
+        return  # a question of another suite, or one after a tool's result
     turns = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
     while turns[-1]["role"] == "assistant":
         turns.pop()

@@ -36,12 +36,17 @@ def run(
         bool, typer.Option("--dry-run", help="Check every stage and print the plan; start nothing.")
     ] = False,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Start the run and return.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Deploy also when the gate is not met; the deployment's lineage tells it.")
+    ] = False,
 ) -> None:
     """Carry rows through conversion, training, merging and evaluation to a deployment.
 
     A stage whose output exists, made from the same inputs and spec, is not done again.
     """
     spec = read_spec(file)
+    if force:
+        spec["force"] = True
     with ExitStack() as stack:
         if start:
             from fabrictune.cli.up import ensure_up
@@ -115,6 +120,7 @@ def _show_stage(client: Client, display: Progress, task: Any, stage: Any) -> Non
         return
     if stage.execution.state == SUCCEEDED:
         said = f"{'reused' if stage.reused else 'made'} {stage.output}"
+        said += f" ({stage.execution.message})" if stage.execution.message else ""
         total = display.tasks[task].total or 1
         display.update(task, total=total, completed=total, figures=said)
         display.stop_task(task)

@@ -131,33 +131,51 @@ def merge(
 
 
 def evaluate(
-    dataset: Annotated[str, typer.Argument(help="datasets/ID, or a folder with test.jsonl and tools.jsonl.")],
+    dataset: Annotated[
+        str, typer.Argument(help="datasets/ID, or a folder with test.jsonl and tools.jsonl; may be absent with --bfcl.")
+    ] = "",
     address: Annotated[str, typer.Option(help="An OpenAI-compatible address, such as http://127.0.0.1:8480/v1.")] = "",
     model: Annotated[str, typer.Option("--model", help="What to send as model to that address.")] = "",
     revision: Annotated[str, typer.Option(help="deployments/ID/revisions/ID instead of an address.")] = "",
     baseline: Annotated[str, typer.Option(help="reports/ID, or a report's folder, to compare with.")] = "",
     label: Annotated[str, typer.Option(help="Column name in the report.")] = "",
     limit: Annotated[int, typer.Option(help="At most so many prompts; 0 takes all.")] = 0,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help="held_out, multi_turn (on after each tool's result), latency; may be repeated."),
+    ] = None,
+    bfcl: Annotated[str, typer.Option(help="Files in BFCL's format: datasets/ID, or a folder.")] = "",
+    tools: Annotated[
+        bool, typer.Option("--tools", help="Ask with OpenAI's `tools`, not AgentFabric's prompt.")
+    ] = False,
+    constrained: Annotated[
+        bool, typer.Option("--constrained", help="Ask once more with `tools`, as one more column.")
+    ] = False,
     output: Output = None,
     job_id: JobId = "",
     spec_file: SpecFile = None,
     dry_run: DryRun = False,
     detach: Detach = False,
 ) -> None:
-    """Ask a served model the held-out prompts and score its tool calls."""
+    """Ask a served model the held-out prompts and score its tool calls.
+
+    More models beside it (`targets`), thresholds (`gate`) and comparisons (`not_worse`) are told in --spec: docs/evaluation.md.
+    """
     spec = read_spec(spec_file)
-    target = {"label": label, "revision": revision, "address": address, "model": model}
+    target = {"label": label, "revision": revision, "address": address, "model": model, "tools": tools}
     spec["target"] = {**spec.get("target", {}), **{k: v for k, v in target.items() if v}}
-    if limit:
-        spec["limit"] = limit
+    given = {"limit": limit, "suites": suite, "constrained": constrained}
+    spec |= {key: value for key, value in given.items() if value}
+    inputs = {"dataset": dataset, "bfcl": bfcl, "baseline": baseline}
     if output is not None:
-        paths = {"dataset": Path(dataset)}
-        spec["dataset"] = "datasets/local"
-        if baseline:
-            paths["baseline"], spec["baseline"] = Path(baseline), "reports/local"
+        paths = {role: Path(path) for role, path in inputs.items() if path}
+        spec |= {role: f"{'reports' if role == 'baseline' else 'datasets'}/local" for role in paths}
+        for number, comparison in enumerate(spec.get("not_worse", ())):
+            if str(comparison.get("than", "")).startswith("reports/"):
+                paths[f"compared/{number}"] = Path(comparison["than"])
         _run_here("evaluation", spec, paths, output)
         return
-    spec |= {"dataset": dataset, **({"baseline": baseline} if baseline else {})}
+    spec |= {role: name for role, name in inputs.items() if name}
     with settings().connect() as client:
         _start(client.evaluation, spec, job_id, dry_run, detach)
 

@@ -46,5 +46,5 @@ class Stage(Generic[S]):
     """
     versions: tuple[str, ...] = ()
     """Packages whose versions belong into the manifest, such as "ms-swift"."""
-    verdict: Callable[[Mapping[str, Any]], None] | None = None
-    """Judges the metadata after the output is sealed; raises the error that the job ends with (an evaluation's gate)."""
+    verdict: Callable[[Mapping[str, Any], str], None] | None = None
+    """(metadata, name of the output), once it is sealed; raises the error that the job ends with (an evaluation's gate)."""

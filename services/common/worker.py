@@ -103,7 +103,7 @@ def _do_job(stage: Stage[Any], name: str) -> tuple[int, status_pb2.Status]:
         manifest = _existing(artifacts, record) or _run_stage(stage, record, artifacts, events, data_dir)
         events.artifact(manifest.name, manifest.digest)
         if stage.verdict is not None:
-            stage.verdict(manifest.metadata)
+            stage.verdict(manifest.metadata, manifest.name)
     except FabrictuneError as raised:
         error = raised
     except Exception as unknown:  # noqa: BLE001 - the process's rim: what nobody knew of becomes INTERNAL

@@ -1,4 +1,4 @@
-"""Asks an OpenAI-compatible address as AgentFabric's RolePlay does, many prompts at a time, and keeps each answer at once."""
+"""Asks an OpenAI-compatible address, many questions at a time, and hands on each answer as it arrives."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import ssl
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -21,34 +21,15 @@ from services.common.errors import (
     Unauthenticated,
     Unavailable,
 )
+from services.evaluation.questions import Answer, Question, chains_of
+from services.evaluation.wire import Wire
 
-# What modelscope-agent 0.7.1 sends with every request (agents/role_play.py).
-STOP = ("Observation:", "Observation:\n")
 TRIES = 6
 TIMEOUT = httpx.Timeout(600, connect=10)
+LONGEST_WAIT = 60.0
+"""Seconds between two tries, whatever a server's Retry-After says."""
 TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 REFUSALS: Mapping[int, type[FabrictuneError]] = {401: Unauthenticated, 403: PermissionDenied, 404: NotFound}
-
-
-@dataclass(frozen=True)
-class Question:
-    """One held-out prompt and what is expected of the answer."""
-
-    id: str
-    messages: Sequence[Mapping[str, str]]
-    tools: Sequence[Mapping[str, Any]]
-    expected: Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came back. seconds: wall time of the request."""
-
-    id: str
-    text: str
-    finish_reason: str
-    completion_tokens: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -59,76 +40,124 @@ class Address:
     model: str
     api_key: str = ""
     ca_file: str = ""
+    wire: Wire = field(default_factory=Wire)
 
 
-async def ask_all(
-    questions: Sequence[Question], address: Address, *, concurrency: int, max_tokens: int, temperature: float
-) -> AsyncIterator[Answer]:
-    """Answers, in the order in which they arrive. Raises the first error; what is in flight is cancelled then."""
-    headers = {"authorization": f"Bearer {address.api_key or 'EMPTY'}"}
-    places = asyncio.Semaphore(concurrency)
-    limits = httpx.Limits(max_connections=concurrency)
-    async with httpx.AsyncClient(
-        base_url=address.url.rstrip("/"), headers=headers, timeout=TIMEOUT, limits=limits, verify=_trust(address)
-    ) as http:
+@dataclass(frozen=True)
+class Sampling:
+    """How a model answers. concurrency: requests in flight."""
 
-        async def ask(question: Question) -> Answer:
-            async with places:
-                body = {
-                    "model": address.model,
-                    "messages": list(question.messages),
-                    "stop": list(STOP),
-                    "temperature": temperature,
-                    "max_tokens": max_tokens,
-                }
-                return await _post(http, address, question.id, body)
-
-        tasks = [asyncio.create_task(ask(q)) for q in questions]
-        try:
-            for task in asyncio.as_completed(tasks):
-                yield await task
-        finally:
-            for pending in tasks:
-                pending.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    concurrency: int = 8
+    max_tokens: int = 200
+    temperature: float = 0.0
 
 
-def _trust(address: Address) -> ssl.SSLContext:
-    context = httpx.create_ssl_context()
-    if address.ca_file:
+def open_client(address: Address, sampling: Sampling) -> httpx.AsyncClient:
+    """A client for an address. Raises FailedPrecondition when its authority cannot be used."""
+    # Without TLS no authorities are loaded: that takes longer than many an answer.
+    context: ssl.SSLContext | bool = httpx.create_ssl_context() if address.url.startswith("https:") else False
+    if isinstance(context, ssl.SSLContext) and address.ca_file:
         try:
             context.load_verify_locations(address.ca_file)
         except (OSError, ssl.SSLError) as error:
             raise FailedPrecondition(f"the certificate authority {address.ca_file} cannot be used: {error}") from None
-    return context
+    return httpx.AsyncClient(
+        base_url=address.url.rstrip("/"),
+        headers={"authorization": f"Bearer {address.api_key or 'EMPTY'}"},
+        timeout=TIMEOUT,
+        limits=httpx.Limits(max_connections=sampling.concurrency),
+        verify=context,
+    )
 
 
-async def _post(http: httpx.AsyncClient, address: Address, row_id: str, body: Mapping[str, Any]) -> Answer:
+async def ask_all(
+    questions: Sequence[Question], address: Address, sampling: Sampling, kept: Mapping[str, Answer] | None = None
+) -> AsyncIterator[Answer]:
+    """Answers, in the order in which they arrive; those that are kept already are not asked for again.
+
+    Raises the first error; what is in flight is cancelled then.
+    """
+    known = dict(kept or {})
+    chains = [chain for chain in chains_of(questions) if any(q.id not in known for q in chain)]
+    arrived: asyncio.Queue[Answer | None] = asyncio.Queue()
+    waiting = iter(chains)
+    async with open_client(address, sampling) as http:
+
+        async def work() -> None:
+            for chain in waiting:
+                for number, question in enumerate(chain):
+                    if question.id not in known:
+                        body = request_body(address, sampling, chain, number, known)
+                        known[question.id] = await _post(http, address, question, body)
+                        arrived.put_nowait(known[question.id])
+
+        workers = [asyncio.create_task(work()) for _ in range(min(sampling.concurrency, len(chains)))]
+        done = asyncio.gather(*workers)
+        done.add_done_callback(lambda _: arrived.put_nowait(None))
+        try:
+            while (answer := await arrived.get()) is not None:
+                yield answer
+            await done
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, done, return_exceptions=True)
+
+
+def request_body(
+    address: Address, sampling: Sampling, chain: Sequence[Question], number: int, answers: Mapping[str, Answer]
+) -> dict[str, Any]:
+    """What is sent for one question."""
+    asked = address.wire.body(chain, number, answers)
+    return {
+        **asked,
+        "model": address.model,
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_tokens,
+    }
+
+
+async def _post(http: httpx.AsyncClient, address: Address, question: Question, body: Mapping[str, Any]) -> Answer:
     wait, said = 0.5, ""
     for attempt in range(TRIES):
-        begin = time.perf_counter()
+        begin, least = time.perf_counter(), 0.0
         try:
             answer = await http.post("/chat/completions", json=body)
         except httpx.HTTPError as error:
             said = f"{type(error).__name__}: {error}".rstrip(": ")
         else:
             if answer.status_code == 200:
-                return _read(row_id, answer, time.perf_counter() - begin, address)
+                return _read(question, answer, time.perf_counter() - begin, address)
             said = f"HTTP {answer.status_code}: {answer.text[:300]}"
             if answer.status_code not in TRY_AGAIN:
-                raise REFUSALS.get(answer.status_code, InvalidData)(f"{address.url} refuses row {row_id} ({said})")
+                raise REFUSALS.get(answer.status_code, InvalidData)(f"{address.url} refuses row {question.id} ({said})")
+            least = _read_retry_after(answer)
         if attempt + 1 < TRIES:
-            await asyncio.sleep(wait)
+            await asyncio.sleep(min(max(wait, least), LONGEST_WAIT))
             wait = min(wait * 2, 10)
-    raise Unavailable(f"{address.url} did not answer row {row_id} in {TRIES} tries; the last said {said}")
+    raise Unavailable(f"{address.url} did not answer row {question.id} in {TRIES} tries; the last said {said}")
 
 
-def _read(row_id: str, answer: httpx.Response, seconds: float, address: Address) -> Answer:
+def _read_retry_after(answer: httpx.Response) -> float:
+    """Seconds; 0 without a number."""
+    told = answer.headers.get("retry-after", "")
+    return float(told) if told.isdigit() else 0.0
+
+
+def _read(question: Question, answer: httpx.Response, seconds: float, address: Address) -> Answer:
     try:
         told = answer.json()
         choice = told["choices"][0]
-        text, reason = choice["message"]["content"] or "", choice["finish_reason"] or ""
+        text, reason = choice["message"].get("content") or "", choice["finish_reason"] or ""
         tokens = (told.get("usage") or {}).get("completion_tokens") or 0
-    except (json.JSONDecodeError, KeyError, IndexError, TypeError):
+        calls = _read_calls(question, choice["message"], address.wire)
+    except (json.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError):
         raise InvalidData(f"{address.url} does not answer as an OpenAI server would: {answer.text[:200]}") from None
-    return Answer(row_id, str(text), str(reason), int(tokens), round(seconds, 3))
+    return Answer(question.id, str(text), str(reason), int(tokens), round(seconds, 3), calls)
+
+
+def _read_calls(question: Question, message: Mapping[str, Any], wire: Wire) -> list[dict[str, str]] | None:
+    if not wire.tools:
+        return None
+    functions = [call["function"] for call in message.get("tool_calls") or []]
+    return [{"name": wire.read_name(question, f["name"]), "arguments": f["arguments"] or "{}"} for f in functions]

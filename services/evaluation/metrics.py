@@ -1,101 +1,133 @@
-r"""Scoring of tool calls, one answer at a time, as AgentFabric would act on it.
+r"""Scoring of answers, one at a time, as AgentFabric would act on them.
 
 An answer calls a tool when RolePlay finds a call in it: `re.findall(r'Action: (.+)\nAction Input: (.+)')`, of which only the
-first is run (modelscope-agent 0.7.1, agents/role_play.py). Arguments are compared by BFCL's AST rules (Berkeley Function
-Calling Leaderboard v4): names exact, none unknown, required ones present, types strict but for an int where a number is
-asked, strings without regard to case, blanks and `,./-_*^`. Each proportion comes with its 95 % Wilson interval.
+first is run (modelscope-agent 0.7.1, agents/role_play.py), or when the server says so (`tool_calls`). docs/evaluation.md tells
+what each metric means and where its definition comes from.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.common.pictures import find_pictures, find_shown
+from services.evaluation.arguments import allow_only, find_mismatch
+from services.evaluation.intervals import Estimate, Mean, Proportion, difference_interval
+from services.evaluation.questions import Answer, Question
+from services.evaluation.rouge import rouge_l
+from services.evaluation.toolbench import Action, is_hallucinated, read_action, score_arguments
 
 CALL = re.compile(r"Action: (.+)\nAction Input: (.+)")
-_IGNORED = re.compile(r"[\s,./\-_*^]")
-Z95 = 1.959963984540054
+STOPPED = frozenset({"stop", "tool_calls", "function_call"})
+"""Reasons of the OpenAI API that mean the model came to an end by itself."""
 
-# name → what it means; all are parts of 1, and more is better.
-METRICS: Mapping[str, str] = {
-    "calls": "of the questions that need a tool: the answer calls one",
-    "right_tool": "of the questions that need a tool: the answer calls the right one",
-    "exact_arguments": "of the questions that need a tool: right tool and equal arguments (BFCL's AST rules)",
-    "parses": "of the answers that call a tool: the arguments are one strict JSON object",
-    "listed": "of the answers that call a tool: the tool is one of those listed (1 minus hallucinated tools)",
-    "stops": "of all answers: it ends by itself, with at most one call",
-    "no_call": "of the questions that no tool fits: the answer calls none",
+
+@dataclass(frozen=True)
+class Metric:
+    """What is measured; all values are from 0 to 1."""
+
+    title: str
+    meaning: str
+    less: bool = False
+    """Less is better."""
+    graded: bool = False
+    """Not only right or wrong."""
+
+
+METRICS: Mapping[str, Metric] = {
+    "calls": Metric("calls a tool", "of the questions that need a tool: the answer calls one"),
+    "right_tool": Metric("the right tool", "of the questions that need a tool: the answer calls the right one"),
+    "exact_arguments": Metric(
+        "exact arguments", "of the questions that need a tool: right tool and equal arguments (BFCL's AST rules)"
+    ),
+    "parses": Metric("arguments parse", "of the answers that call a tool: the arguments are one strict JSON object"),
+    "listed": Metric(
+        "a listed tool", "of the answers that call a tool: the tool is one of those listed (1 minus hallucinated tools)"
+    ),
+    "stops": Metric("stops by itself", "of all answers: it ends by itself, with no more calls than are asked for"),
+    "no_call": Metric("no call when none fits", "of the questions that no tool fits: the answer calls none"),
+    "rouge_l": Metric(
+        "Rouge-L after a result", "of the answers after a tool's result: Rouge-L against the row's", graded=True
+    ),
+    "pictures": Metric("shows the pictures", "of the answers after a result with pictures: all are shown as ![…](url)"),
+    "stops_after_result": Metric(
+        "stops after a result", "of the answers after a tool's result: it ends by itself, without another call"
+    ),
+    "plan_em": Metric("Plan.EM", "of all steps: calls where the row calls, answers where it answers (ModelScope)"),
+    "act_em": Metric("Act.EM", "of the steps that call: the same tool is called (ModelScope)"),
+    "avg_f1": Metric(
+        "Avg.F1", "of the steps that call: F1 of the arguments, half for a name alone (ModelScope)", graded=True
+    ),
+    "hallu_rate": Metric("HalluRate", "of all steps: a tool is called that is not listed (ModelScope)", less=True),
+}
+
+# What went wrong with a step, the first that applies: mark that is False → words.
+FAILURES: Mapping[str, str] = {
+    "calls": "no call, though a tool fits",
+    "no_call": "a call, though no tool fits",
+    "listed": "calls a tool that is not listed",
+    "right_tool": "calls another tool",
+    "parses": "arguments are not JSON",
+    "exact_arguments": "other arguments",
+    "stops": "does not stop",
+    "stops_after_result": "does not stop after a result",
+    "pictures": "does not show a picture",
 }
 GROUPS = ("all", "one tool", "two tools", "three or more tools")
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one answer is worth. None: the metric does not apply to it."""
+    """What one answer is worth."""
 
     id: str
     tools: int
     """How many tools its prompt lists."""
-    marks: Mapping[str, bool | None]
-
-
-@dataclass(frozen=True)
-class Proportion:
-    """k of n, with the 95 % Wilson interval (low, high). n == 0: nothing to measure, value 0."""
-
-    k: int
-    n: int
+    marks: Mapping[str, float | None]
+    """Metric → True, False, a part of 1, or None: it does not apply."""
+    reason: str = ""
+    """Why the arguments are not equal."""
+    category: str = ""
+    failed: tuple[str, ...] = field(default=(), compare=False)
+    """Metrics that are missed, the first one first to be looked at."""
 
     @property
-    def value(self) -> float:
-        """K / n."""
-        return self.k / self.n if self.n else 0.0
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Source: Wilson 1927, score interval without continuity correction."""
-        if not self.n:
-            return 0.0, 1.0
-        n, p, z = self.n, self.value, Z95
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, middle - half), min(1.0, middle + half)
+    def failure(self) -> str:
+        """The kind of failure, "" for none."""
+        return FAILURES[self.failed[0]] if self.failed else ""
 
 
-def score_answer(
-    row_id: str,
-    text: str,
-    finish_reason: str,
-    tools: Sequence[Mapping[str, Any]],
-    expected: Sequence[Mapping[str, Any]],
-) -> Score:
-    """Score one answer. tools: OpenAI function objects of the prompt; expected: [{name, arguments}], [] when none fits."""
-    calls = CALL.findall(text)
-    name, raw = calls[0] if calls else ("", "")
-    arguments = parse_arguments(raw) if calls else None
-    listed = {t["function"]["name"]: t["function"] for t in tools}
-    wanted = expected[0] if expected else None
-    right = bool(calls) and wanted is not None and name == wanted["name"]
-    marks: dict[str, bool | None] = {
-        "calls": bool(calls) if wanted is not None else None,
-        "right_tool": right if wanted is not None else None,
-        "exact_arguments": None,
-        "parses": arguments is not None if calls else None,
-        "listed": name in listed if calls else None,
-        "stops": finish_reason == "stop" and len(calls) <= 1,
-        "no_call": not calls if wanted is None else None,
-    }
-    if wanted is not None:
-        schema = listed.get(wanted["name"], {}).get("parameters", {})
-        marks["exact_arguments"] = (
-            right and arguments is not None and same_arguments(arguments, wanted["arguments"], schema)
-        )
-    return Score(row_id, len(tools), marks)
+def score_answer(question: Question, answer: Answer) -> Score:
+    """Score one answer."""
+    calls = find_calls(answer)
+    marks: dict[str, float | None] = dict.fromkeys(METRICS)
+    reason = ""
+    if question.after is None:
+        reason = _mark_call(marks, question, answer, calls)
+    else:
+        _mark_summary(marks, question, answer, calls)
+    _mark_step(marks, question, answer)
+    failed = tuple(metric for metric in FAILURES if marks[metric] is False)
+    return Score(question.id, len(question.tools), marks, reason, question.category, failed)
+
+
+def find_calls(answer: Answer) -> list[tuple[str, str]]:
+    """(tool, arguments as text) of each call that an answer makes."""
+    if answer.calls is not None:
+        return [(str(call["name"]), str(call["arguments"])) for call in answer.calls]
+    return CALL.findall(answer.text)
+
+
+def parse_arguments(raw: str) -> dict[str, Any] | None:
+    """Action Input as strict JSON; None unless it is one object."""
+    try:
+        parsed = json.loads(raw, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def pictures_shown(observation: str, answer: str) -> bool | None:
@@ -104,56 +136,15 @@ def pictures_shown(observation: str, answer: str) -> bool | None:
     return set(pictures) <= find_shown(answer) if pictures else None
 
 
-def parse_arguments(raw: str) -> dict[str, Any] | None:
-    """Action Input as strict JSON; None unless it is one object."""
-    try:
-        parsed = json.loads(raw, parse_constant=_refuse)
-    except ValueError:
-        return None
-    return parsed if isinstance(parsed, dict) else None
-
-
-def same_arguments(given: Mapping[str, Any], wanted: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
-    """Whether a call's arguments equal the expected ones. schema: the tool's parameters.
-
-    An argument that is expected but optional may be absent; one that is not expected may not be given.
-    """
-    required = set(schema.get("required", wanted))
-    if not set(given) <= set(wanted) or not (required & set(wanted)) <= set(given):
-        return False
-    return all(same_value(given[key], wanted[key]) for key in given)
-
-
-def same_value(given: Any, wanted: Any) -> bool:
-    """BFCL's equality of two JSON values: the expected value's own type decides."""
-    if isinstance(wanted, bool) or isinstance(given, bool):
-        return isinstance(wanted, bool) and isinstance(given, bool) and given == wanted
-    if isinstance(wanted, str):
-        return isinstance(given, str) and _fold(given) == _fold(wanted)
-    if isinstance(wanted, int):
-        return isinstance(given, int) and given == wanted
-    if isinstance(wanted, float):
-        return isinstance(given, int | float) and math.isclose(given, wanted, rel_tol=1e-9)
-    if isinstance(wanted, list):
-        return isinstance(given, list) and len(given) == len(wanted) and all(map(same_value, given, wanted))
-    if isinstance(wanted, dict):
-        return (
-            isinstance(given, dict)
-            and set(given) == set(wanted)
-            and all(same_value(given[k], wanted[k]) for k in wanted)
-        )
-    return given is wanted
-
-
-def summarize(scores: Iterable[Score]) -> dict[str, dict[str, Proportion]]:
-    """Group → metric → proportion."""
+def summarize(scores: Iterable[Score]) -> dict[str, dict[str, Estimate]]:
+    """Group → metric → estimate. Groups are those by listed tools, then categories, if there are any."""
     scores = list(scores)
+    categories = dict.fromkeys(s.category for s in scores if s.category)
     return {
         group: {
-            metric: _count(s.marks[metric] for s in scores if group == "all" or group_of(s.tools) == group)
-            for metric in METRICS
+            metric: _estimate(metric, [s.marks[metric] for s in scores if _belongs(s, group)]) for metric in METRICS
         }
-        for group in GROUPS
+        for group in (*GROUPS, *categories)
     }
 
 
@@ -163,30 +154,96 @@ def group_of(tools: int) -> str:
 
 
 def paired_difference(before: Sequence[Score], after: Sequence[Score], metric: str) -> tuple[float, float, float, int]:
-    """(difference after - before, low, high, n) on the rows that both answered, with its 95 % interval.
-
-    Source: the normal interval for a difference of paired proportions (Newcombe 1998, method 5 without correction).
-    """
+    """(difference after - before, low, high, n) on the rows where the metric applies to both, with its 95 % interval."""
     first = {s.id: s.marks[metric] for s in before}
     pairs = [(first.get(s.id), s.marks[metric]) for s in after]
-    both = [(a, b) for a, b in pairs if a is not None and b is not None]
-    n = len(both)
-    if not n:
-        return 0.0, 0.0, 0.0, 0
-    gained = sum(b and not a for a, b in both)
-    lost = sum(a and not b for a, b in both)
-    difference = (gained - lost) / n
-    half = Z95 * math.sqrt(max(gained + lost - (gained - lost) ** 2 / n, 0.0)) / n
-    return difference, max(-1.0, difference - half), min(1.0, difference + half), n
+    differences = [float(b) - float(a) for a, b in pairs if a is not None and b is not None]
+    return *difference_interval(differences), len(differences)
 
 
-def _count(marks: Iterable[bool | None]) -> Proportion:
-    known = [mark for mark in marks if mark is not None]
-    return Proportion(sum(known), len(known))
+def _mark_call(
+    marks: dict[str, float | None], question: Question, answer: Answer, calls: Sequence[tuple[str, str]]
+) -> str:
+    """Marks of an answer to a question; returns why the arguments are not equal."""
+    expected, listed = question.expected, {t["function"]["name"]: t["function"] for t in question.tools}
+    marks["stops"] = answer.finish_reason in STOPPED and len(calls) <= max(1, len(expected))
+    if calls:
+        # RolePlay runs the first call only; where several are expected, all count.
+        acted = calls if len(expected) > 1 else calls[:1]
+        marks["parses"] = all(parse_arguments(raw) is not None for _, raw in acted)
+        marks["listed"] = all(name in listed for name, _ in acted)
+    if not expected:
+        marks["no_call"] = not calls
+        return ""
+    marks["calls"] = bool(calls)
+    acted = calls if len(expected) > 1 else calls[:1]
+    marks["right_tool"] = sorted(name for name, _ in acted) == sorted(call["name"] for call in expected)
+    problem = "no call"
+    if marks["right_tool"]:
+        problem = _compare_calls(acted, expected, listed)
+    marks["exact_arguments"] = not problem
+    return problem if marks["right_tool"] else ""
 
 
-def _fold(text: str) -> str:
-    return _IGNORED.sub("", text).lower().replace("'", '"')
+def _compare_calls(
+    acted: Sequence[tuple[str, str]], expected: Sequence[Mapping[str, Any]], listed: Mapping[str, Any]
+) -> str:
+    """What is wrong with calls of the right tools, in whatever order; "" when each is an expected one."""
+    left = list(acted)
+    for wanted in expected:
+        problems = [_compare_call(call, wanted, listed) for call in left if call[0] == wanted["name"]]
+        if "" not in problems:
+            return problems[0]
+        left.remove(next(c for c in left if c[0] == wanted["name"] and not _compare_call(c, wanted, listed)))
+    return ""
+
+
+def _compare_call(call: tuple[str, str], wanted: Mapping[str, Any], listed: Mapping[str, Any]) -> str:
+    arguments = parse_arguments(call[1])
+    if arguments is None:
+        return "the arguments are not one JSON object"
+    schema = listed.get(wanted["name"], {}).get("parameters") or {}
+    possible = wanted["possible"] if "possible" in wanted else allow_only(wanted["arguments"], schema)
+    return find_mismatch(arguments, possible, schema)
+
+
+def _mark_summary(
+    marks: dict[str, float | None], question: Question, answer: Answer, calls: Sequence[tuple[str, str]]
+) -> None:
+    """Marks of what is said after a tool's result, where the row answers, too."""
+    if question.expected or question.after is None:
+        return
+    marks["rouge_l"] = rouge_l(answer.text, question.reference)
+    marks["stops_after_result"] = answer.finish_reason in STOPPED and not calls
+    marks["pictures"] = pictures_shown(question.after.observation, answer.text)
+
+
+def _mark_step(marks: dict[str, float | None], question: Question, answer: Answer) -> None:
+    """ModelScope's marks, of every step. Where several calls are expected, the first one counts: its rows have one."""
+    calls = find_calls(answer) if answer.calls is not None else []
+    action = Action(*calls[-1]) if calls else read_action("" if answer.calls is not None else answer.text)
+    wanted = question.expected[0] if question.expected else None
+    marks["plan_em"] = action.plan == ("finish" if wanted is None else "call")
+    marks["hallu_rate"] = is_hallucinated(action, {t["function"]["name"] for t in question.tools})
+    if wanted is not None:
+        marks["act_em"] = action.name == wanted["name"]
+        marks["avg_f1"] = score_arguments(action, wanted["name"], plain_arguments(wanted))
+
+
+def plain_arguments(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An expected call's arguments as one would write them: of possible ones the first, without those that may be absent."""
+    if "possible" not in wanted:
+        return dict(wanted["arguments"])
+    return {name: allowed[0] for name, allowed in wanted["possible"].items() if "" not in allowed}
+
+
+def _belongs(score: Score, group: str) -> bool:
+    return group in ("all", score.category, group_of(score.tools))
+
+
+def _estimate(metric: str, marks: Iterable[float | None]) -> Estimate:
+    known = [float(mark) for mark in marks if mark is not None]
+    return Mean(tuple(known)) if METRICS[metric].graded else Proportion(round(sum(known)), len(known))
 
 
 def _refuse(constant: str) -> None:

@@ -10,15 +10,19 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from services.common.resources import ID_PATTERN
 from services.evaluation.metrics import METRICS
 
+BASELINE = "baseline"
+REPORT, REVISION = f"reports/{ID_PATTERN}", f"deployments/{ID_PATTERN}/revisions/{ID_PATTERN}"
+Suite = Literal["held_out", "multi_turn", "latency"]
 
-def _check_gate(gate: dict[str, float]) -> dict[str, float]:
-    unknown = sorted(set(gate) - set(METRICS))
+
+def _check_parts(parts: dict[str, float]) -> dict[str, float]:
+    unknown = sorted(set(parts) - set(METRICS))
     if unknown:
         raise ValueError(f"there is no metric {', '.join(unknown)}; there are {', '.join(METRICS)}")
-    outside = [metric for metric, least in gate.items() if not 0 <= least <= 1]
+    outside = [metric for metric, least in parts.items() if not 0 <= least <= 1]
     if outside:
-        raise ValueError(f"{', '.join(outside)}: thresholds are parts from 0 to 1, such as 0.95")
-    return gate
+        raise ValueError(f"{', '.join(outside)}: values are parts from 0 to 1, such as 0.95")
+    return parts
 
 
 def _named(pattern: str, looks: str) -> AfterValidator:
@@ -36,12 +40,13 @@ class Target(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     label: str = Field("", description="column name in the report; made from the model when it is empty")
-    revision: Annotated[
-        str, _named(f"deployments/{ID_PATTERN}/revisions/{ID_PATTERN}", "deployments/an-id/revisions/an-id")
-    ] = ""
+    revision: Annotated[str, _named(REVISION, "deployments/an-id/revisions/an-id")] = ""
     address: Annotated[str, _named(r"https?://\S+", "http://host:port/v1")] = ""
     model: str = ""
-    api_key_variable: str = Field("", description="the worker's environment variable that holds the address's API key")
+    api_key_variable: Annotated[
+        str, _named(r"[A-Za-z_][A-Za-z0-9_]*", "OPENAI_API_KEY: a variable's name, never the key itself")
+    ] = Field("", description="the worker's environment variable that holds the address's API key")
+    tools: bool = Field(False, description="asked with OpenAI's `tools` and answered with tool_calls")
 
     @model_validator(mode="after")
     def _check_one(self) -> Target:
@@ -52,17 +57,66 @@ class Target(BaseModel):
         return self
 
 
+class Comparison(BaseModel):
+    """What the target may not be worse than."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    than: str = Field(description='"baseline", the label of a target, a report, or a revision, which is asked, too')
+    by: Annotated[dict[str, float], AfterValidator(_check_parts)] = Field(
+        min_length=1, description="metric → by how much it may be worse, on the same rows"
+    )
+
+    @property
+    def report(self) -> str:
+        """The report that it names, or ""."""
+        return self.than if re.fullmatch(REPORT, self.than) else ""
+
+    @property
+    def revision(self) -> str:
+        """The revision that it names, or ""."""
+        return self.than if re.fullmatch(REVISION, self.than) else ""
+
+
 class Spec(BaseModel):
     """One evaluation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    dataset: Annotated[str, _named(f"datasets/{ID_PATTERN}", "datasets/an-id")]
+    dataset: Annotated[str, _named(f"datasets/{ID_PATTERN}", "datasets/an-id")] = ""
     split: Annotated[Literal["test", "validation", "train"], BeforeValidator(lambda value: value or "test")] = "test"
     target: Target
-    baseline: Annotated[str, _named(f"reports/{ID_PATTERN}", "reports/an-id")] = ""
-    limit: int = Field(0, ge=0, description="at most so many prompts; 0 takes all")
+    targets: tuple[Target, ...] = Field((), description="more models that are asked the same; a column each")
+    constrained: bool = Field(False, description="the target is asked once more with `tools`, as one more column")
+    baseline: Annotated[str, _named(REPORT, "reports/an-id")] = ""
+    suites: tuple[Suite, ...] = Field((), description="of the data set's rows; held_out when it is empty")
+    bfcl: Annotated[str, _named(f"datasets/{ID_PATTERN}", "datasets/an-id")] = Field(
+        "", description="an artifact with files in BFCL's format, asked beside the data set or without one"
+    )
+    limit: int = Field(0, ge=0, description="at most so many prompts of the data set, and of BFCL's; 0 takes all")
     concurrency: int = Field(8, ge=1, le=1024)
     max_tokens: int = Field(200, ge=1, le=32768)
     temperature: float = Field(0.0, ge=0, le=2)
-    gate: Annotated[dict[str, float], AfterValidator(_check_gate)] = Field(default_factory=dict)
+    gate: Annotated[dict[str, float], AfterValidator(_check_parts)] = Field(
+        default_factory=dict, description="metric → least value, or the most where less is better"
+    )
+    not_worse: tuple[Comparison, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> Spec:
+        if not self.dataset and not self.bfcl:
+            raise ValueError("give a dataset, an artifact of BFCL files, or both")
+        labels = {target.label for target in self.targets if target.label}
+        for comparison in self.not_worse:
+            # A baseline need not be named yet: a pipeline run fills it in.
+            if not (comparison.report or comparison.revision or comparison.than in {BASELINE, *labels}):
+                raise ValueError(
+                    f"not_worse.than: {comparison.than!r} is neither {BASELINE}, nor the label of a target, nor "
+                    "reports/an-id, nor deployments/an-id/revisions/an-id"
+                )
+        return self
+
+    @property
+    def follows_up(self) -> bool:
+        """Whether rows are asked on after their tools' results."""
+        return "multi_turn" in self.suites

@@ -1,132 +1,241 @@
-"""The evaluation worker: asks, scores, compares with a baseline on the same rows, writes the report."""
+"""The evaluation worker: asks, scores, compares on the same rows, writes the report.
+
+Answers are kept as they come, also outside this process: an attempt that begins again asks only what is missing.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-from collections.abc import Mapping
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from services.common.errors import FailedPrecondition, InvalidData, InvalidSpec
+from services.common.errors import InvalidData
 from services.common.reporter import Progress, Reporter
 from services.common.stage import Stage
-from services.evaluation.ask import Address, Answer, Question, ask_all
-from services.evaluation.gate import check_gate, raise_if_not_met
+from services.evaluation.ask import Sampling, ask_all
+from services.evaluation.bfcl import read_bfcl
+from services.evaluation.gate import check_comparisons, check_gate, raise_if_not_met
+from services.evaluation.intervals import Proportion
+from services.evaluation.latency import measure_latency
 from services.evaluation.metrics import Score, score_answer, summarize
-from services.evaluation.report import Column, render_html, render_json
-from services.evaluation.spec import Spec, Target
+from services.evaluation.questions import Answer, Question, read_lines, read_questions
+from services.evaluation.report import MAIN_ANSWERS, Column, Section, render_html, render_json
+from services.evaluation.spec import BASELINE, Spec
+from services.evaluation.targets import Asked, find_targets
 
-ANSWERS = "answers.jsonl"
+KEEP_SECONDS = 30.0
+"""So often answers are kept for another attempt."""
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter) -> dict[str, Any]:
-    """Evaluate one target. inputs: dataset, optionally baseline (an earlier report on the same rows)."""
-    questions = read_questions(inputs["dataset"], spec.split, spec.limit)
-    address = find_address(spec.target)
-    reporter.log(f"asking {address.model} at {address.url} {len(questions)} questions")
-    answers = asyncio.run(_ask(spec, questions, address, output, reporter))
-    columns = [Column(spec.target.label or address.model, questions, answers)]
-    if "baseline" in inputs:
-        columns.insert(0, read_column(inputs["baseline"], questions))
-    report = render_json(columns, title=f"{len(questions)} held-out questions ({spec.split})", dataset=spec.dataset)
-    (output / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
-    (output / "report.html").write_text(render_html(columns, report), encoding="utf-8")
-    measured = summarize(columns[-1].scores)["all"]
-    values = {name: {"value": p.value, "k": p.k, "n": p.n} for name, p in measured.items()}
-    return {"label": columns[-1].label, "metrics": values, "gate": check_gate(spec.gate, measured)}
+    """Evaluate one target, and others beside it.
 
-
-def read_questions(dataset: Path, split: str, limit: int) -> list[Question]:
-    """The rows of a split whose last turn is to be scored. Raises InvalidData naming the file and line."""
-    known = {row["id"]: row for row in _read_lines(dataset / "tools.jsonl")}
-    questions = []
-    for row in _read_lines(dataset / f"{split}.jsonl"):
-        beside = known.get(row["id"])
-        if beside is None:
-            raise InvalidData(f"{split}.jsonl has a row {row['id']!r} that tools.jsonl has not")
-        if "expected" not in beside:
-            continue
-        turns = row["messages"]
-        last = max(i for i, m in enumerate(turns) if m["role"] != "assistant")
-        messages = [{"role": m["role"], "content": m["content"]} for m in turns[: last + 1]]
-        questions.append(Question(row["id"], messages, beside["tools"], beside["expected"]))
-    if not questions:
-        raise InvalidData(
-            f"the split {split!r} has no rows to score; convert with a larger split.{split}, or choose another one"
+    inputs: dataset and/or bfcl; optionally baseline and compared/0, … (earlier reports on the same rows), and checkpoint
+    (answers of an earlier attempt).
+    """
+    suites = _read_suites(spec, inputs, reporter)
+    questions = [question for _, _, each in suites for question in each]
+    asked = find_targets(spec)
+    earlier = _read_baseline(spec, inputs, suites)
+    answers, latency = asyncio.run(_ask_targets(spec, asked, questions, inputs.get("checkpoint"), output, reporter))
+    columns = [(target, _file(n, target), answers[n]) for n, target in enumerate(asked)]
+    sections = [
+        Section(
+            name,
+            title,
+            [
+                *(Column(c.label, each, c.answers, "baseline", c.file) for c in earlier if _answers_any(c, each)),
+                *(Column(target.label, each, kept, target.role, file) for target, file, kept in columns),
+            ],
         )
-    return questions[:limit] if limit else questions
+        for name, title, each in suites
+    ]
+    own = sections[0].target
+    measured = summarize(own.scores)["all"]
+    names = {name: target.label for target in asked for name in (target.label, target.name) if name}
+
+    def scores_of(than: str) -> Sequence[Score]:
+        if than == BASELINE:
+            return earlier[0].scores if earlier else ()
+        for number, comparison in enumerate(spec.not_worse):
+            if comparison.report == than:
+                return read_column(inputs[f"compared/{number}"], own.questions, strict=False).scores
+        return next(c.scores for c in sections[0].columns if c.label == names[than])
+
+    gate = check_gate(spec.gate, measured) + check_comparisons(spec.not_worse, scores_of, own.scores)
+    before = _read_latency(inputs["baseline"], earlier[0].label) if earlier else []
+    report = render_json(sections, spec.dataset or spec.bfcl, before + latency, gate)
+    (output / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+    (output / "report.html").write_text(render_html(report), encoding="utf-8")
+    values = {
+        name: {"value": p.value, "n": p.n, **({"k": p.k} if isinstance(p, Proportion) else {})}
+        for name, p in measured.items()
+        if p.n
+    }
+    return {"label": own.label, "metrics": values, "gate": gate}
 
 
-def find_address(target: Target) -> Address:
-    """Where the target answers. A revision is reached through the gateway, also while it takes no traffic."""
-    if target.revision:
-        gateway = os.environ.get("FABRICTUNE_GATEWAY_URL", "")
-        if not gateway:
-            raise FailedPrecondition(
-                "FABRICTUNE_GATEWAY_URL does not say where the gateway is; give target.address instead"
-            )
-        _, deployment, _, revision = target.revision.split("/")
-        token, ca_file = (os.environ.get(f"FABRICTUNE_{name}", "") for name in ("TOKEN", "CA_FILE"))
-        return Address(f"{gateway.rstrip('/')}/v1", f"{deployment}@{revision}", token, ca_file)
-    key = ""
-    if target.api_key_variable:
-        key = os.environ.get(target.api_key_variable, "")
-        if not key:
-            raise InvalidSpec(f"target.api_key_variable names {target.api_key_variable}, which is not set here")
-    return Address(target.address, target.model, key)
-
-
-def read_column(report: Path, questions: list[Question]) -> Column:
-    """The last column of an earlier report, on the same rows. Raises InvalidData when a row has no answer there."""
+def read_column(report: Path, questions: Sequence[Question], strict: bool = True) -> Column:
+    """The judged column of an earlier report, on the same rows. Raises InvalidData, when strict, if a row has no answer there."""
     told = json.loads((report / "report.json").read_text(encoding="utf-8"))
-    kept = {a["id"]: Answer(**a) for a in _read_lines(report / ANSWERS)}
-    missing = [q.id for q in questions if q.id not in kept]
-    if missing:
+    # The first reports had no roles; their last column was the judged one.
+    column = next((c for c in told["columns"] if c.get("role") == "target"), told["columns"][-1])
+    kept = {a.id: a for a in read_answers(report / column.get("answers", MAIN_ANSWERS))}
+    missing = [q.id for q in questions if q.id not in kept and q.after is None]
+    if missing and strict:
         raise InvalidData(
             f"the baseline has no answer to {len(missing)} of the rows, such as {missing[0]!r}: it was made on other rows"
         )
-    return Column(told["columns"][-1]["label"], questions, [kept[q.id] for q in questions])
+    return Column(column["label"], questions, [kept[q.id] for q in questions if q.id in kept])
+
+
+def read_answers(file: Path) -> list[Answer]:
+    """Answers row by row, as they were kept. Raises InvalidData."""
+    return [Answer(**row) for row in read_lines(file)]
+
+
+def _read_suites(
+    spec: Spec, inputs: Mapping[str, Path], reporter: Reporter
+) -> list[tuple[str, str, Sequence[Question]]]:
+    """(name, title, questions) of each, the report's own first."""
+    suites: list[tuple[str, str, Sequence[Question]]] = []
+    if "dataset" in inputs:
+        questions = read_questions(inputs["dataset"], spec.split, spec.limit, spec.follows_up)
+        first = sum(q.after is None for q in questions)
+        on = f" and {len(questions) - first} after a tool's result" if spec.follows_up else ""
+        suites.append(("held_out", f"{first} held-out questions ({spec.split}){on}", questions))
+    if "bfcl" in inputs:
+        found, left_out = read_bfcl(inputs["bfcl"], spec.limit)
+        suites.append(("bfcl", f"{len(found)} questions in BFCL's format", found))
+        for reason, count in left_out.items():
+            reporter.log(f"{count} rows of {spec.bfcl} are left out: {reason}", "WARNING")
+    return suites
+
+
+def _read_baseline(
+    spec: Spec, inputs: Mapping[str, Path], suites: Sequence[tuple[str, str, Sequence[Question]]]
+) -> list[Column]:
+    """The baseline's column, over the report's own questions; where it was asked others too, its answers to those as well."""
+    if "baseline" not in inputs:
+        return []
+    own = read_column(inputs["baseline"], suites[0][2])
+    further = [read_column(inputs["baseline"], questions, strict=False) for _, _, questions in suites[1:]]
+    answers = [answer for column in (own, *further) for answer in column.answers]
+    return [Column(own.label, own.questions, answers, "baseline", own.file)]
+
+
+def _read_latency(report: Path, label: str) -> list[dict[str, Any]]:
+    """What an earlier report has measured of its judged model."""
+    told = json.loads((report / "report.json").read_text(encoding="utf-8"))
+    return [entry for entry in told.get("latency", ()) if entry["label"] == label]
+
+
+def _answers_any(column: Column, questions: Sequence[Question]) -> bool:
+    return any(q.id in column.by_id for q in questions)
+
+
+async def _ask_targets(
+    spec: Spec,
+    asked: Sequence[Asked],
+    questions: Sequence[Question],
+    checkpoint: Path | None,
+    output: Path,
+    reporter: Reporter,
+) -> tuple[list[list[Answer]], list[dict[str, Any]]]:
+    """One target after the other: its answers in the questions' order, and its latency if that is asked for."""
+    sampling = Sampling(spec.concurrency, spec.max_tokens, spec.temperature)
+    keeper = _Keeper(output, checkpoint, reporter, len(questions) * len(asked))
+    answers, latency = [], []
+    for number, target in enumerate(asked):
+        file = output / _file(number, target)
+        kept = keeper.resume(file, questions)
+        again = f", of which {len(kept)} are answered already" if kept else ""
+        reporter.log(f"asking {target.label} at {target.address.url} {len(questions)} questions{again}")
+        answers.append(await _ask(target, questions, sampling, file, kept, keeper))
+        if "latency" in spec.suites:
+            told = await measure_latency(questions, target.address, sampling)
+            latency.append({"label": target.label, **told})
+    return answers, latency
 
 
 async def _ask(
-    spec: Spec, questions: list[Question], address: Address, output: Path, reporter: Reporter
+    target: Asked,
+    questions: Sequence[Question],
+    sampling: Sampling,
+    file: Path,
+    kept: dict[str, Answer],
+    keeper: _Keeper,
 ) -> list[Answer]:
-    got: dict[str, Answer] = {}
     by_id = {q.id: q for q in questions}
-    scores: list[Score] = []
-    with (output / ANSWERS).open("w", encoding="utf-8") as kept:
-        stream = ask_all(
-            questions, address, concurrency=spec.concurrency, max_tokens=spec.max_tokens, temperature=spec.temperature
-        )
-        async for answer in stream:
-            got[answer.id] = answer
-            kept.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
-            kept.flush()
-            question = by_id[answer.id]
-            scores.append(score_answer(answer.id, answer.text, answer.finish_reason, question.tools, question.expected))
-            right = summarize(scores)["all"]["right_tool"]
-            phase = f"right tool {right.k}/{right.n}"
-            reporter.progress(Progress(unit="prompts", step=len(got), total_steps=len(questions), phase=phase))
-    return [got[q.id] for q in questions]
+    scored = [score_answer(by_id[i], answer).marks["right_tool"] for i, answer in kept.items()]
+    with file.open("a", encoding="utf-8") as lines:
+        try:
+            async for answer in ask_all(questions, target.address, sampling, kept):
+                kept[answer.id] = answer
+                lines.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+                lines.flush()
+                scored.append(score_answer(by_id[answer.id], answer).marks["right_tool"])
+                known = [mark for mark in scored if mark is not None]
+                keeper.count(f"{target.label}: right tool {sum(map(bool, known))}/{len(known)}")
+        except BaseException:
+            keeper.keep()
+            raise
+    return [kept[q.id] for q in questions]
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    try:
-        with file.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
-    except FileNotFoundError:
-        raise InvalidData(
-            f"there is no {file.name}; is this a folder that `fabrictune convert` or `evaluate` wrote?"
-        ) from None
-    except ValueError as error:
-        raise InvalidData(f"{file.name} has a line that is not JSON: {error}") from None
+class _Keeper:
+    """Counts answers, and keeps them now and then where another attempt finds them."""
+
+    def __init__(self, output: Path, checkpoint: Path | None, reporter: Reporter, total: int) -> None:
+        self._output, self._checkpoint, self._reporter, self._total = output, checkpoint, reporter, total
+        self._answered = self._kept = 0
+        self._last = time.monotonic()
+
+    def resume(self, file: Path, questions: Sequence[Question]) -> dict[str, Answer]:
+        """Answers of an earlier attempt, by id; they are in this attempt's file, too."""
+        before = self._checkpoint / file.name if self._checkpoint else None
+        if before is None or not before.exists():
+            return {}
+        shutil.copyfile(before, file)
+        asked = {q.id for q in questions}
+        found = {answer.id: answer for answer in read_answers(file) if answer.id in asked}
+        self._answered += len(found)
+        self._kept = self._answered
+        return found
+
+    def count(self, phase: str) -> None:
+        """One answer more."""
+        self._answered += 1
+        self._reporter.progress(Progress("prompts", self._answered, self._total, phase))
+        if time.monotonic() - self._last > KEEP_SECONDS:
+            self.keep()
+
+    def keep(self) -> None:
+        """Keep what is new."""
+        if self._answered > self._kept:
+            self._reporter.checkpoint(self._answered, self._output)
+            self._kept = self._answered
+        self._last = time.monotonic()
+
+
+def _file(number: int, target: Asked) -> str:
+    """Where a target's answers are kept, row by row."""
+    if target.role == "target":
+        return MAIN_ANSWERS
+    slug = re.sub(r"[^a-z0-9]+", "-", target.label.lower()).strip("-") or "model"
+    return f"answers-{number}-{slug[:40]}.jsonl"
 
 
 def _inputs(spec: Spec) -> dict[str, str]:
-    return {"dataset": spec.dataset, **({"baseline": spec.baseline} if spec.baseline else {})}
+    named = {"dataset": spec.dataset, "bfcl": spec.bfcl, "baseline": spec.baseline}
+    reports = {f"compared/{n}": comparison.report for n, comparison in enumerate(spec.not_worse)}
+    return {role: name for role, name in {**named, **reports}.items() if name}
 
 
 STAGE: Stage[Spec] = Stage(

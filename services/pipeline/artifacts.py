@@ -19,6 +19,7 @@ from services.common.artifacts import (
 from services.common.errors import AlreadyExists, DataLoss, InvalidSpec, NotFound, Violation
 from services.common.store import Store
 from services.common.worker import versions
+from services.pipeline.lineage import lineage_key
 
 KINDS = ("dataset", "rows", "model", "adapter", "report")
 
@@ -119,7 +120,8 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
         if deployment is None:
             raise NotFound(f"there is no {name}")
         # A deployment changes, so it is no artifact itself; it stands for the models that take its traffic.
-        serving = [deployment["revisions"][r]["spec"]["model"] for r, part in deployment["traffic"].items() if part]
+        revisions = [r for r, part in deployment["traffic"].items() if part]
+        serving = [deployment["revisions"][r]["spec"]["model"] for r in revisions]
         root = artifact_pb2.Artifact(name=name, kind="deployment")
         found = {}
         for model in dict.fromkeys(serving):
@@ -127,7 +129,18 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
                 found[manifest.name] = artifact_message(manifest)
             if model in found:
                 root.created_by.inputs.add(name=model, digest=found[model].digest)
+        for revision in revisions:
+            self._tell_run(root, f"{'/'.join(name.split('/')[:2])}/revisions/{revision}")
         return [root, *found.values()]
+
+    def _tell_run(self, root: artifact_pb2.Artifact, revision: str) -> None:
+        """The run that deployed a revision, if one did; and the report whose gate it was forced past."""
+        told = self._store.get_json(lineage_key(revision)) or {}
+        root.created_by.job = told.get("run", root.created_by.job)
+        if told.get("forced"):
+            root.created_by.inputs.add(**told["report"])
+            said = f"deployed by force: the gate of {told['report']['name']} is not met"
+            root.metadata.update({"description": said, "forced": True, "error": told["error"]})
 
 
 def artifact_message(manifest: Manifest) -> artifact_pb2.Artifact:

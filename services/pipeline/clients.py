@@ -61,6 +61,12 @@ class RemoteError(FabrictuneError):
         """The status as it came."""
         return self.status
 
+    @property
+    def reason_of_status(self) -> str:
+        """The reason of its ErrorInfo, such as "GATE_NOT_MET"; "" without one."""
+        info = error_details_pb2.ErrorInfo()
+        return next((str(info.reason) for detail in self.status.details if detail.Unpack(info)), "")
+
 
 class JobClient:
     """The jobs of one kind."""

@@ -17,14 +17,16 @@ from google.rpc import code_pb2
 
 from fabrictune.v1 import job_pb2, pipeline_pb2
 from services.common.artifacts import Artifacts
-from services.common.errors import Cancelled, FabrictuneError, InvalidSpec, Violation
+from services.common.errors import Cancelled, FabrictuneError, GateNotMet, InvalidSpec, Violation
 from services.common.records import digest_of
 from services.common.reporter import Progress, Reporter
 from services.common.store import Store
 from services.pipeline.clients import InferenceClient, JobClient, RemoteError
 from services.pipeline.graph import State, is_done, next_stages, plan_stages
+from services.pipeline.lineage import lineage_key
 from services.pipeline.spec import Spec
 
+FORCED = "the gate is not met; it is deployed by force"
 SUCCEEDED, RUNNING = job_pb2.Execution.SUCCEEDED, job_pb2.Execution.RUNNING
 # Fields that a run fills in, by stage: what is said of them before the run begins does not count.
 FILLED_IN: Mapping[str, tuple[str, ...]] = {
@@ -33,6 +35,8 @@ FILLED_IN: Mapping[str, tuple[str, ...]] = {
     "merging": ("base_model", "adapter"),
     "evaluation": ("dataset", "target", "baseline"),
 }
+# What only the tuned model is asked for: the base model is expected to fail a gate, and others need not be asked twice.
+OF_THE_TUNED: tuple[str, ...] = ("gate", "not_worse", "targets", "constrained")
 
 
 @dataclass
@@ -63,8 +67,7 @@ class Reconciler:
             except RemoteError as error:
                 if error.status.code not in (code_pb2.INVALID_ARGUMENT, code_pb2.NOT_FOUND):
                     raise
-                ours = tuple(f"spec.{f}" for f in FILLED_IN[stage])
-                named = [v for v in error.violations if not v.field.startswith(ours or ("\0",))]
+                named = [v for v in error.violations if not _is_filled_in(stage, v.field)]
                 found += [Violation(v.field.replace("spec", f"spec.{stage}", 1), v.description) for v in named]
                 if not error.violations:
                     found.append(Violation(f"spec.{stage}", error.message))
@@ -139,6 +142,7 @@ class Reconciler:
             await self._save(run, reporter)
             await self._inference.start_revision(deployment, revision_id, revision)
             await self._inference.take_traffic(deployment, revision_id)
+            await asyncio.to_thread(self._record_deployment, run, status.job)
             status.output = deployment
 
     async def _evaluate(
@@ -150,7 +154,7 @@ class Reconciler:
         if baseline:
             spec["baseline"] = baseline
         else:
-            spec.pop("gate", None)  # the base model is expected to fail it
+            spec = {key: value for key, value in spec.items() if key not in OF_THE_TUNED}
         job_id = await self._job_id("evaluation", spec)
         there = await self._clients["evaluation"].find(job_id)
         if there is None or there.execution.state != SUCCEEDED:
@@ -158,11 +162,29 @@ class Reconciler:
             await self._inference.start_revision(deployment, revision_id, revision)
         passed = False
         try:
-            await self._do_job(run, stage, spec, reporter)
+            try:
+                await self._do_job(run, stage, spec, reporter)
+            except RemoteError as error:
+                if not (run.spec.force and error.reason_of_status == GateNotMet.reason):
+                    raise
+                # The stage goes on as if it had succeeded; its error stays beside it.
+                run.stages[stage].execution.error.CopyFrom(error.status)
+                run.stages[stage].execution.message = FORCED
+                reporter.log(f"{stage}: {FORCED}\n{error}", "WARNING")
             passed = True
         finally:
             if not (passed and keep and run.spec.deployment is not None):
                 await self._release(name)
+
+    def _record_deployment(self, run: _Run, revision: str) -> None:
+        """Leave beside the deployment who brought the revision there, and whether past a gate; lineage reads it."""
+        judged = run.stages.get("evaluation-after")
+        told: dict[str, Any] = {"run": run.name}
+        if judged is not None and judged.execution.HasField("error"):
+            report = self._artifacts.get(judged.output)
+            error = json_format.MessageToDict(judged.execution.error)
+            told |= {"forced": True, "report": {"name": report.name, "digest": report.digest}, "error": error}
+        self._store.put_json(lineage_key(revision), told)
 
     async def _release(self, revision: str) -> None:
         """Stop a revision that was started to be asked; one that takes traffic stays."""
@@ -239,6 +261,10 @@ class Reconciler:
             target = {"revision": "deployments/filled-in/revisions/filled-in"}
             drafts["evaluation"] = {**spec.evaluation, "dataset": "datasets/filled-in", "target": target}
         return drafts
+
+
+def _is_filled_in(stage: str, field: str) -> bool:
+    return any(field == f"spec.{f}" or field.startswith((f"spec.{f}.", f"spec.{f}[")) for f in FILLED_IN[stage])
 
 
 def _states(run: _Run) -> dict[str, State]:

@@ -41,3 +41,4 @@ class Spec(BaseModel):
     )
     evaluation: dict[str, Any] | None = Field(None, description="absent: the model is not asked anything")
     deployment: DeploymentStage | None = Field(None, description="absent: nothing is deployed")
+    force: bool = Field(False, description="deploys also when the gate is not met, and writes that down")

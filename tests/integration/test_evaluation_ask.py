@@ -6,17 +6,18 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
 from services.common.errors import InvalidData, Unauthenticated, Unavailable
-from services.evaluation.ask import Address, Answer, Question, ask_all
-from services.evaluation.worker import STAGE
-from tests.conftest import Recorder
+from services.evaluation.ask import Address, Sampling, ask_all
+from services.evaluation.latency import measure_latency
+from services.evaluation.questions import Answer, Question
+from services.evaluation.wire import Wire
 
+SAMPLING = Sampling(concurrency=2, max_tokens=9)
 QUESTIONS = [Question(str(n), [{"role": "user", "content": f"q{n}"}], [], []) for n in range(5)]
 
 
@@ -27,16 +28,37 @@ class Server:
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
     behave: Callable[[int], web.Response | None] = lambda _: None
+    pieces: tuple[str, ...] = ("a", "b ", "c")
 
-    async def chat(self, request: web.Request) -> web.Response:
+    async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.asked.append({**body, "authorization": request.headers.get("authorization")})
         other = self.behave(len(self.asked))
         if other is not None:
             return other
-        message = {"content": f"answer to {body['messages'][-1]['content']}"}
+        if body.get("stream"):
+            return await self.stream(request)
+        message: dict[str, Any] = {"content": f"answer to {body['messages'][-1]['content']}"}
+        if "tools" in body:
+            function = {"name": body["tools"][0]["function"]["name"], "arguments": '{"a": 1}'}
+            message = {"content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
         told = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"completion_tokens": 7}}
         return web.json_response(told)
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """As OpenAI streams: a role, pieces of text, the end, the usage."""
+        answer = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await answer.prepare(request)
+        deltas: list[dict[str, Any]] = [
+            {"role": "assistant", "content": ""},
+            *({"content": p} for p in self.pieces),
+            {},
+        ]
+        told: list[dict[str, Any]] = [{"choices": [{"delta": delta}]} for delta in deltas]
+        for chunk in (*told, {"choices": [], "usage": {"completion_tokens": 12}}):
+            await answer.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        await answer.write(b"data: [DONE]\n\n")
+        return answer
 
 
 @pytest.fixture
@@ -55,8 +77,7 @@ async def server() -> AsyncIterator[Server]:
 
 async def collect(server: Server, key: str = "") -> list[Answer]:
     address = Address(server.url, "m", key)
-    stream = ask_all(QUESTIONS, address, concurrency=2, max_tokens=9, temperature=0)
-    return [answer async for answer in stream]
+    return [answer async for answer in ask_all(QUESTIONS, address, SAMPLING)]
 
 
 async def test_what_is_sent_and_what_comes_back(server: Server) -> None:
@@ -100,52 +121,61 @@ async def test_refusals_are_not_tried_again(
     assert len(server.asked) <= 3
 
 
-def test_the_stage_writes_a_report_and_compares_with_a_baseline(tmp_path: Path, reporter: Recorder) -> None:
-    import threading
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+async def test_answers_that_are_kept_are_not_asked_for_again(server: Server) -> None:
+    kept = {str(n): Answer(str(n), "kept", "stop", 1, 0.1) for n in (0, 3)}
+    answers = [a async for a in ask_all(QUESTIONS, Address(server.url, "m"), SAMPLING, kept)]
+    assert sorted(a.id for a in answers) == ["1", "2", "4"]
+    assert len(server.asked) == 3
 
-    replies = {"before": "I do not know.", "after": 'Action: w\nAction Input: {"a": 1}\n'}
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            message = {"message": {"content": replies[body["model"]]}, "finish_reason": "stop"}
-            raw = json.dumps({"choices": [message]}).encode()
-            self.send_response(200)
-            self.send_header("content-length", str(len(raw)))
-            self.end_headers()
-            self.wfile.write(raw)
+async def test_tools_are_sent_and_tool_calls_read_under_their_own_names(server: Server) -> None:
+    tool = {"type": "function", "function": {"name": "math.area", "parameters": {}}}
+    question = Question("a", [{"role": "user", "content": "(. you can use tools: [math.area])How big?"}], [tool], [])
+    address = Address(server.url, "m", wire=Wire(tools=True, ours=False))
+    (answer,) = [a async for a in ask_all([question], address, SAMPLING)]
+    assert server.asked[0]["tools"][0]["function"]["name"] == "math_area"
+    assert server.asked[0]["messages"][-1]["content"] == "How big?"
+    assert answer.calls == [{"name": "math.area", "arguments": '{"a": 1}'}]
 
-        def log_message(self, *_: object) -> None:
-            """Quiet."""
 
-    data = tmp_path / "data"
-    data.mkdir()
-    row = {
-        "id": "a",
-        "source": "s",
-        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}],
-    }
-    tools = [{"type": "function", "function": {"name": "w", "parameters": {"properties": {"a": {"type": "integer"}}}}}]
-    (data / "test.jsonl").write_text(json.dumps(row))
-    beside = {"id": "a", "tools": tools, "expected": [{"name": "w", "arguments": {"a": 1}}]}
-    (data / "tools.jsonl").write_text(json.dumps(beside))
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        inputs = {"dataset": data}
-        for label in ("before", "after"):
-            output = tmp_path / label
-            output.mkdir()
-            target = {"address": f"http://127.0.0.1:{http.server_port}/v1", "model": label}
-            spec = {"dataset": "datasets/d", "target": target, "gate": {"calls": 1.0}}
-            told = STAGE.run(STAGE.spec.model_validate(spec), inputs, output, reporter)
-            inputs = {"dataset": data, "baseline": tmp_path / "before"}
-        http.shutdown()
-    report = json.loads((tmp_path / "after/report.json").read_text())
-    assert [c["label"] for c in report["columns"]] == ["before", "after"]
-    assert [c["groups"]["all"]["exact_arguments"]["k"] for c in report["columns"]] == [0, 1]
-    assert told["gate"][0]["met"]
-    assert (tmp_path / "after/report.html").stat().st_size > 2000
+async def test_a_server_is_asked_again_when_it_says(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    async def note(seconds: float, sleep: Any = asyncio.sleep) -> None:
+        slept.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", note)
+    busy = {"retry-after": "7"}
+    server.behave = lambda number: web.Response(status=429, headers=busy) if number == 1 else None
+    assert len(await collect(server)) == 5
+    assert 7 in slept
+
+
+async def test_leaving_early_leaves_nothing_in_flight(server: Server) -> None:
+    stream = ask_all(QUESTIONS, Address(server.url, "m"), SAMPLING)
+    async for _ in stream:
+        break
+    await stream.aclose()  # type: ignore[attr-defined]
+    assert len(server.asked) < 5
+
+
+async def test_latency_is_measured_on_streams(server: Server) -> None:
+    told = await measure_latency(QUESTIONS, Address(server.url, "m"), SAMPLING)
+    assert (told["requests"], told["concurrency"], told["tokens"]) == (5, 2, 60)
+    assert 0 < told["first_token"]["p50"] <= told["first_token"]["p95"] <= told["whole"]["p95"]
+    assert told["tokens_per_second"]["p50"] > 0
+    assert all(asked["stream_options"] == {"include_usage": True} for asked in server.asked)
+    assert len(server.asked) == 6  # one warms up
+
+
+async def test_a_server_that_does_not_stream_is_named(server: Server) -> None:
+    server.behave = lambda _: web.Response(status=500, text="broken")
+    with pytest.raises(Unavailable, match="HTTP 500: broken"):
+        await measure_latency(QUESTIONS, Address(server.url, "m"), SAMPLING)
+    server.behave = lambda _: web.Response(text="data: {nonsense\n")
+    with pytest.raises(InvalidData, match="does not stream as an OpenAI server would"):
+        await measure_latency(QUESTIONS, Address(server.url, "m"), SAMPLING)
 
 
 def _no_sleep(sleep: Callable[[float], Awaitable[None]]) -> Callable[[float], Awaitable[None]]:

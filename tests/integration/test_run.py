@@ -171,6 +171,22 @@ def test_a_missed_gate_fails_the_run_with_the_numbers_and_keeps_the_report(here:
     assert len(here.json("deployments")[0]["revisions"]) == 1  # what was served before is served still
 
 
+def test_a_missed_gate_can_be_forced_and_the_deployments_lineage_tells_it(here: Here, told: str) -> None:
+    here.call("run", "gate.yaml", "--force", "--id", "forced")
+    run = here.json("jobs", "get", "pipelineRuns/forced")
+    stage = run["stages"][-2]
+    assert (stage["stage"], stage["execution"]["state"]) == ("evaluation-after", "SUCCEEDED")
+    assert stage["execution"]["error"]["details"][0]["reason"] == "GATE_NOT_MET"
+    lineage = here.json("lineage", "deployments/quickstart")
+    root = lineage[0]
+    assert root["metadata"]["forced"] is True
+    assert root["created_by"]["job"] == "pipelineRuns/forced"
+    assert stage["output"] in [i["name"] for i in root["created_by"]["inputs"]]
+    assert "deployed by force" in here.call("lineage", "deployments/quickstart").replace("\n", " ")
+    here.call("run", "small.yaml", "--id", "unforced")
+    assert "metadata" not in here.json("lineage", "deployments/quickstart")[0]
+
+
 def test_folders_and_ctrl_c_leave_nothing_half(here: Here, told: str) -> None:
     dataset = next(a["name"] for a in here.json("artifacts", "ls", "datasets") if a["kind"] == "dataset")
     here.call("artifacts", "pull", dataset, "dataset")

@@ -102,6 +102,12 @@ def test_cards_are_as_they_were(name: str, card: str) -> None:
     assert card == golden.read_text(encoding="utf-8")
 
 
+def test_a_mean_has_no_part_of_rows() -> None:
+    told = {"label": "after", "metrics": {"rouge_l": {"value": 0.5, "n": 4}}}
+    report = artifact("reports/r", "report", {}, job="evaluationJobs/r", spec={}, versions={}, metadata=told)
+    assert "| rouge l | 50.0 % (mean of 4) |" in render_card("a", [ADAPTER, DATASET, BASE, ROWS], [report])
+
+
 def test_the_front_matter_is_what_hubs_read() -> None:
     told = yaml.safe_load(render_card("a", [ADAPTER, DATASET, BASE, ROWS]).split("---\n")[1])
     assert (told["base_model"], told["library_name"], told["license"]) == ("Qwen/Qwen3-0.6B", "peft", "unknown")

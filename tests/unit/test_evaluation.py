@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import io
 from typing import Any
 
 import pytest
 
 from services.common.errors import GateNotMet
-from services.evaluation.ask import Answer, Question
-from services.evaluation.gate import check_gate, raise_if_not_met
-from services.evaluation.metrics import (
-    Proportion,
-    paired_difference,
-    parse_arguments,
-    same_value,
-    score_answer,
-    summarize,
-)
-from services.evaluation.report import Column, render_html, render_json
+from services.evaluation.gate import check_comparisons, check_gate, raise_if_not_met
+from services.evaluation.intervals import Proportion
+from services.evaluation.metrics import Score, paired_difference, parse_arguments, score_answer, summarize
+from services.evaluation.questions import Answer, Question, Result
+from services.evaluation.report import Column, Section, render_html, render_json
+from services.evaluation.spec import Comparison
 
 SCHEMA = {
     "type": "object",
@@ -29,8 +24,25 @@ TOOLS = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} 
 WANTED = [{"name": "weather", "arguments": {"city": "New York", "days": 3}}]
 
 
-def marks(text: str, expected: list[dict[str, Any]] = WANTED, finish: str = "stop") -> dict[str, bool | None]:
-    return dict(score_answer("r", text, finish, TOOLS, expected).marks)
+def score(
+    text: str,
+    expected: list[dict[str, Any]] = WANTED,
+    finish: str = "stop",
+    tools: list[dict[str, Any]] = TOOLS,
+    calls: list[dict[str, str]] | None = None,
+    row: str = "r",
+) -> Score:
+    return score_answer(Question(row, [], tools, expected), Answer(row, text, finish, 1, 0.1, calls))
+
+
+def marks(*args: Any, **options: Any) -> dict[str, Any]:
+    return dict(score(*args, **options).marks)
+
+
+def after(text: str, reference: str, observation: str = "{}", finish: str = "stop") -> Score:
+    """The score of an answer after a tool's result."""
+    question = Question("r#1", [], TOOLS, [], Result("r", "said", observation), reference)
+    return score_answer(question, Answer("r#1", text, finish, 1, 0.1))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +64,8 @@ def marks(text: str, expected: list[dict[str, Any]] = WANTED, finish: str = "sto
 )
 def test_answers(text: str, calls: bool, right: bool, exact: bool, parses: bool | None, listed: bool | None) -> None:
     wanted = {"calls": calls, "right_tool": right, "exact_arguments": exact, "parses": parses, "listed": listed}
-    assert marks(text) == {**wanted, "stops": True, "no_call": None}
+    wanted |= {"stops": True, "no_call": None, "rouge_l": None, "pictures": None, "stops_after_result": None}
+    assert {name: mark for name, mark in marks(text).items() if name in wanted} == wanted
 
 
 def test_questions_that_no_tool_fits() -> None:
@@ -68,61 +81,115 @@ def test_stopping() -> None:
     assert marks(call + call)["stops"] is False
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted", "same"),
-    [
-        (3, 3.0, True), (3.0, 3, False), (3, 3, True), ("3", 3, False), (True, 1, False), (1, True, False),
-        ("A b, c", "ab.C", True), ("don't", 'don"t', True), ([1, 2], [1, 2], True), ([2, 1], [1, 2], False),
-        ({"a": 1}, {"a": 1}, True), ({"a": 1, "b": 2}, {"a": 1}, False), (None, None, True), (0, None, False),
-    ],
-)  # fmt: skip
-def test_values(given: Any, wanted: Any, same: bool) -> None:
-    assert same_value(given, wanted) is same
-
-
 def test_arguments_are_one_strict_object() -> None:
     assert parse_arguments('{"a": 1}') == {"a": 1}
     for bad in ("", "{", "[]", "1", '{"a": Infinity}', '{"a": 1} and more'):
         assert parse_arguments(bad) is None
 
 
-def test_wilson_intervals() -> None:
-    # Worked by hand for 8 of 10: (0.8 + z²/20 ± z·sqrt(0.016 + z²/400)) / (1 + z²/10), z = 1.96
-    low, high = Proportion(8, 10).interval
-    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
-    assert Proportion(0, 10).interval[0] == 0
-    assert round(Proportion(0, 10).interval[1], 4) == 0.2775
-    assert Proportion(0, 0).interval == (0, 1)
-
-
 def test_groups_by_how_many_tools_are_listed() -> None:
-    scores = [score_answer(str(n), "no", "stop", TOOLS[:1] * n, WANTED) for n in (1, 2, 3, 5)]
+    scores = [score("no", tools=TOOLS[:1] * n) for n in (1, 2, 3, 5)]
     counted = summarize(scores)
     assert {g: m["calls"].n for g, m in counted.items()} == {
         "all": 4, "one tool": 1, "two tools": 1, "three or more tools": 2,
     }  # fmt: skip
 
 
-def test_paired_difference() -> None:
+def test_calls_that_the_server_parsed_are_scored_instead_of_the_text() -> None:
+    call = {"name": "weather", "arguments": '{"city": "New York", "days": 3}'}
+    assert marks("Action: tides\nAction Input: {}", calls=[call], finish="tool_calls")["exact_arguments"] is True
+    assert marks("Action: weather\nAction Input: {}", calls=[])["calls"] is False
+    assert marks("", calls=[call, call], finish="tool_calls")["stops"] is False
+    cut = marks("", calls=[{"name": "weather", "arguments": '{"city": "New'}], finish="length")
+    assert (cut["parses"], cut["exact_arguments"], cut["stops"]) == (False, False, False)
+
+
+def test_several_expected_calls_count_in_any_order() -> None:
+    two = [*WANTED, {"name": "weather", "arguments": {"city": "Rome"}}]
+    rome = 'Action: weather\nAction Input: {"city": "Rome"}\n'
+    york = 'Action: weather\nAction Input: {"city": "New York"}\n'
+    assert marks(rome + york, two)["exact_arguments"] is True
+    assert marks(rome + york, two)["stops"] is True
+    assert marks(rome + rome, two)["exact_arguments"] is False
+    assert marks(rome, two)["right_tool"] is False
+
+
+def test_an_answer_after_a_result() -> None:
+    told = after("It is 21 degrees in Rome.", "It is 21 degrees.").marks
+    # 4 tokens in common of 6 and 4: 2 · 4 / (6 + 4)
+    assert told["rouge_l"] == 0.8
+    assert (told["stops_after_result"], told["pictures"], told["calls"], told["stops"]) == (True, None, None, None)
+    assert (told["plan_em"], told["act_em"], told["hallu_rate"]) == (True, None, False)
+    again = after("Action: weather\nAction Input: {}", "It rains.").marks
+    assert (again["stops_after_result"], again["plan_em"]) == (False, False)
+    assert after("It rains", "It rains.", finish="length").marks["stops_after_result"] is False
+    shown = after("![x](https://a.cn/1.png)", "", "{'url': 'https://a.cn/1.png'}")
+    assert shown.marks["pictures"] is True
+    assert after("Here.", "", "https://a.cn/1.png").failure == "does not show a picture"
+
+
+@pytest.mark.parametrize(
+    ("text", "failure", "reason"),
+    [
+        ("no", "no call, though a tool fits", ""),
+        ("Action: rain\nAction Input: {}", "calls a tool that is not listed", ""),
+        ("Action: tides\nAction Input: {}", "calls another tool", ""),
+        ("Action: weather\nAction Input: {", "arguments are not JSON", "the arguments are not one JSON object"),
+        ('Action: weather\nAction Input: {"city": "Rome"}', "other arguments", "city: 'Rome' is none of ['New York']"),
+        ('Action: weather\nAction Input: {"city": "New York"}', "", ""),
+    ],
+)
+def test_the_kind_of_failure_is_the_first_that_applies(text: str, failure: str, reason: str) -> None:
+    assert (score(text).failure, score(text).reason) == (failure, reason)
+
+
+def test_paired_differences_are_of_rows_that_both_answered() -> None:
     right = 'Action: weather\nAction Input: {"city": "New York"}'
-    before = [score_answer(str(n), "no", "stop", TOOLS, WANTED) for n in range(10)]
-    after = [score_answer(str(n), right if n < 6 else "no", "stop", TOOLS, WANTED) for n in range(10)]
-    difference, low, high, n = paired_difference(before, after, "calls")
-    half = 1.959963984540054 * math.sqrt(6 - 36 / 10) / 10
-    assert (difference, n) == (0.6, 10)
-    assert (low, high) == pytest.approx((0.6 - half, 0.6 + half))
+    before = [score("no", row=str(n)) for n in range(10)]
+    later = [score(right if n < 6 else "no", row=str(n)) for n in range(8)]
+    difference, low, high, n = paired_difference(before, later, "calls")
+    assert (difference, n) == (0.75, 8)
+    assert 0.3 < low < 0.6 < 0.9 < high <= 1
+    assert paired_difference(before, later, "parses") == (0, 0, 0, 0)
 
 
 def test_the_gate() -> None:
     measured = {"calls": Proportion(8, 10), "no_call": Proportion(0, 0)}
     met = check_gate({"calls": 0.8}, measured)
     assert met[0]["met"]
-    raise_if_not_met({"gate": met})
+    raise_if_not_met({"gate": met}, "reports/r")
     missed = check_gate({"calls": 0.9, "no_call": 0.1}, measured)
     with pytest.raises(GateNotMet) as refused:
-        raise_if_not_met({"gate": missed})
+        raise_if_not_met({"gate": missed}, "reports/r")
     assert [v.field for v in refused.value.violations] == ["calls", "no_call"]
     assert "80.0% of 10 rows; the gate asks for 90.0%" in refused.value.violations[0].description
+    assert refused.value.violations[1].description == "no row was measured"
+    assert "reports/r" in refused.value.message
+    assert refused.value.metadata == {"report": "reports/r"}
+
+
+def test_a_threshold_of_a_metric_of_which_less_is_better_is_the_most() -> None:
+    found = check_gate({"hallu_rate": 0.1}, {"hallu_rate": Proportion(2, 10)})
+    assert found == [{"metric": "hallu_rate", "most": 0.1, "value": 0.2, "n": 10, "met": False}]
+    assert check_gate({"hallu_rate": 0.2}, {"hallu_rate": Proportion(2, 10)})[0]["met"]
+
+
+def test_not_worse_than_another_by_more_than() -> None:
+    call, none = "Action: weather\nAction Input: {}", "no"
+    other = [score(call, row=str(n)) for n in range(10)]
+    own = [score(call if n else none, row=str(n)) for n in range(10)]
+    asked = [Comparison(than="reports/r", by={"calls": 0.1, "hallu_rate": 0.0})]
+    found = check_comparisons(asked, lambda _: other, own)
+    assert [(g["metric"], round(g["difference"], 3), g["n"], g["met"]) for g in found] == [
+        ("calls", -0.1, 10, True), ("hallu_rate", 0.0, 10, True),
+    ]  # fmt: skip
+    stricter = check_comparisons([Comparison(than="reports/r", by={"calls": 0.05})], lambda _: other, own)
+    with pytest.raises(GateNotMet) as refused:
+        raise_if_not_met({"gate": stricter}, "reports/mine")
+    said = refused.value.violations[0].description
+    assert said.startswith("-10.0 points [")
+    assert said.endswith("against reports/r on 10 rows; the gate allows 5.0 points worse")
+    assert not check_comparisons(asked, lambda _: [], own)[0]["met"]
 
 
 def test_the_report() -> None:
@@ -133,14 +200,43 @@ def test_the_report() -> None:
     ]
     right = Answer("a", 'Action: weather\nAction Input: {"city": "New York"}', "stop", 9, 0.5)
     columns = [
-        Column("before", questions, [Answer("a", evil, "stop", 9, 0.5), Answer("b", "no", "stop", 2, 0.1)]),
+        Column("before", questions, [Answer("a", evil, "stop", 9, 0.5), Answer("b", "no", "stop", 2, 0.1)], "baseline"),
+        Column("qwen-max", questions, [Answer("a", "?", "stop", 1, 0.2)], "reference", "answers-0-qwen-max.jsonl"),
         Column("after", questions, [right, Answer("b", right.text, "stop", 2, 0.1)]),
     ]
-    report = render_json(columns, "2 questions", "datasets/d")
-    assert [c["groups"]["all"]["calls"]["k"] for c in report["columns"]] == [0, 1]
+    latency = [{"label": "after", "requests": 2, "concurrency": 1, "tokens_per_second_all": 9.5}]
+    latency[0] |= {name: {"p50": 0.5, "p95": 0.7} for name in ("first_token", "tokens_per_second", "whole")}
+    gate = [{"metric": "calls", "least": 0.5, "value": 1.0, "n": 1, "met": True}]
+    report = render_json([Section("held_out", "2 questions", columns)], "datasets/d", latency, gate)
+    assert [c["groups"]["all"]["calls"]["k"] for c in report["columns"]] == [0, 0, 1]
+    assert [c["role"] for c in report["columns"]] == ["baseline", "reference", "target"]
     assert report["paired"]["calls"]["difference"] == 1
-    page = render_html(columns, report)
+    assert [(p["label"], p["metrics"]["calls"]["n"]) for p in report["pairs"]] == [("before", 1), ("qwen-max", 1)]
+    assert report["columns"][2]["failures"] == {"a call, though no tool fits": 1}
+    assert [(e["id"], list(e["answers"])) for e in report["examples"]] == [("b", ["before", "after"])]
+    page = render_html(report)
     assert evil not in page
     assert "&lt;script&gt;" in page
+    assert "The gate is met" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
+
+
+def test_the_table_of_a_run_has_a_column_for_each_model_and_no_row_without_figures() -> None:
+    from rich.console import Console
+
+    from fabrictune.cli.results import report_table
+
+    questions = [Question("a", [{"role": "user", "content": "Rome?"}], TOOLS, WANTED)]
+    answers = [Answer("a", 'Action: weather\nAction Input: {"city": "New York"}', "stop", 9, 0.5)]
+    labels = {"before": "baseline", "after": "target", "after, tools=": "constrained"}
+    columns = [Column(label, questions, answers, role) for label, role in labels.items()]
+    for shown, wide in ((columns, False), (columns[:2], True)):
+        report = render_json([Section("held_out", "1 question", shown)], "datasets/d")
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(report_table(report))
+        text = console.export_text()
+        assert all(column.label in text for column in shown)
+        assert ("1/1" in text) is wide
+        assert "100% [" in text
+        assert "Rouge-L" not in text

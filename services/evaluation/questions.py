@@ -1,0 +1,167 @@
+"""What is asked and what comes back, and the held-out rows of a data set as questions.
+
+A row whose turn goes on after a tool's result becomes several questions: each follows the answer to the one before, with the
+result that the row has recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.common.errors import InvalidData
+
+_RESULT = re.compile(r"\nObservation: <result>(?P<observation>(?:(?!</result>).)*)</result>\nAnswer:", re.DOTALL)
+_CALL = re.compile(r"Action: (.+)\nAction Input: (.+)")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a question follows: a call, and what its tool returned."""
+
+    question: str
+    """Id of the question that the call answers."""
+    said: str
+    """The row's own answer to it; stands in where a model calls another tool or none, so that every row is asked on."""
+    observation: str
+    in_turn: bool = False
+    """It returned in the assistant's own turn ("inline" layout); else in the user's, as OpenAI servers see it."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out prompt and what is expected of the answer."""
+
+    id: str
+    messages: Sequence[Mapping[str, str]]
+    """AgentFabric's prompt, without what follows from earlier answers."""
+    tools: Sequence[Mapping[str, Any]]
+    """OpenAI function objects."""
+    expected: Sequence[Mapping[str, Any]]
+    """[{name, arguments}], or {name, possible} with allowed values; [] when the row calls nothing here."""
+    after: Result | None = None
+    reference: str = ""
+    """What the row answers."""
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back. seconds: wall time of the request."""
+
+    id: str
+    text: str
+    finish_reason: str
+    completion_tokens: int
+    seconds: float
+    calls: Sequence[Mapping[str, str]] | None = None
+    """[{name, arguments (text)}] as the server parsed them; None: it was not asked with `tools`."""
+
+
+def read_questions(dataset: Path, split: str, limit: int, follow_up: bool = False) -> list[Question]:
+    """The rows of a split whose last turn is to be scored, and with follow_up what comes after their tools' results.
+
+    limit: of rows; 0 takes all. Raises InvalidData naming the file and line.
+    """
+    known = {row["id"]: row for row in read_lines(dataset / "tools.jsonl")}
+    rows = read_lines(dataset / f"{split}.jsonl")
+    questions: list[Question] = []
+    taken = 0
+    for place, row in enumerate(rows):
+        beside = known.get(row["id"])
+        if beside is None:
+            raise InvalidData(f"{split}.jsonl has a row {row['id']!r} that tools.jsonl has not")
+        if "expected" not in beside or (limit and taken >= limit):
+            continue
+        taken += 1
+        first = Question(row["id"], _prompt(row), beside["tools"], beside["expected"], reference=_said(row)[0])
+        questions.append(first)
+        if follow_up and first.expected:
+            questions += _follow(first, row, (rows[i] for i in range(place + 1, len(rows))))
+    if not questions:
+        raise InvalidData(
+            f"the split {split!r} has no rows to score; convert with a larger split.{split}, or choose another one"
+        )
+    return questions
+
+
+def chains_of(questions: Sequence[Question]) -> list[list[Question]]:
+    """Questions with those that follow each behind it."""
+    chains: list[list[Question]] = []
+    for question in questions:
+        if question.after is None:
+            chains.append([question])
+        else:
+            chains[-1].append(question)
+    return chains
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines. Raises InvalidData."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines if line.strip()]
+    except FileNotFoundError:
+        raise InvalidData(
+            f"there is no {file.name}; is this a folder that `fabrictune convert` or `evaluate` wrote?"
+        ) from None
+    except ValueError as error:
+        raise InvalidData(f"{file.name} has a line that is not JSON: {error}") from None
+
+
+def _prompt(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    turns = row["messages"]
+    last = max(i for i, m in enumerate(turns) if m["role"] != "assistant")
+    return [{"role": m["role"], "content": m["content"]} for m in turns[: last + 1]]
+
+
+def _said(row: Mapping[str, Any]) -> list[str]:
+    """The pieces of the assistant's last turn."""
+    return [str(m["content"]) for m in row["messages"][len(_prompt(row)) :]]
+
+
+def _follow(first: Question, row: Mapping[str, Any], later: Iterable[Mapping[str, Any]]) -> Iterator[Question]:
+    """What is asked after each result of a row's turn, in its own layout."""
+    pieces = _said(row)
+    in_turn = len(pieces) > 1
+    steps = _inline_steps(pieces) if in_turn else _split_steps(first, pieces[0], later)
+    before = first.id
+    for number, (said, observation, reference) in enumerate(steps, 1):
+        expected = _read_calls(reference)
+        result = Result(before, said, observation, in_turn)
+        before = f"{first.id}#{number}"
+        yield Question(before, first.messages, first.tools, expected, result, reference)
+
+
+def _inline_steps(pieces: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """(call, result, what is said then) of a turn in pieces: call, result, call or answer, …"""
+    for number in range(0, len(pieces) - 2, 2):
+        match = _RESULT.fullmatch(pieces[number + 1])
+        if match is None:
+            return
+        yield pieces[number], match["observation"], pieces[number + 2].removeprefix(" ")
+
+
+def _split_steps(first: Question, said: str, later: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """The same of rows that stand behind their question's, each with all that came before in the user's turn."""
+    asked = first.messages[-1]["content"] + said
+    for row in later:
+        prompt = _prompt(row)
+        if prompt[:-1] != list(first.messages[:-1]) or not prompt[-1]["content"].startswith(asked):
+            return
+        match = _RESULT.fullmatch(prompt[-1]["content"], len(asked))
+        if match is None:
+            return
+        reference = _said(row)[0]
+        yield said, match["observation"], reference
+        said, asked = reference, prompt[-1]["content"] + reference
+
+
+def _read_calls(text: str) -> list[dict[str, Any]]:
+    """The first call of a row's own text."""
+    found = _CALL.search(text)
+    return [{"name": found[1], "arguments": json.loads(found[2])}] if found else []

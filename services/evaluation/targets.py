@@ -1,0 +1,79 @@
+"""Whom an evaluation asks: where each target answers, and the name of its column."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.common.errors import FailedPrecondition, InvalidSpec, Violation
+from services.evaluation.ask import Address
+from services.evaluation.spec import Spec, Target
+from services.evaluation.wire import Wire
+
+CONSTRAINED = ", tools="
+"""What the label of the constrained column ends with."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One target of an evaluation."""
+
+    label: str
+    role: str
+    """"target" (the one that is judged), "constrained" (the same, asked with `tools`) or "reference"."""
+    address: Address
+    name: str
+    """What not_worse may call it: its revision or label."""
+
+
+def find_targets(spec: Spec) -> list[Asked]:
+    """All that are asked, in the order of the columns. Raises InvalidSpec naming every key that is missing."""
+    wanted = [(target, "reference") for target in spec.targets]
+    named = {target.revision for target in spec.targets}
+    extra = [c.revision for c in spec.not_worse if c.revision and c.revision not in named]
+    wanted += [(Target(revision=revision), "reference") for revision in dict.fromkeys(extra)]
+    wanted.append((spec.target, "target"))
+    if spec.constrained:
+        label = f"{_label(spec.target)}{CONSTRAINED}"
+        wanted.append((spec.target.model_copy(update={"tools": True, "label": label}), "constrained"))
+    missing = [
+        Violation("spec.targets", f"api_key_variable names {t.api_key_variable}, which is not set here")
+        for t, _ in wanted
+        if t.api_key_variable and not os.environ.get(t.api_key_variable)
+    ]
+    if missing:
+        raise InvalidSpec("the worker's environment lacks API keys", violations=missing)
+    labels = _unique([_label(target) for target, _ in wanted])
+    return [
+        Asked(label, role, find_address(target), target.revision or target.label)
+        for label, (target, role) in zip(labels, wanted, strict=True)
+    ]
+
+
+def find_address(target: Target) -> Address:
+    """Where the target answers. A revision is reached through the gateway, also while it takes no traffic."""
+    wire = Wire(target.tools, bool(target.revision))
+    if target.revision:
+        gateway = os.environ.get("FABRICTUNE_GATEWAY_URL", "")
+        if not gateway:
+            raise FailedPrecondition(
+                "FABRICTUNE_GATEWAY_URL does not say where the gateway is; give target.address instead"
+            )
+        _, deployment, _, revision = target.revision.split("/")
+        token, ca_file = (os.environ.get(f"FABRICTUNE_{name}", "") for name in ("TOKEN", "CA_FILE"))
+        return Address(f"{gateway.rstrip('/')}/v1", f"{deployment}@{revision}", token, ca_file, wire)
+    key = os.environ.get(target.api_key_variable, "") if target.api_key_variable else ""
+    return Address(target.address, target.model, key, "", wire)
+
+
+def _label(target: Target) -> str:
+    return target.label or target.model or "@".join(target.revision.split("/")[1::2])
+
+
+def _unique(labels: Sequence[str]) -> list[str]:
+    """Labels as they are, and with a number where one has been before."""
+    return [
+        label if label not in labels[:n] else f"{label} ({labels[:n].count(label) + 1})"
+        for n, label in enumerate(labels)
+    ]

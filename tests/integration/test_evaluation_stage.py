@@ -1,0 +1,302 @@
+"""The whole stage against a small server that speaks OpenAI's API: columns, suites, the gate, and going on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.common.artifacts import Artifacts
+from services.common.config import StoreConfig
+from services.common.errors import GateNotMet, InvalidSpec
+from services.common.store import Store
+from services.evaluation.worker import STAGE
+from tests.conftest import Recorder, serving
+from tests.unit.test_evaluation_questions import BFCL_ROW, REFUSED, TRUTH, TURN, write_bfcl, write_dataset
+
+RIGHT = 'Action: weather\nAction Input: {"city": "Rome"}\n'
+
+
+@dataclass
+class Model:
+    """Answers as its model's name says: before (never calls), after (calls right and sums up), hosted (uses tools)."""
+
+    url: str = ""
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    fail_after: int = 10**9
+    """So many answers, then only refusals."""
+    stall_after: int = 10**9
+    """So many answers, then none until `going_on`."""
+    stalled: threading.Event = field(default_factory=threading.Event)
+    going_on: threading.Event = field(default_factory=threading.Event)
+
+    def answer(self, body: dict[str, Any], key: str) -> dict[str, Any] | None:
+        """The message, or None to refuse."""
+        if len(self.asked) >= self.fail_after:
+            return None
+        if len(self.asked) >= self.stall_after:
+            self.stalled.set()
+            self.going_on.wait(60)
+        self.asked.append({**body, "key": key})
+        last = body["messages"][-1]
+        if body["model"] == "before":
+            return {"content": "I do not know."}
+        if last["role"] == "tool" or last["content"].endswith("Answer:"):
+            return {"content": "Warm, and the sea is calm."}
+        if "tools" in body:
+            function = {"name": "weather", "arguments": '{"city": "Rome"}'}
+            return {"content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+        return {"content": RIGHT}
+
+
+@pytest.fixture
+def model() -> Iterator[Model]:
+    model = Model()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            message = model.answer(body, self.headers["authorization"])
+            told = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"completion_tokens": 5}}
+            raw, kind = json.dumps(told).encode(), "application/json"
+            if body.get("stream"):
+                chunk = json.dumps({"choices": [{"delta": message}]})
+                raw, kind = f"data: {chunk}\n\ndata: [DONE]\n\n".encode(), "text/event-stream"
+            self.send_response(400 if message is None else 200)
+            self.send_header("content-type", kind)
+            self.send_header("content-length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    model.url = f"http://127.0.0.1:{http.server_port}/v1"
+    with serving(http):
+        yield model
+        model.going_on.set()
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path, model: Model, reporter: Recorder) -> Callable[..., Any]:
+    """Runs the stage; returns (metadata, folder)."""
+    data = write_dataset(tmp_path / "data", "split", [TURN, REFUSED, TURN])
+
+    def run(name: str, asked: str = "after", **more: Any) -> tuple[dict[str, Any], Path]:
+        inputs = {"dataset": data, **more.pop("inputs", {})}
+        output = tmp_path / name
+        output.mkdir()
+        spec = {"dataset": "datasets/d", "target": {"address": model.url, "model": asked}, "concurrency": 1, **more}
+        return dict(STAGE.run(STAGE.spec.model_validate(spec), inputs, output, reporter)), output
+
+    return run
+
+
+def read(folder: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return told
+
+
+def test_before_and_after_on_the_same_rows(evaluate: Callable[..., Any]) -> None:
+    _, before = evaluate("before", "before")
+    told, folder = evaluate("after", baseline="reports/b", inputs={"baseline": before}, gate={"calls": 1.0})
+    report = read(folder)
+    assert [(c["label"], c["role"]) for c in report["columns"]] == [("before", "baseline"), ("after", "target")]
+    assert [c["groups"]["all"]["exact_arguments"]["k"] for c in report["columns"]] == [0, 2]
+    assert report["paired"]["exact_arguments"]["difference"] == 1
+    assert told["gate"][0]["met"]
+    assert told["metrics"]["no_call"] == {"value": 0, "k": 0, "n": 1}
+    assert "rouge_l" not in told["metrics"]
+    assert (folder / "report.html").stat().st_size > 5000
+
+
+def test_others_and_constrained_answers_stand_beside_it(
+    evaluate: Callable[..., Any], model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOSTED_KEY", "secret")
+    hosted = {"address": model.url, "model": "hosted", "tools": True, "api_key_variable": "HOSTED_KEY"}
+    _, folder = evaluate("out", targets=[hosted], constrained=True)
+    report = read(folder)
+    assert [(c["label"], c["role"]) for c in report["columns"]] == [
+        ("hosted", "reference"), ("after", "target"), ("after, tools=", "constrained"),
+    ]  # fmt: skip
+    assert {c["groups"]["all"]["right_tool"]["k"] for c in report["columns"]} == {2}
+    assert {a["key"] for a in model.asked if a["model"] == "hosted"} == {"Bearer secret"}
+    assert {a["key"] for a in model.asked if a["model"] == "after"} == {"Bearer EMPTY"}
+    assert "secret" not in "".join(f.read_text() for f in folder.iterdir())
+    for column in report["columns"]:
+        assert len((folder / column["answers"]).read_text().splitlines()) == 3
+    assert report["paired"]["calls"]["n"] == 2  # against the first column
+
+
+def test_a_key_that_is_not_there_is_named_before_anything_is_asked(evaluate: Callable[..., Any], model: Model) -> None:
+    hosted = {"address": model.url, "model": "hosted", "api_key_variable": "NOT_SET_ANYWHERE"}
+    with pytest.raises(InvalidSpec, match="NOT_SET_ANYWHERE, which is not set here"):
+        evaluate("out", targets=[hosted])
+    assert model.asked == []
+
+
+def test_rows_are_asked_on_after_their_results_for_every_model_alike(
+    evaluate: Callable[..., Any], model: Model
+) -> None:
+    _, before = evaluate("before", "before", suites=["multi_turn", "latency"])
+    _, folder = evaluate("after", suites=["multi_turn", "latency"], baseline="reports/b", inputs={"baseline": before})
+    report = read(folder)
+    assert report["title"] == "3 held-out questions (test) and 4 after a tool's result"
+    assert report["prompts"] == 3
+    groups = [c["groups"]["all"] for c in report["columns"]]
+    assert [g["rouge_l"]["n"] for g in groups] == [2, 2]
+    assert [g["rouge_l"]["value"] for g in groups] == [0.0, 1.0]
+    assert [g["plan_em"]["n"] for g in groups] == [7, 7]
+    assert report["paired"]["rouge_l"] == {"difference": 1.0, "low": pytest.approx(0.34, abs=0.01), "high": 1.0, "n": 2}
+    assert [(entry["label"], entry["requests"]) for entry in report["latency"]] == [("before", 3), ("after", 3)]
+
+
+def test_bfcl_files_are_a_table_of_their_own_or_the_whole_report(
+    evaluate: Callable[..., Any], tmp_path: Path, model: Model, reporter: Recorder
+) -> None:
+    rows = [{**BFCL_ROW, "ground_truth": TRUTH}, {**BFCL_ROW, "id": "simple_java_0", "ground_truth": TRUTH}]
+    folder = write_bfcl(tmp_path / "bfcl", *rows)
+    _, output = evaluate("both", bfcl="datasets/b", inputs={"bfcl": folder})
+    (suite,) = read(output)["suites"]
+    assert (suite["name"], suite["prompts"]) == ("bfcl", 1)
+    assert suite["columns"][0]["groups"]["simple_python"]["right_tool"] == {
+        "k": 0, "n": 1, "value": 0, "low": 0, "high": pytest.approx(0.7935),
+    }  # fmt: skip
+    assert ("WARNING", "1 rows of datasets/b are left out: values in Java's notation") in reporter.lines
+    spec = {"bfcl": "datasets/b", "target": {"address": model.url, "model": "after"}}
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    STAGE.run(STAGE.spec.model_validate(spec), {"bfcl": folder}, alone, reporter)
+    assert read(alone)["title"] == "1 questions in BFCL's format"
+
+
+def test_an_attempt_that_broke_off_is_gone_on_with(
+    evaluate: Callable[..., Any], tmp_path: Path, model: Model, reporter: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kept"
+
+    def keep(step: int, folder: Path) -> None:
+        reporter.checkpoints.append(step)
+        shutil.copytree(folder, kept)
+
+    monkeypatch.setattr(reporter, "checkpoint", keep)
+    model.fail_after = 5
+    hosted = {"address": model.url, "model": "hosted"}
+    with pytest.raises(Exception, match="refuses row r2/0#1"):
+        evaluate("first", targets=[hosted], suites=["multi_turn"])
+    assert reporter.checkpoints == [5]
+    model.asked.clear()
+    model.fail_after = 10**9
+    evaluate("second", "after", targets=[hosted], suites=["multi_turn"], inputs={"checkpoint": kept})
+    assert [a["model"] for a in model.asked] == ["hosted"] * 2 + ["after"] * 7
+    assert (reporter.steps[-1].step, reporter.steps[-1].total_steps) == (14, 14)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_told_to_stop_leaves_its_answers_for_the_next_one(
+    tmp_path: Path, model: Model, store: Store, object_store: StoreConfig, artifacts: Artifacts
+) -> None:
+    artifacts.publish(write_dataset(tmp_path / "data", "split", [TURN, REFUSED, TURN]), "datasets/d", "dataset")
+    spec = {"dataset": "datasets/d", "target": {"address": model.url, "model": "after"}, "concurrency": 1}
+    spec |= {"suites": ["multi_turn"], "gate": {"no_call": 1.0}}
+    (tmp_path / "spec.yaml").write_text(json.dumps({"name": "evaluationJobs/e", "spec": spec}))
+    env = {
+        **os.environ,
+        "FABRICTUNE_S3_ENDPOINT": object_store.endpoint,
+        "FABRICTUNE_S3_BUCKET": store.bucket,
+        "FABRICTUNE_S3_ACCESS_KEY": object_store.access_key,
+        "FABRICTUNE_S3_SECRET_KEY": object_store.secret_key.get_secret_value(),
+        "FABRICTUNE_DATA_DIR": str(tmp_path / "worker"),
+        "FABRICTUNE_TERMINATION_LOG": str(tmp_path / "word"),
+        "FABRICTUNE_SPEC_FILE": str(tmp_path / "spec.yaml"),
+    }
+    argv = [sys.executable, "-m", "services.evaluation.worker"]
+    model.stall_after = 5
+    with subprocess.Popen(argv, env=env) as worker:
+        assert model.stalled.wait(60)  # five answers have arrived, the sixth is waited for
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(60) == 143
+    assert store.get_json("evaluationJobs/e/outcome.json") is None
+    model.stall_after = 10**9
+    model.going_on.set()
+    while len(model.asked) < 6:
+        time.sleep(0.01)  # what was asked for is answered to nobody
+    model.asked.clear()
+    assert subprocess.run(argv, env=env, check=False).returncode == 78
+    assert len(model.asked) == 2
+    outcome = store.get_json("evaluationJobs/e/outcome.json")
+    assert outcome is not None
+    info = outcome["error"]["details"][0]
+    assert (info["reason"], info["metadata"]) == ("GATE_NOT_MET", {"report": "reports/e"})
+    sealed = artifacts.get("reports/e")
+    assert sealed.metadata["metrics"]["rouge_l"]["n"] == 2
+    assert {f.path for f in sealed.files} == {"answers.jsonl", "report.html", "report.json"}
+
+
+def test_the_gate_compares_with_reports_and_other_targets(evaluate: Callable[..., Any]) -> None:
+    _, good = evaluate("good")
+    other = {"label": "hosted", "address": "", "model": "hosted"}
+    told, folder = evaluate(
+        "bad",
+        "before",
+        not_worse=[{"than": "reports/good", "by": {"right_tool": 0.02}}, {"than": "baseline", "by": {"no_call": 0}}],
+        inputs={"compared/0": good},
+    )
+    assert [(g["metric"], g["than"], g["met"]) for g in told["gate"]] == [
+        ("right_tool", "reports/good", False), ("no_call", "baseline", False),
+    ]  # fmt: skip
+    assert read(folder)["gate"] == told["gate"]
+    assert STAGE.verdict is not None
+    with pytest.raises(GateNotMet) as refused:
+        STAGE.verdict(told, "reports/bad")
+    assert "reports/bad says where it fails" in refused.value.message
+    assert "-100.0 points" in refused.value.violations[0].description
+    with pytest.raises(ValueError, match="give either a revision of ours or an address"):
+        evaluate("none", targets=[other])
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"dataset": ""}, "give a dataset"),
+        ({"gate": {"beauty": 0.5}}, "there is no metric beauty"),
+        ({"gate": {"calls": 95}}, "parts from 0 to 1"),
+        ({"not_worse": [{"than": "last week", "by": {"calls": 0.1}}]}, "'last week' is neither baseline"),
+        ({"not_worse": [{"than": "baseline", "by": {}}]}, "at least 1 item"),
+        ({"suites": ["speed"]}, "held_out"),
+        ({"target": {"address": "http://a/v1", "model": "m", "api_key_variable": "sk-123"}}, "never the key itself"),
+    ],
+)
+def test_specs_that_cannot_be_done_are_refused(spec: dict[str, Any], said: str) -> None:
+    plain = {"dataset": "datasets/d", "target": {"address": "http://a/v1", "model": "m"}, **spec}
+    with pytest.raises(ValueError, match=said):
+        STAGE.spec.model_validate(plain)
+
+
+def test_the_inputs_are_all_that_is_named() -> None:
+    spec = STAGE.spec.model_validate(
+        {
+            "dataset": "datasets/d",
+            "bfcl": "datasets/b",
+            "baseline": "reports/r",
+            "target": {"revision": "deployments/d/revisions/r"},
+            "not_worse": [{"than": "baseline", "by": {"calls": 0}}, {"than": "reports/q", "by": {"calls": 0}}],
+        }
+    )
+    assert STAGE.inputs(spec) == {
+        "dataset": "datasets/d", "bfcl": "datasets/b", "baseline": "reports/r", "compared/1": "reports/q",
+    }  # fmt: skip

@@ -1,0 +1,225 @@
+"""Questions out of data sets and BFCL files, and the requests that they become."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.common.errors import InvalidData
+from services.common.fabric import Call, Round, Tool, Turn, render_rows, render_system
+from services.evaluation.bfcl import read_bfcl
+from services.evaluation.metrics import score_answer
+from services.evaluation.questions import Answer, Question, chains_of, read_questions
+from services.evaluation.wire import Wire, strip_prompt
+
+TOOLS = (
+    Tool("weather", "The weather", '{"type": "object", "properties": {}, "required": []}'),
+    Tool("海 sea", "The sea", '{"type": "object", "properties": {}, "required": []}'),
+)
+OBJECTS = [{"type": "function", "function": {"name": t.name, "parameters": json.loads(t.parameters)}} for t in TOOLS]
+TURN = Turn(
+    (
+        Call("weather", '{"city": "Rome"}', "21 degrees"),
+        Call("海 sea", "{}", "calm\n</p>", "It is 21 degrees."),
+    ),
+    "Warm, and the sea is calm.",
+)
+REFUSED = Turn((), "None of my tools fits.")
+
+
+def write_dataset(folder: Path, layout: str, turns: Sequence[Turn]) -> Path:
+    """A data set as conversion writes it: rows of one conversation behind each other, tools beside them."""
+    rows, beside = [], []
+    system = render_system(TOOLS, "You are a sailor.", "en")
+    for number, turn in enumerate(turns):
+        examples = render_rows(layout, system, TOOLS, [Round("How is Rome?", turn)], "en")
+        for part, example in enumerate(examples):
+            row_id = f"r{number}/{part}"
+            rows.append({"id": row_id, "source": "s", "messages": example.messages})
+            told: dict[str, Any] = {"id": row_id, "tools": OBJECTS}
+            if example.expected is not None:
+                told["expected"] = [{"name": c.name, "arguments": json.loads(c.arguments)} for c in example.expected]
+            beside.append(told)
+    folder.mkdir(exist_ok=True)
+    for name, lines in (("test", rows), ("tools", beside)):
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def answer(question: Question, text: str, calls: Any = None) -> Answer:
+    return Answer(question.id, text, "stop", 1, 0.1, calls)
+
+
+@pytest.mark.parametrize("layout", ["split", "inline"])
+def test_a_row_is_asked_on_after_each_of_its_results(tmp_path: Path, layout: str) -> None:
+    found = read_questions(write_dataset(tmp_path / "d", layout, [TURN, REFUSED, TURN]), "test", 0, follow_up=True)
+    assert [len(chain) for chain in chains_of(found)] == [3, 1, 3]
+    first, second, third = found[:3]
+    assert [q.id for q in found[:3]] == ["r0/0", "r0/0#1", "r0/0#2"]
+    assert [[c["name"] for c in q.expected] for q in found[:4]] == [["weather"], ["海 sea"], [], []]
+    assert second.after is not None
+    assert third.after is not None
+    assert [(a.observation, a.in_turn) for a in (second.after, third.after)] == [
+        ("21 degrees", layout == "inline"), ("calm\n</p>", layout == "inline"),
+    ]  # fmt: skip
+    assert third.reference == "Warm, and the sea is calm."
+    assert first.messages == second.messages
+
+
+def test_without_results_each_row_is_one_question_and_the_limit_counts_rows(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", "split", [TURN, REFUSED, TURN])
+    assert [q.id for q in read_questions(folder, "test", 0)] == ["r0/0", "r1/0", "r2/0"]
+    assert [q.id for q in read_questions(folder, "test", 1, follow_up=True)] == ["r0/0", "r0/0#1", "r0/0#2"]
+
+
+def test_the_conversation_goes_on_word_for_word_as_it_was_trained(tmp_path: Path) -> None:
+    """Each request is the prompt of the training row that conversion makes of the same conversation."""
+    folder = write_dataset(tmp_path / "d", "split", [TURN])
+    trained = [json.loads(line)["messages"] for line in (folder / "test.jsonl").read_text().splitlines()]
+    chain = read_questions(folder, "test", 0, follow_up=True)
+    answers = {q.id: answer(q, messages[-1]["content"]) for q, messages in zip(chain, trained, strict=True)}
+    for number, messages in enumerate(trained):
+        assert Wire().body(chain, number, answers)["messages"] == messages[:-1]
+
+
+def test_inline_rows_go_on_in_the_assistants_turn_with_us_and_in_the_users_elsewhere(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", "inline", [TURN])
+    trained = json.loads((folder / "test.jsonl").read_text())["messages"]
+    chain = read_questions(folder, "test", 0, follow_up=True)
+    answers = {chain[0].id: answer(chain[0], trained[2]["content"])}
+    ours = Wire(ours=True).body(chain, 1, answers)
+    assert ours["messages"] == [
+        *trained[:2],
+        {"role": "assistant", "content": trained[2]["content"] + trained[3]["content"]},
+    ]
+    assert (ours["continue_final_message"], ours["add_generation_prompt"]) == (True, False)
+    other = Wire(ours=False).body(chain, 1, answers)
+    assert set(other) == {"messages", "stop"}
+    assert other["messages"][-1]["content"].endswith("<result>21 degrees</result>\nAnswer:")
+
+
+def test_a_model_that_calls_another_tool_goes_on_from_the_rows_own_call(tmp_path: Path) -> None:
+    chain = read_questions(write_dataset(tmp_path / "d", "split", [TURN]), "test", 0, follow_up=True)
+    for text, said in (
+        ("I do not know.", 'Action: weather\nAction Input: {"city": "Rome"}\n'),
+        ("Action: 海 sea\nAction Input: {}\n", 'Action: weather\nAction Input: {"city": "Rome"}\n'),
+        ("Action: weather\nAction Input: {}\n", "Action: weather\nAction Input: {}\n"),
+    ):
+        asked = Wire().body(chain, 1, {chain[0].id: answer(chain[0], text)})["messages"][-1]["content"]
+        assert asked.endswith(f"How is Rome?{said}\nObservation: <result>21 degrees</result>\nAnswer:")
+
+
+def test_with_tools_the_question_is_plain_and_results_are_tool_messages(tmp_path: Path) -> None:
+    chain = read_questions(write_dataset(tmp_path / "d", "split", [TURN]), "test", 0, follow_up=True)
+    called = answer(chain[0], "", [{"name": "weather", "arguments": '{"city": "Roma"}'}])
+    body = Wire(tools=True, ours=False).body(chain, 1, {chain[0].id: called})
+    assert body["messages"][:2] == [
+        {"role": "system", "content": "You are a sailor."}, {"role": "user", "content": "How is Rome?"},
+    ]  # fmt: skip
+    call, result = body["messages"][2:]
+    assert call["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Roma"}'}
+    assert result == {"role": "tool", "tool_call_id": call["tool_calls"][0]["id"], "content": "21 degrees"}
+    # OpenAI's own API takes no other letters in names; ours does.
+    assert [t["function"]["name"] for t in body["tools"]] == ["weather", "__sea"]
+    assert Wire(tools=True, ours=False).read_name(chain[0], "__sea") == "海 sea"
+    ours = Wire(tools=True).body(chain, 0, {})["tools"]
+    assert [t["function"]["name"] for t in ours] == ["weather", "海 sea"]
+    assert "stop" not in body
+
+
+def test_prompts_of_other_forms_stay_as_they_are() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "(really) how?"}]
+    assert strip_prompt(Question("a", messages, OBJECTS, [])) == messages
+    known = [
+        {"role": "user", "content": "(你正在扮演小天。你可以使用工具：[weather,海 sea]。请查看前面的知识库)天气怎样？"}
+    ]
+    assert strip_prompt(Question("a", known, OBJECTS, []))[0]["content"] == "天气怎样？"
+
+
+BFCL_ROW = {
+    "id": "simple_python_0",
+    "question": [[{"role": "user", "content": "Find the area of a triangle with base 10 and height 5."}]],
+    "function": [
+        {
+            "name": "math.triangle_area",
+            "description": "Area of a triangle.",
+            "parameters": {
+                "type": "dict",
+                "properties": {
+                    "base": {"type": "float", "description": "The base."},
+                    "height": {"type": "integer", "description": "The height."},
+                    "unit": {"type": "string", "description": "The unit."},
+                },
+                "required": ["base", "height"],
+            },
+        }
+    ],
+}
+TRUTH = [{"math.triangle_area": {"base": [10.0], "height": [5], "unit": ["units", ""]}}]
+
+
+def write_bfcl(folder: Path, *rows: dict[str, Any], truth: Any = None) -> Path:
+    (folder / "possible_answer").mkdir(parents=True)
+    (folder / "BFCL_v4_x.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if truth:
+        (folder / "possible_answer/BFCL_v4_x.json").write_text(json.dumps(truth))
+    return folder
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_a_bfcl_row_is_prompted_as_agentfabric_does_and_scored_by_its_possible_answers(
+    tmp_path: Path, inline: bool
+) -> None:
+    row = {**BFCL_ROW, **({"ground_truth": TRUTH} if inline else {})}
+    folder = write_bfcl(tmp_path, row, truth=None if inline else {"id": BFCL_ROW["id"], "ground_truth": TRUTH})
+    (question,), left_out = read_bfcl(folder, 0)
+    assert not left_out
+    assert (question.id, question.category) == ("bfcl/simple_python_0", "simple_python")
+    system, asked = (m["content"] for m in question.messages)
+    assert 'math.triangle_area: math.triangle_area API. Area of a triangle. Parameters: {"type": "object"' in system
+    assert asked.startswith("(. you can use tools: [math.triangle_area])Find the area")
+    assert question.tools[0]["function"]["parameters"]["properties"]["base"]["type"] == "number"
+    for arguments, right in (
+        ('{"base": 10, "height": 5}', True),
+        ('{"base": 10, "height": 5, "unit": "Units"}', True),
+        ('{"base": 10, "height": 5.0}', False),
+        ('{"base": 10}', False),
+    ):
+        told = answer(question, f"Action: math.triangle_area\nAction Input: {arguments}\n")
+        assert score_answer(question, told).marks["exact_arguments"] is right
+
+
+def test_irrelevance_wants_no_call_and_what_cannot_be_scored_is_counted(tmp_path: Path) -> None:
+    rows = [
+        {**BFCL_ROW, "id": "irrelevance_0"},
+        {**BFCL_ROW, "id": "live_relevance_3-3-0"},
+        {**BFCL_ROW, "id": "simple_java_1", "ground_truth": TRUTH},
+        {**BFCL_ROW, "id": "multi_turn_base_1"},
+        {**BFCL_ROW, "id": "simple_python_9"},
+    ]
+    questions, left_out = read_bfcl(write_bfcl(tmp_path, *rows), 0)
+    assert [(q.category, q.expected) for q in questions] == [("irrelevance", [])]
+    assert left_out == {
+        "any call is right": 1, "values in Java's notation": 1, "several turns against a simulated system": 1,
+        "no ground_truth": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"id": "a"}', "without id, question and function"),
+        ("{", "neither JSON lines nor a JSON list"),
+        ("", "no file of .* has rows in BFCL's format"),
+        (json.dumps({**BFCL_ROW, "ground_truth": [{}]}), "BFCL_v4_x.json, row simple_python_0"),
+    ],
+)
+def test_files_of_another_form_are_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "BFCL_v4_x.json").write_text(text)
+    with pytest.raises(InvalidData, match=said):
+        read_bfcl(tmp_path, 0)
