@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
-from services.conversion.fabric import ANSWER_TAIL, INSTRUCTIONS, PREFIX, TOOL_LINE, TOOLS
+from services.common.fabric import ANSWER_TAIL, INSTRUCTIONS, PREFIX, TOOL_LINE, TOOLS, Call, Tool, Turn
 from services.conversion.literals import unify_line_ends
 from services.conversion.react import parse_arguments
 from services.conversion.refusals import (
@@ -25,7 +25,7 @@ from services.conversion.refusals import (
     UNKNOWN_TOOL,
     Refused,
 )
-from services.conversion.rows import Call, Tool, Turn, make_call, make_tool, unique_tools
+from services.conversion.rows import make_call, make_tool, unique_tools
 from services.conversion.schemas import make_schema
 
 LANGUAGES = ("zh", "en")

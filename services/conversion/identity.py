@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import cycle, product
 
+from services.common.fabric import Round, Turn
 from services.conversion.mixture import seeded_order
-from services.conversion.rows import Conversation, Round, Turn
+from services.conversion.rows import Conversation
 
 LANGUAGES = ("zh", "en")
 OPENINGS: Mapping[str, tuple[str, ...]] = {"zh": ("", "你好，", "请问，"), "en": ("", "Hi! ", "Quick question: ")}

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 from services.common.errors import InvalidData
-from services.conversion.rows import Tool
+from services.common.fabric import Tool
 
 T = TypeVar("T")
 SPLITS = ("train", "validation", "test")

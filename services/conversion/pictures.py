@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from services.common.fabric import Turn
 from services.common.pictures import ADDRESS, SHOWN, find_pictures, find_shown, trim_address
-from services.conversion.rows import Turn
 
 MARKS: Mapping[str, str] = {"zh": "![图片]({})", "en": "![Image]({})"}
 """Language → how the prompt wants a picture (fabric.URL_ZH, URL_EN)."""

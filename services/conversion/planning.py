@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from services.common.fabric import Tool
 from services.conversion.mixture import SPLITS, ToolGroups, assign_splits
 from services.conversion.reading import ASKED, POOL, Summary, read_summary
 from services.conversion.report import EXAMPLES, Outcome, Report
-from services.conversion.rows import Tool
 from services.conversion.selection import find_duplicates, leave_out
 from services.conversion.sources import Chunk
 from services.conversion.spec import Spec

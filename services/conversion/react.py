@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
+from services.common.fabric import Call, Tool, Turn
 from services.conversion.literals import decode_literal, decode_prefix, unify_line_ends
 from services.conversion.refusals import (
     INCOMPLETE_TURN,
@@ -24,7 +25,7 @@ from services.conversion.refusals import (
     UNKNOWN_TOOL,
     Refused,
 )
-from services.conversion.rows import Call, Tool, Turn, make_call, make_tool, unique_tools
+from services.conversion.rows import make_call, make_tool, unique_tools
 from services.conversion.schemas import make_schema
 
 MARKER = "You have access to the following APIs:"

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import msgspec
 import orjson
 
+from services.common.fabric import Tool, language_of
 from services.conversion.duplicates import Index
-from services.conversion.fabric import language_of
 from services.conversion.identity import make_conversations
 from services.conversion.mixture import ToolGroups, seeded
 from services.conversion.pictures import has_pictures, show_pictures
@@ -26,7 +26,7 @@ from services.conversion.readers import READERS
 from services.conversion.refusals import MAX_ROUNDS, ROW_TOO_LARGE, ROW_TOO_LONG, Refused
 from services.conversion.rendering import Renderer, count_characters
 from services.conversion.report import EXAMPLES, Report, count, describe_refusal
-from services.conversion.rows import Conversation, Tool
+from services.conversion.rows import Conversation
 from services.conversion.selection import Ballots
 from services.conversion.sources import Chunk, RawRow, decode_row, read_rows
 from services.conversion.spec import Source, Spec

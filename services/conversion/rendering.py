@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.conversion.fabric import Example, language_of, render_rows, render_system, render_together
+from services.common.fabric import Example, Round, Tool, language_of, render_rows, render_system, render_together
 from services.conversion.mixture import pick_one
-from services.conversion.rows import Round, Tool
 from services.conversion.spec import Spec
 from services.conversion.spill import Row
 

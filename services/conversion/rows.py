@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from services.common.fabric import FORBIDDEN_IN_NAMES, Call, Round, Tool
 from services.conversion.refusals import (
     DUPLICATE_TOOL,
     INVALID_ACTION_INPUT,
@@ -18,46 +19,6 @@ from services.conversion.refusals import (
     RESULT_TAG_IN_RESULT,
     Refused,
 )
-
-FORBIDDEN_IN_NAMES = frozenset("\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
-
-
-class Tool(NamedTuple):
-    """A tool that a prompt lists."""
-
-    name: str
-    description: str
-    parameters: str
-    """A JSON schema of an object, `required` always present: JSON text in one line, separators ", " and ": "."""
-
-
-class Call(NamedTuple):
-    """One call in a turn."""
-
-    name: str
-    arguments: str
-    """A JSON object: text in one line."""
-    observation: str | None = None
-    """The tool's result; None when the turn ends at the call."""
-    lead: str = ""
-    """What was said before it: before the first call, or about the result of the one before."""
-
-
-class Turn(NamedTuple):
-    """What an assistant did in one turn: calls, then an answer ("" when it stopped at a call)."""
-
-    calls: tuple[Call, ...] = ()
-    answer: str = ""
-
-
-class Round(NamedTuple):
-    """A question and the assistant's turn."""
-
-    query: str
-    """Without the prefix that names the tools."""
-    turn: Turn
-    prefix: str | None = None
-    """What stood before the question in the source; None: as AgentFabric would put it for these tools."""
 
 
 class Conversation(NamedTuple):

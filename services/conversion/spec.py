@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from services.common.fabric import ROLES
 from services.common.resources import Resources
 
 
@@ -82,10 +83,7 @@ class Range(_Model):
 
 
 # Rotated, so that no row trains an empty role and no single sentence is learned by heart.
-INSTRUCTIONS = (
-    "You are a helpful assistant. Call a tool when one of them fits the question; when none fits, say so.",
-    "你是一个乐于助人的助手。有合适的工具时请调用工具；没有合适的工具时请直接说明。",
-)
+INSTRUCTIONS = tuple(ROLES.values())
 
 
 class SelfCognition(_Model):

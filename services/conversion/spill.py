@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from services.conversion.rows import Round, Tool
+from services.common.fabric import Round, Tool
 
 BUCKET_BYTES = 12 << 20
 BUFFER_BYTES = 6 << 20

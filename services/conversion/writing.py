@@ -13,12 +13,11 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from services.conversion.fabric import Example, language_of, render_rows
+from services.common.fabric import Example, Round, Tool, Turn, language_of, render_rows
 from services.conversion.mixture import SPLITS, add_distractors, fits_none, pick_count, pick_one, seeded
 from services.conversion.processes import Tell
 from services.conversion.rendering import LAYOUTS, Renderer, in_language
 from services.conversion.report import Report, count
-from services.conversion.rows import Round, Tool, Turn
 from services.conversion.selection import Marks
 from services.conversion.spec import Spec
 from services.conversion.spill import Row, read_bucket, unpack_row, unpack_rows

@@ -19,7 +19,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from services.conversion.fabric import (
+from services.common.fabric import (
+    Call,
+    Round,
+    Tool,
+    Turn,
     language_of,
     render_call,
     render_prefix,
@@ -27,7 +31,7 @@ from services.conversion.fabric import (
     render_rows,
     render_system,
 )
-from services.conversion.rows import Call, Round, Tool, Turn, make_call, make_tool
+from services.conversion.rows import make_call, make_tool
 from services.conversion.schemas import make_schema
 from tests.conftest import serving
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from services.conversion.fabric import render_prefix, render_system, render_tool
+from services.common.fabric import Tool, render_prefix, render_system, render_tool
 from services.conversion.react import parse_system_prompt
 from services.conversion.refusals import Refused
-from services.conversion.rows import Tool
 from services.conversion.sources import Chunk, read_rows
 from tests.unit.test_conversion_worker import convert, lines, write
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from services.conversion.fabric import render_prefix, render_rows, render_system, render_together
-from services.conversion.rows import Round, Turn, make_call, make_tool
+from services.common.fabric import Round, Turn, render_prefix, render_rows, render_system, render_together
+from services.conversion.rows import make_call, make_tool
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "description": "name"}}, "required": ["city"]}
 WEATHER = make_tool("weather", "Query the weather.", PARAMETERS)

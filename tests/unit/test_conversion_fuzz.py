@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from services.conversion.fabric import render_rows, render_system
+from services.common.fabric import render_rows, render_system
 from services.conversion.readers import READERS
 from services.conversion.refusals import REASONS, Refused
 from services.conversion.sources import decode_row

@@ -7,7 +7,7 @@ from itertools import islice
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.conversion.fabric import language_of
+from services.common.fabric import language_of
 from services.conversion.identity import make_conversations
 
 RECIPE = list(make_conversations(3000, "卡卡罗特", "陶白白", 42))

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.common.fabric import Call, Turn, language_of
 from services.common.pictures import find_pictures, find_shown
-from services.conversion.fabric import language_of
 from services.conversion.pictures import show_pictures
 from services.conversion.readers import READERS
-from services.conversion.rows import Call, Turn
 
 ROWS_FILE = Path(__file__).parent.parent / "data/pictures.jsonl"
 # Written for this test; none is of a published data set.

@@ -13,9 +13,10 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.common.fabric import FORBIDDEN_IN_NAMES, Call, Tool, Turn
 from services.conversion.literals import decode_literal
 from services.conversion.react import LAST_THOUGHT, parse_system_prompt, parse_turn
-from services.conversion.rows import FORBIDDEN_IN_NAMES, Call, Tool, Turn, make_call, make_tool
+from services.conversion.rows import make_call, make_tool
 
 # What the grammar itself is made of, so that texts are made of it too.
 PIECES = st.sampled_from(

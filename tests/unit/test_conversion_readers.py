@@ -9,8 +9,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from services.conversion.fabric import (
+from services.common.fabric import (
+    FORBIDDEN_IN_NAMES,
     INSTRUCTIONS,
+    Round,
+    Tool,
+    Turn,
     language_of,
     render_prefix,
     render_rows,
@@ -34,7 +38,7 @@ from services.conversion.refusals import (
     UNKNOWN_TOOL,
     Refused,
 )
-from services.conversion.rows import FORBIDDEN_IN_NAMES, Conversation, Round, Tool, Turn, make_call, make_tool
+from services.conversion.rows import Conversation, make_call, make_tool
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "名"}}, "required": ["city"]}
 NOTHING: dict[str, Any] = {"type": "object", "properties": {}, "required": []}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from services.conversion.fabric import render_prefix
+from services.common.fabric import Round, render_prefix
 from services.conversion.fabric_grammar import (
     CALL,
     RESULT_END,
@@ -21,7 +21,7 @@ from services.conversion.fabric_grammar import (
 from services.conversion.literals import unify_line_ends
 from services.conversion.readers.turns import check_turns, list_turns, row_id, split_rounds
 from services.conversion.refusals import INCOMPLETE_TURN, Refused
-from services.conversion.rows import Conversation, Round
+from services.conversion.rows import Conversation
 
 
 def read(row: Mapping[str, Any]) -> Conversation:

@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from services.conversion.fabric import INSTRUCTIONS, TOOLS
+from services.common.fabric import INSTRUCTIONS, TOOLS, Round, Turn
 from services.conversion.fabric_grammar import CALL
 from services.conversion.literals import unify_line_ends
 from services.conversion.react import MARKER
 from services.conversion.readers.turns import check_turns, list_turns, row_id, split_rounds
 from services.conversion.refusals import UNEXPECTED_TOOL_CALL, Refused
-from services.conversion.rows import Conversation, Round, Turn
+from services.conversion.rows import Conversation
 
 TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call")
 TOOL_ROLES = frozenset({"tool", "function", "tool_call", "tool_response", "observation"})

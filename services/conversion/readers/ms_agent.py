@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from services.common.fabric import Round
 from services.conversion.react import parse_system_prompt, parse_turn
 from services.conversion.readers.turns import check_turns, list_turns, row_id, split_rounds
-from services.conversion.rows import Conversation, Round
+from services.conversion.rows import Conversation
 
 
 def read(row: Mapping[str, Any]) -> Conversation:

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from services.common.fabric import Call, Round, Tool, Turn
 from services.conversion.react import parse_arguments
 from services.conversion.readers.turns import check_turns, list_turns, row_id
 from services.conversion.refusals import (
@@ -18,7 +19,7 @@ from services.conversion.refusals import (
     UNKNOWN_TOOL,
     Refused,
 )
-from services.conversion.rows import Call, Conversation, Round, Tool, Turn, make_call, make_tool, unique_tools
+from services.conversion.rows import Conversation, make_call, make_tool, unique_tools
 from services.conversion.schemas import make_schema
 
 SYSTEM = ("system", "developer")

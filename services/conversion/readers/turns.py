@@ -7,9 +7,9 @@ from typing import Any
 
 import orjson
 
+from services.common.fabric import Turn
 from services.conversion.literals import decode_literal
 from services.conversion.refusals import EMPTY_CONVERSATIONS, INCOMPLETE_TURN, NO_SYSTEM_TURN, ROLE_ORDER, Refused
-from services.conversion.rows import Turn
 
 
 def list_turns(row: Mapping[str, Any]) -> list[Any]:

@@ -1,5 +1,7 @@
 """AgentFabric's prompt, byte for byte, and the two ways in which a conversation reaches the model.
 
+Conversion writes training rows with it, and inference the prompts of requests that bring `tools`: what is asked is what
+was trained.
 Source: modelscope-agent 0.7.1 and 0.7.2, llm/utils/function_call_with_raw_prompt.py, agents/role_play.py, tools/base.py.
 "inline": the whole turn, tool result included, is the assistant's (DashScope's raw prompts). "split": the result returns in
 the user's turn (any OpenAI server), so each call and each summary is a row of its own, ending in the assistant's turn.
@@ -11,8 +13,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
-
-from services.conversion.rows import Call, Round, Tool, Turn
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 URL_ZH = "，如果结果中出现url，请使用如下格式展示出来：![图片](url)"
@@ -52,6 +52,51 @@ TOOL_LINE: Mapping[str, str] = {
     "en": "{name}: {name} API. {description} Parameters: {parameters} Format the arguments as a JSON object.",
 }
 PREFIX: Mapping[str, str] = {"zh": "(。你可以使用工具：[{names}])", "en": "(. you can use tools: [{names}])"}
+ROLES: Mapping[str, str] = {
+    "en": "You are a helpful assistant. Call a tool when one of them fits the question; when none fits, say so.",
+    "zh": "你是一个乐于助人的助手。有合适的工具时请调用工具；没有合适的工具时请直接说明。",
+}
+"""The role where neither a row nor a request tells one: an empty one must be neither trained nor asked."""
+FORBIDDEN_IN_NAMES = frozenset("\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
+"""What ends a line, and so a tool's name."""
+
+
+class Tool(NamedTuple):
+    """A tool that a prompt lists."""
+
+    name: str
+    description: str
+    parameters: str
+    """A JSON schema of an object, `required` always present: JSON text in one line, separators ", " and ": "."""
+
+
+class Call(NamedTuple):
+    """One call in a turn."""
+
+    name: str
+    arguments: str
+    """A JSON object: text in one line."""
+    observation: str | None = None
+    """The tool's result; None when the turn ends at the call."""
+    lead: str = ""
+    """What was said before it: before the first call, or about the result of the one before."""
+
+
+class Turn(NamedTuple):
+    """What an assistant did in one turn: calls, then an answer ("" when it stopped at a call)."""
+
+    calls: tuple[Call, ...] = ()
+    answer: str = ""
+
+
+class Round(NamedTuple):
+    """A question and the assistant's turn."""
+
+    query: str
+    """Without the prefix that names the tools."""
+    turn: Turn
+    prefix: str | None = None
+    """What stood before the question in the source; None: as AgentFabric would put it for these tools."""
 
 
 class Example(NamedTuple):

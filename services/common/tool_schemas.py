@@ -1,0 +1,85 @@
+"""Parameters in the forms that rows hold become the JSON schema of an object that AgentFabric prints.
+
+Every property has a type and a description, first and in this order: RolePlay does not start with a tool that lacks one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class BadSchema(ValueError):
+    """Parameters that no schema can be made of; the text says what was found, and where."""
+
+
+def make_schema(raw: Any, name: str) -> dict[str, Any]:
+    """{"type": "object", "properties", "required", …} out of a list of {name, description, required} or a JSON schema.
+
+    name: the tool's, for the error. Raises BadSchema.
+    """
+    if isinstance(raw, dict):
+        return _complete_schema(raw, name)
+    if not isinstance(raw, list):
+        raise BadSchema(f"tool {name!r}: neither a list nor an object")
+    properties: dict[str, Any] = {}
+    required: list[str] = []
+    for item in raw:
+        told = item.get("name") if isinstance(item, dict) else None
+        if not isinstance(told, str) or not told or told in properties:
+            raise BadSchema(f"tool {name!r}: {str(item)[:80]} is no parameter with a name of its own")
+        properties[told] = _make_property(item, name)
+        if str(item.get("required")).strip().lower() == "true":
+            required.append(told)
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def _complete_schema(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    properties = raw.get("properties", {} if raw.get("type") == "object" else None)
+    required = raw.get("required") or []
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        raise BadSchema(f"tool {name!r}: an object that is no JSON schema of an object")
+    typed = {key: _with_type(value, name, raw) for key, value in properties.items()}
+    known = [key for key in typed if key in required]
+    rest = {key: value for key, value in raw.items() if key not in ("type", "properties", "required")}
+    return {"type": "object", "properties": typed, "required": known, **rest}
+
+
+def _make_property(item: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """`schema` stands for what it holds; a `required` that is a list is the property's own, of what is nested in it."""
+    schema = item.get("schema")
+    nested = isinstance(item.get("required"), list) and isinstance(item.get("properties"), dict)
+    rest = {k: v for k, v in item.items() if k not in ("name", "schema") and (k != "required" or nested)}
+    return _with_type({**rest, **schema} if isinstance(schema, dict) else rest, name)
+
+
+def _with_type(value: Any, name: str, root: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """root: the whole schema, in which a $ref is looked up."""
+    if not isinstance(value, dict):
+        raise BadSchema(f"tool {name!r}: a property that is no object")
+    rest = {key: each for key, each in value.items() if key not in ("type", "description")}
+    told = value.get("type") or _type_of(_resolve(value.get("$ref"), root) or value) or "string"
+    return {"type": told, "description": value.get("description") or "", **rest}
+
+
+def _type_of(value: Mapping[str, Any]) -> str | list[str] | None:
+    """A schema's type, or those that the branches of its anyOf or oneOf have, each once; None without any."""
+    if isinstance(own := value.get("type"), str):
+        return own
+    for key in ("anyOf", "oneOf"):
+        branches = value.get(key)
+        told = [b.get("type") for b in branches if isinstance(b, dict)] if isinstance(branches, list) else []
+        types = list(dict.fromkeys(each for each in told if isinstance(each, str)))
+        if types:
+            return types[0] if len(types) == 1 else types
+    return None
+
+
+def _resolve(reference: Any, root: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What "#/$defs/NAME" points at in the whole schema; None where it points at no schema."""
+    if not isinstance(reference, str) or not reference.startswith("#/"):
+        return None
+    found: Any = root
+    for step in reference[2:].split("/"):
+        found = found.get(step) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else None
