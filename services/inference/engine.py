@@ -25,6 +25,15 @@ GIB = 1024**3
 CPU_MAX_MODEL_LEN = 8192
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+TOOL_FLAGS = (
+    "--enable-auto-tool-choice",
+    "--tool-parser-plugin",
+    "services.inference.tool_parser",
+    "--tool-call-parser",
+    "agentfabric",
+)
+"""How vLLM reads and constrains calls. engine_args may name another parser: the later of two flags wins."""
+
 FAILURES = {
     "No available memory for the cache blocks": "lower spec.max_model_len, or give it a GPU with more memory",
     "CUDA out of memory": "lower spec.max_model_len or spec.max_concurrency, or ask for more spec.resources.gpus",
@@ -125,6 +134,7 @@ def render_engine(deployment: str, revision: str, spec: RevisionSpec, model: Mod
         "--uvicorn-log-level",
         "warning",
     ]
+    argv += TOOL_FLAGS
     env = {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
