@@ -333,8 +333,9 @@ class Inference:
             sampling=inference_pb2.Sampling(**sampling),
             tools=[_tool(tool) for tool in tools],
             tool_choice=tool_choice,
-            constrain_tools=constrain_tools,
         )
+        if constrain_tools is not None:
+            request.constrain_tools = constrain_tools
         yield from self._client.stream(self._stub.Generate, request)
 
 

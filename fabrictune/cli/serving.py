@@ -116,8 +116,8 @@ def chat(
                 return
             messages.append({"role": "user", "content": said})
             messages.append(answer := _answer(client, deployment, messages, max_tokens, listed))
-            while calls := answer.get("tool_calls"):
-                for call in calls:
+            while answer.get("tool_calls"):
+                for call in answer["tool_calls"]:
                     result = console.input(f"[bold magenta]result of {escape(call['function']['name'])}[/] ")
                     messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
                 messages.append(answer := _answer(client, deployment, messages, max_tokens, listed))
@@ -179,12 +179,12 @@ def _answer(
     client: Client, deployment: str, messages: list[dict[str, Any]], max_tokens: int, tools: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The assistant's message, printed as it comes."""
-    text, calls = "", []
+    text, calls = "", list[dict[str, Any]]()
     for piece in client.inference.generate(deployment, messages, tools, max_tokens=max_tokens, temperature=0.0):
         text += piece.text
-        for call in piece.tool_calls:
-            function = {"name": call.name, "arguments": call.arguments}
-            calls.append({"id": call.id, "type": "function", "function": function})
+        for made in piece.tool_calls:
+            function = {"name": made.name, "arguments": made.arguments}
+            calls.append({"id": made.id, "type": "function", "function": function})
         if not settings().json:
             console.print(piece.text, end="", markup=False, highlight=False, soft_wrap=True)
     if not settings().json:
