@@ -44,6 +44,8 @@ FAILURES = {
     "unrecognized arguments": "spec.engine_args has a flag that this vLLM does not know",
     "trust_remote_code": "the model brings its own code: add --trust-remote-code to spec.engine_args if you trust it",
     "are not supported for now": "vLLM cannot run this architecture",
+    "which has not been registered": "vLLM finds no such tool parser: name another --tool-call-parser in spec.engine_args, "
+    "or, where it is agentfabric, start fabrictune from its own folder, so that services.inference.tool_parser is found",
     "InvalidCxxCompiler": "torch wants to compile and finds no C++ compiler: install g++, or leave --enforce-eager on",
     "libnuma.so.1": "vLLM's CPU build needs libnuma: install Debian's libnuma1",
     "No module named vllm": "vLLM is not installed: run `make setup`, or install the extra engine-cpu or engine-cuda",

@@ -41,6 +41,26 @@ def render_grammar(tools: Sequence[Mapping[str, Any]], only: str, forced: bool, 
 
 
 def _schema(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of an object, whatever the client's combines at its top.
+
+    xgrammar 0.2.8 lets allOf, anyOf and oneOf stand for the whole schema, so that other values than objects could be written:
+    their parts are merged into it here. A part that is but a $ref adds nothing.
+    """
     if tool.get("strict") is False:
         return ANY_OBJECT
-    return {"type": "object", **(tool.get("parameters") or {})}
+    schema = {"type": "object", **(tool.get("parameters") or {})}
+    for part in schema.pop("allOf", ()):
+        schema = _merge(schema, part)
+    one, other = schema.pop("anyOf", None), schema.pop("oneOf", None)
+    if not (choices := one or other):
+        return schema
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    return {**shared, "anyOf": [_merge(schema, choice) for choice in choices]}
+
+
+def _merge(schema: Mapping[str, Any], part: Any) -> dict[str, Any]:
+    told = part if isinstance(part, dict) else {}
+    properties = {**schema.get("properties", {}), **told.get("properties", {})}
+    required = [*schema.get("required", ()), *told.get("required", ())]
+    merged = {**schema, "required": list(dict.fromkeys(required))}
+    return {**merged, "properties": properties} if properties else merged

@@ -62,8 +62,9 @@ LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
 SINGLE = ("items", "additionalProperties", "not")
 
 
-def check_schema(schema: Any, field: str, depth: int = 0) -> Iterator[Violation]:
-    """All that is malformed in a schema. field: the path to it, for the violations."""
+def check_schema(schema: Any, field: str, root: Any = None, depth: int = 0) -> Iterator[Violation]:
+    """All that is malformed in a schema. field: the path to it, for the violations; root: the whole, where $ref points."""
+    root = schema if root is None else root
     if isinstance(schema, bool):
         return
     if not isinstance(schema, dict):
@@ -75,14 +76,25 @@ def check_schema(schema: Any, field: str, depth: int = 0) -> Iterator[Violation]
     for keyword, (fits, must) in RULES.items():
         if keyword in schema and not fits(schema[keyword]):
             yield Violation(f"{field}.{keyword}", f"{must}, not {str(schema[keyword])[:60]!r}")
+    if _points_nowhere(schema.get("$ref"), root):
+        yield Violation(f"{field}.$ref", f"{str(schema['$ref'])[:60]!r} points at nothing in this schema")
     for keyword in NAMED:
         if isinstance(named := schema.get(keyword), dict):
             for name, value in named.items():
-                yield from check_schema(value, f"{field}.{keyword}.{name}", depth + 1)
+                yield from check_schema(value, f"{field}.{keyword}.{name}", root, depth + 1)
     for keyword in (*LISTED, *SINGLE):
         value = schema.get(keyword)
         if isinstance(value, list):
             for number, each in enumerate(value):
-                yield from check_schema(each, f"{field}.{keyword}[{number}]", depth + 1)
+                yield from check_schema(each, f"{field}.{keyword}[{number}]", root, depth + 1)
         elif keyword in SINGLE and isinstance(value, dict):
-            yield from check_schema(value, f"{field}.{keyword}", depth + 1)
+            yield from check_schema(value, f"{field}.{keyword}", root, depth + 1)
+
+
+def _points_nowhere(reference: Any, root: Any) -> bool:
+    if not isinstance(reference, str) or not reference.startswith("#/"):
+        return False
+    found = root
+    for step in reference[2:].split("/"):
+        found = found.get(step) if isinstance(found, dict) else None
+    return found is None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import aiohttp
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import openai
 import pytest
 import pytest_asyncio

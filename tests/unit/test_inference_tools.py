@@ -99,7 +99,7 @@ def plain(messages: Any) -> list[dict[str, str]]:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(conversations())
 def test_every_turn_is_asked_with_the_prompt_that_it_was_trained_with(row: dict[str, Any]) -> None:
     asked: list[list[dict[str, str]] | None] = []
@@ -170,6 +170,24 @@ def test_the_grammar_has_the_clients_own_schemas_and_the_named_tool_alone() -> N
     assert len(named["tags"]) == 1 and (named["at_least_one"], named["stop_after_first"]) == (True, False)
 
 
+def test_arguments_are_an_object_whatever_a_schema_combines_at_its_top() -> None:
+    a, b = {"properties": {"a": {"type": "string"}}}, {"required": ["b"]}
+    base = {"properties": {"b": {"type": "integer"}}, "required": []}
+
+    def schema(**parameters: Any) -> Any:
+        tools = [{"name": "f", "parameters": parameters}]
+        return render_grammar(tools, only="", forced=False, several=False)["format"]["tags"][0]["content"][
+            "json_schema"
+        ]
+
+    both = {"type": "object", "properties": {**base["properties"], **a["properties"]}}  # type: ignore[dict-item]
+    assert schema(**base, allOf=[a, b]) == {**both, "required": ["b"]}
+    chosen = schema(**base, anyOf=[a, b], **{"$defs": {"x": {}}})
+    assert [(part["type"], part["required"]) for part in chosen["anyOf"]] == [("object", []), ("object", ["b"])]
+    assert chosen["$defs"] == {"x": {}} and "type" not in chosen
+    assert schema(allOf=[True]) == {"type": "object", "required": []}
+
+
 def function(**told: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", **told}}
 
@@ -197,6 +215,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
                             "a": {"type": "strin", "enum": []},
                             "b": {"type": "array", "items": {"anyOf": [{"type": "object", "properties": 3}]}},
                             "c": "string",
+                            "d": {"$ref": "#/$defs/none"},
                         },
                     }
                 )
@@ -208,6 +227,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
             "tools[0].function.parameters.properties.a.enum",
             "tools[0].function.parameters.properties.b.items.anyOf[0].properties",
             "tools[0].function.parameters.properties.c",
+            "tools[0].function.parameters.properties.d.$ref",
         ],
     ),
     "choices": ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, ["tool_choice.function.name"]),
