@@ -160,19 +160,21 @@ def _wait_ready(client: Client, name: str) -> inference_pb2.Deployment:
 
 
 def read_tools(file: Path) -> list[dict[str, Any]]:
-    """A file's OpenAI tools. Exits when it holds something else; the server checks what they say."""
+    """A file's OpenAI tools; the server checks what they say. Raises ApiError."""
     try:
-        listed = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{file} cannot be read as JSON: {error}") from None
-    functions = [tool.get("function", tool) if isinstance(tool, dict) else None for tool in _as_list(listed)]
-    if not functions or not all(isinstance(each, dict) and isinstance(each.get("name"), str) for each in functions):
-        raise typer.BadParameter(f"{file} must hold a JSON list of {{type: function, function: {{name, …}}}}")
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ApiError(f"{file} cannot be read: {error.strerror}", "NOT_FOUND") from None
+    except ValueError as error:
+        raise ApiError(f"{file} is not JSON: {error}", "INVALID_ARGUMENT") from None
+    listed = read if isinstance(read, list) else [None]
+    functions = [tool.get("function", tool) if isinstance(tool, dict) else None for tool in listed]
+    if not all(isinstance(each, dict) and isinstance(each.get("name"), str) for each in functions):
+        raise ApiError(
+            f"{file} must hold a list of tools: {{type: function, function: {{name, description, parameters}}}}",
+            "INVALID_ARGUMENT",
+        )
     return [{"type": "function", "function": each} for each in functions]
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _answer(

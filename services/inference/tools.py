@@ -61,10 +61,15 @@ def render_tools(body: Mapping[str, Any]) -> dict[str, Any]:
     constrained = sent.pop(CONSTRAIN, None)
     if constrained is not None:
         sent["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), CONSTRAIN: int(constrained)}
-    asks_for_format = body.get("structured_outputs") or body.get("response_format")
-    if choice == "none" and constrained is not False and not asks_for_format:
+    if choice == "none" and constrained is not False and not _asks_for_format(body):
         sent["structured_outputs"] = {"structural_tag": json.dumps(NO_CALL)}
     return sent
+
+
+def _asks_for_format(body: Mapping[str, Any]) -> bool:
+    """Whether the answer's words have a grammar already."""
+    format_ = body.get("response_format")
+    return bool(body.get("structured_outputs")) or (format_ is not None and format_ != {"type": "text"})
 
 
 def _read_tools(told: Any, bad: list[Violation]) -> list[Tool]:
