@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm.entrypoints.generate.base.protocol import (
@@ -25,6 +26,7 @@ from vllm.entrypoints.generate.base.protocol import (
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionNamedToolChoiceParam
 from vllm.parser.abstract_parser import structured_outputs_to_format
 from vllm.renderers.chat_utils import make_tool_call_id
+from vllm.renderers.params import ChatParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.tool_parsers.abstract_tool_parser import ToolParser, ToolParserManager
 
@@ -131,5 +133,18 @@ def _make_reader(request: Any) -> CallReader:
     return CallReader(drop_unfinished=outputs is not None and outputs.structural_tag is not None)
 
 
+def _show_no_tools(params: ChatParams, *defaults: Any, **more: Any) -> ChatParams:
+    """`ChatParams.with_defaults` that makes `tools: []` of a request none at all.
+
+    vLLM 0.32: a request's chat_template_kwargs cannot set anything to null, and Llama 3's templates print a preamble for an empty
+    list of tools (`tools is not none`), which no row was trained with.
+    """
+    merged = _with_defaults(params, *defaults, **more)
+    kwargs = merged.chat_template_kwargs
+    return replace(merged, chat_template_kwargs={**kwargs, "tools": None}) if kwargs.get("tools") == [] else merged
+
+
+_with_defaults = ChatParams.with_defaults
+ChatParams.with_defaults = _show_no_tools
 ToolParserManager.register_module("agentfabric", module=AgentFabricToolParser)
 ToolParserManager.register_module("agentfabric-free", module=FreeAgentFabricToolParser)

@@ -36,6 +36,8 @@ from services.inference.spec import Parity, parse_spec
 pytestmark = [pytest.mark.slow, pytest.mark.heavy, pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="module")]
 
 TEMPLATE = (
+    # As Llama 3's, which minds an empty list of tools.
+    "{% if tools is not none %}Environment: ipython\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

@@ -68,6 +68,15 @@ def test_without_tools_or_with_choice_none_text_is_text(parser_class: Any) -> No
         assert parser.parse(CALL, request, enable_auto_tools=True) == (None, CALL, [])
 
 
+def test_rendered_tools_are_not_shown_to_the_models_own_template(parser_class: Any) -> None:
+    from vllm.renderers.params import ChatParams
+
+    for told, shown in (({"tools": []}, None), ({}, TOOLS)):
+        params = make_request(tools=TOOLS, chat_template_kwargs=told).build_chat_params(None, "auto")
+        assert isinstance(params, ChatParams)
+        assert params.with_defaults({"tools": TOOLS}).chat_template_kwargs["tools"] == shown
+
+
 def test_the_grammar_is_on_unless_request_or_revision_turn_it_off(parser_class: Any) -> None:
     from vllm.parser import ParserManager
 
