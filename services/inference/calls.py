@@ -153,19 +153,27 @@ class _Arguments:
 
 
 def decode_arguments(text: str) -> str | None:
-    """An object as strict JSON: the text itself where it is some, else out of Python's notation; None: neither."""
-    try:
-        if isinstance(json.loads(text, parse_constant=_refuse), dict):
-            return text
-    except (ValueError, RecursionError):
-        pass
-    try:
-        value: Any = ast.literal_eval(text)
-        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        pass
+    """An object as strict JSON: the text itself where it is some, else what can be read as one; None: nothing can."""
+    for read in _READERS:
+        try:
+            value: Any = read(text)
+            if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+                return text if read is _read_strict else json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
     return None
+
+
+def _read_strict(text: str) -> Any:
+    return json.loads(text, parse_constant=_refuse)
+
+
+def _read_control_characters(text: str) -> Any:
+    """Xgrammar 0.2.8 lets a string with maxLength have them as they are, which JSON does not."""
+    return json.loads(text, strict=False, parse_constant=_refuse)
+
+
+_READERS = (_read_strict, _read_control_characters, ast.literal_eval)
 
 
 def _refuse(word: str) -> Any:

@@ -37,6 +37,7 @@ ANSWERS: dict[str, tuple[str, list[str | FoundCall]]] = {
     ),
     "several lines": ('Action: w\r\nAction Input: {\n "a": 1\n}\n', [FoundCall("w", '{\n "a": 1\n}')]),
     "python": ("Action: w\nAction Input: {'a': True, 'b': \"it's\"}\n", [FoundCall("w", '{"a": true, "b": "it\'s"}')]),
+    "control characters": ('Action: w\nAction Input: {"a": "\t\x01}"}', [FoundCall("w", '{"a": "\\t\\u0001}"}')]),
     "broken arguments": ("Action: w\nAction Input: {a: 1}\nSo", ["Action: w\nAction Input: {a: 1}\nSo"]),
     "broken, then a call": (
         f'Action: w\nAction Input: {{"a": [1\n{WEATHER}',
