@@ -208,7 +208,8 @@ TOOLS: Any = [
                 "way": {
                     "type": "object",
                     "properties": {
-                        "from": {"type": "string", "maxLength": 4},
+                        # Not maxLength alone: random weights write surrogates, which xgrammar 0.2.8 counts as one character.
+                        "from": {"type": "string", "pattern": "^[A-Za-z车站 ]{1,4}$"},
                         "stops": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
                     },
                     "required": ["from", "stops"],
