@@ -10,6 +10,7 @@ Specs are plain dicts in the API's own field names; answers are protobuf message
 from __future__ import annotations
 
 import builtins
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -314,12 +315,48 @@ class Inference:
             yield event.deployment
 
     def generate(
-        self, deployment: str, messages: Sequence[Mapping[str, str]], **sampling: Any
+        self,
+        deployment: str,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: str = "",
+        constrain_tools: bool | None = None,
+        **sampling: Any,
     ) -> Iterator[inference_pb2.GenerateResponse]:
-        """Answer a conversation in pieces. sampling: temperature, top_p, max_tokens, stop, seed."""
+        """Answer a conversation in pieces. sampling: temperature, top_p, max_tokens, stop, seed.
+
+        messages and tools: OpenAI's objects. tool_choice: auto, none, required, or a tool's name.
+        """
         request = inference_pb2.GenerateRequest(
             deployment=deployment,
-            messages=[inference_pb2.Message(**m) for m in messages],
+            messages=[_chat_message(m) for m in messages],
             sampling=inference_pb2.Sampling(**sampling),
+            tools=[_tool(tool) for tool in tools],
+            tool_choice=tool_choice,
         )
+        if constrain_tools is not None:
+            request.constrain_tools = constrain_tools
         yield from self._client.stream(self._stub.Generate, request)
+
+
+def _chat_message(told: Mapping[str, Any]) -> inference_pb2.Message:
+    calls = [
+        inference_pb2.ToolCall(
+            id=call["id"], name=call["function"]["name"], arguments=call["function"].get("arguments") or "{}"
+        )
+        for call in told.get("tool_calls") or ()
+    ]
+    content, identity = told.get("content") or "", told.get("tool_call_id") or ""
+    return inference_pb2.Message(role=told["role"], content=content, tool_calls=calls, tool_call_id=identity)
+
+
+def _tool(told: Mapping[str, Any]) -> inference_pb2.Tool:
+    """Its schema goes as text: a message of JSON would lose the order of the properties, which the prompt keeps."""
+    function = told.get("function", told)
+    parameters = function.get("parameters")
+    return inference_pb2.Tool(
+        name=function["name"],
+        description=function.get("description") or "",
+        parameters=json.dumps(parameters, ensure_ascii=False) if parameters else "",
+        strict=function.get("strict"),
+    )

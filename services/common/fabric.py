@@ -159,6 +159,26 @@ def render_rows(
             history.append({"role": "assistant", "content": _transcript(turn), "loss": False})
 
 
+def render_request(system: str, tools: Sequence[Tool], rounds: Sequence[Round], language: str) -> list[dict[str, Any]]:
+    """The messages of a request on RolePlay's wire: those of a "split" row before the turn that it trains.
+
+    The last round is the one to go on with: its calls and their results, if any, stand in the user's turn.
+    """
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}]
+    last = len(rounds) - 1
+    for number, (query, turn, _) in enumerate(rounds):
+        asked = render_prefix(tools, language) + query if number == last else query
+        if number == last and not turn.answer:
+            calls = enumerate(turn.calls)
+            asked += "".join(_say(call, first=not n) + render_result(call.observation) for n, call in calls)
+            messages.append({"role": "user", "content": asked})
+            continue
+        messages.append({"role": "user", "content": asked})
+        if turn.calls or turn.answer:
+            messages.append({"role": "assistant", "content": _transcript(turn)})
+    return messages
+
+
 def render_together(system: str, tools: Sequence[Tool], rounds: Sequence[Round], language: str) -> list[dict[str, Any]]:
     """One row with several questions over the same tools: each is answered by its first call, or by its answer."""
     prefix = render_prefix(tools, language)

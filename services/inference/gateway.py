@@ -1,8 +1,8 @@
 """The one HTTP address that users talk to: an OpenAI-style reverse proxy in front of the revisions' engines.
 
-Answers are passed on as they come, byte for byte (only "model" is put back to what the client sent, where the engine
-calls it something else). A client that goes away takes its request at the engine with it. The client's token stays
-here: engines never see it.
+Requests and answers are passed on as they come, byte for byte, but for two things: "model" is what the engine calls it
+there and what the client sent here, and a chat with `tools` goes on as AgentFabric's prompt (see `tools`). A client that
+goes away takes its request at the engine with it. The client's token stays here: engines never see it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from services.common.errors import FabrictuneError, FailedPrecondition, InvalidD
 from services.common.logs import get_logger
 from services.common.metrics import REGISTRY
 from services.inference.routes import RouteTable, Target
+from services.inference.tools import render_tools
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
 WAIT_SECONDS = 120.0
 """How long a request is held while its revision loads."""
 RETRY_AFTER_SECONDS = 5
 DRAIN_SECONDS = 10.0
+CHAT = "/v1/chat/completions"
 
 Authorize = Callable[[str], Awaitable[None]]
 """Takes the bearer token ("" when there is none); raises Unauthenticated or PermissionDenied."""
@@ -70,7 +72,7 @@ class Gateway:
         app.router.add_get("/healthz", _healthz)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model:.+}", self._model)
-        app.router.add_post("/v1/chat/completions", self._proxy)
+        app.router.add_post(CHAT, self._proxy)
         app.router.add_post("/v1/completions", self._proxy)
         # No limit of time: an answer may take minutes. A dead engine is noticed by its closed connection.
         self._session = aiohttp.ClientSession(
@@ -112,10 +114,12 @@ class Gateway:
         raw = await request.read()
         body = read_body(raw)
         model = body["model"]
+        asked = render_tools(body) if body.get("tools") and request.path == CHAT else body
         async with self._routes.hold(model, self._wait_seconds) as target:
             request[DEPLOYMENT] = target.deployment
             renamed = model != target.served_name
-            sent = orjson.dumps({**body, "model": target.served_name}) if renamed else raw
+            changed = renamed or asked is not body
+            sent = orjson.dumps({**asked, "model": target.served_name}) if changed else raw
             return await self._forward(request, target, sent, model if renamed else "")
 
     async def _forward(self, request: web.Request, target: Target, sent: bytes, rename: str) -> web.StreamResponse:
@@ -214,7 +218,7 @@ def error_body(error: FabrictuneError) -> dict[str, Any]:
     """OpenAI's form of an error."""
     _, kind = HTTP_ERRORS.get(error.code, (500, "internal_error"))
     reason = error.reason_override or error.reason
-    param = "model" if "model" in error.metadata else None
+    param = "model" if "model" in error.metadata else error.violations[0].field if error.violations else None
     return {"error": {"message": str(error), "type": kind, "param": param, "code": reason}}
 
 

@@ -6,7 +6,7 @@ Closing the generator (or cancelling the task that runs it) closes the connectio
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -14,6 +14,16 @@ import orjson
 
 from services.common.errors import InvalidData, ResourceExhausted, Unavailable, WorkerLost
 from services.inference.routes import RouteTable
+from services.inference.tools import render_tools
+
+
+@dataclass
+class ToolCall:
+    """A call of the answer; its arguments are a JSON object."""
+
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
 
 
 @dataclass(frozen=True)
@@ -24,22 +34,27 @@ class Piece:
     finish_reason: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    tool_calls: Sequence[ToolCall] = field(default=())
 
 
 async def generate(
     routes: RouteTable, session: aiohttp.ClientSession, model: str, messages: Sequence[Mapping[str, Any]],
     sampling: Mapping[str, Any], wait_seconds: float = 120.0,
 ) -> AsyncGenerator[Piece, None]:  # fmt: skip
-    """Stream an answer. model: as the gateway takes it; sampling: OpenAI's names.
+    """Stream an answer. model: as the gateway takes it; sampling: OpenAI's names, tools and what belongs to them among them.
 
-    Raises NotFound, Unavailable (none is ready), InvalidData (the engine refuses it), WorkerLost (it died meanwhile).
+    Raises NotFound, Unavailable (none is ready), InvalidData (the engine refuses it), InvalidSpec (tools that cannot be used),
+    WorkerLost (it died meanwhile).
     """
     if not messages:
         raise InvalidData("there are no messages to answer")
+    asked: dict[str, Any] = {**sampling, "messages": list(messages)}
+    if asked.get("tools"):
+        asked = render_tools(asked)
     async with routes.hold(model, wait_seconds) as target:
-        body = {**sampling, "model": target.served_name, "messages": list(messages), "stream": True}
-        body["stream_options"] = {"include_usage": True}
+        body = {**asked, "model": target.served_name, "stream": True, "stream_options": {"include_usage": True}}
         reason, ended = "", False
+        calls: dict[int, ToolCall] = {}
         try:
             async with session.post(f"{target.address}/v1/chat/completions", json=body) as response:
                 if response.status != 200:
@@ -56,10 +71,12 @@ async def generate(
                         raise _refusal(int(event["error"].get("code") or 500), str(event["error"].get("message", "")))
                     for choice in event.get("choices") or []:
                         reason = choice.get("finish_reason") or reason
+                        _gather(choice["delta"].get("tool_calls") or (), calls)
                         if text := choice["delta"].get("content"):
                             yield Piece(text=text)
                     if usage := event.get("usage"):
-                        yield Piece("", reason, int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
+                        counts = int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0)
+                        yield Piece("", reason, *counts, tool_calls=[calls[n] for n in sorted(calls)])
         except aiohttp.ClientConnectorError:
             raise Unavailable(
                 f"the engine of revision {target.revision} does not answer; it is started again"
@@ -68,6 +85,16 @@ async def generate(
             ended = False
         if not ended:
             raise WorkerLost(f"the engine of revision {target.revision} ended in the middle of the answer; ask again")
+
+
+def _gather(deltas: Sequence[Mapping[str, Any]], calls: dict[int, ToolCall]) -> None:
+    """Put parts of calls together. Ours come whole; a parser that engine_args name may send them in parts."""
+    for delta in deltas:
+        call = calls.setdefault(delta["index"], ToolCall())
+        function = delta.get("function") or {}
+        call.id = delta.get("id") or call.id
+        call.name += function.get("name") or ""
+        call.arguments += function.get("arguments") or ""
 
 
 def _refusal(status: int, text: str) -> InvalidData | ResourceExhausted | WorkerLost:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 from typing import Any
 
 from google.protobuf import empty_pb2, json_format
@@ -17,6 +18,7 @@ from services.common.errors import InvalidSpec
 from services.common.job_api import spec_dict
 from services.common.resources import check_id, split_name
 from services.common.store import Store
+from services.inference.chat import read_chat
 from services.inference.engine import Model, describe_model, parse_model_config
 from services.inference.generate import generate
 from services.inference.launch import Artifacts
@@ -121,13 +123,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Answer a conversation in pieces; a client that goes away stops the engine's work on it."""
-        sampling = json_format.MessageToDict(request.sampling, preserving_proto_field_name=True)
-        if "seed" in sampling:
-            sampling["seed"] = int(sampling["seed"])  # protobuf's JSON writes 64-bit numbers as text
-        messages = [{"role": m.role, "content": m.content} for m in request.messages]
         model = request.deployment.removeprefix("deployments/")
-        async for piece in generate(self._routes, self._rollout.session, model, messages, sampling):
-            answer = inference_pb2.GenerateResponse(text=piece.text, finish_reason=piece.finish_reason)
+        messages, rest = read_chat(request)
+        async for piece in generate(self._routes, self._rollout.session, model, messages, rest):
+            calls = [inference_pb2.ToolCall(**asdict(call)) for call in piece.tool_calls]
+            answer = inference_pb2.GenerateResponse(
+                text=piece.text, finish_reason=piece.finish_reason, tool_calls=calls
+            )
             if piece.prompt_tokens:
                 answer.usage.prompt_tokens = piece.prompt_tokens
                 answer.usage.completion_tokens = piece.completion_tokens

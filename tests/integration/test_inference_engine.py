@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
+import jsonschema  # type: ignore[import-untyped]
+import openai
 import pytest
 import pytest_asyncio
 
+from fabrictune.v1 import inference_pb2
 from services.common.clusters.local import LocalCluster
 from services.common.errors import FailedPrecondition
+from services.common.fabric import render_rows, render_system
+from services.conversion.readers import openai_tools
 from services.inference import parity
 from services.inference.engine import Model, describe_model, detect_hardware
 from services.inference.gateway import Gateway
@@ -25,16 +30,19 @@ from services.inference.reference import PROMPTS, Reference
 from services.inference.revisions import Deployment, State
 from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
+from services.inference.service import InferenceService
 from services.inference.spec import Parity, parse_spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.heavy, pytest.mark.timeout(900), pytest.mark.asyncio(loop_scope="module")]
 
 TEMPLATE = (
+    # As Llama 3's, which minds an empty list of tools.
+    "{% if tools is not none %}Environment: ipython\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # The random weights are made to be touchy: bfloat16, which "auto" picks on some CPUs, would rightly be refused.
-SPEC = {"model": "models/tiny", "dtype": "float32", "max_model_len": 512, "max_concurrency": 4}
+SPEC = {"model": "models/tiny", "dtype": "float32", "max_model_len": 2048, "max_concurrency": 16}
 
 
 def make_tiny_model(folder: Path) -> Path:
@@ -64,7 +72,7 @@ def make_tiny_model(folder: Path) -> Path:
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
-        max_position_embeddings=1024,
+        max_position_embeddings=2048,
         initializer_range=0.5,
         bos_token_id=None,
         eos_token_id=1,
@@ -173,8 +181,185 @@ async def test_generate_yields_the_text_then_the_reason_and_the_usage(running: R
     assert running.rollout.routes.in_flight("tiny", "r1") == 0
 
 
+CITIES = ["Beijing", "上海", "Paris"]
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": description,
+            "parameters": {"type": "object", "properties": properties, "required": required},
+        },
+    }
+    for name, description, properties, required in (
+        (
+            "amap_weather",
+            "查询天气",
+            {
+                "city": {"type": "string", "enum": CITIES, "description": "城市"},
+                "days": {"type": "integer", "minimum": 1, "maximum": 7},
+            },
+            ["city", "days"],
+        ),
+        (
+            "book 车票",
+            "Book a ticket.",
+            {
+                "way": {
+                    "type": "object",
+                    "properties": {
+                        # Not maxLength alone: random weights write surrogates, which xgrammar 0.2.8 counts as one character.
+                        "from": {"type": "string", "pattern": "^[A-Za-z车站 ]{1,4}$"},
+                        "stops": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+                    },
+                    "required": ["from", "stops"],
+                },
+                "seat": {"anyOf": [{"type": "null"}, {"type": "string", "enum": ["window", 'the "aisle"']}]},
+            },
+            ["way"],
+        ),
+        ("now", "The time.", {}, []),
+    )
+]
+SCHEMAS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+QUESTION: Any = {"role": "user", "content": "How is the weather in Paris?"}
+SHORT: Any = {"role": "system", "content": "Help."}
+
+
+def check_call(call: Any) -> dict[str, Any]:
+    """The arguments of a call, which fit its tool's schema."""
+    arguments = json.loads(call.function.arguments)
+    jsonschema.validate(arguments, SCHEMAS[call.function.name])
+    assert call.id and isinstance(arguments, dict)
+    return arguments
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def sdk(running: Running) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=running.url, api_key="EMPTY", max_retries=0) as client:
+        yield client
+
+
+async def test_the_openai_sdk_gets_a_call_whole_and_streamed_and_gives_its_result_back(sdk: openai.AsyncOpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "tools": TOOLS, "max_tokens": 120, "temperature": 0, "seed": 1}
+    asked["messages"] = messages = [SHORT, QUESTION]
+    whole = (await sdk.chat.completions.create(**asked, tool_choice="required")).choices[0]
+    assert whole.finish_reason == "tool_calls" and whole.message.tool_calls
+    [call] = whole.message.tool_calls
+    check_call(call)
+    chunks = [c async for c in await sdk.chat.completions.create(**asked, tool_choice="required", stream=True)]
+    deltas = [d for c in chunks if c.choices for d in c.choices[0].delta.tool_calls or ()]
+    assert [(d.index, d.function.name, d.function.arguments) for d in deltas] == [
+        (0, call.function.name, call.function.arguments)
+    ]
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "tool_calls"
+    messages += [whole.message.model_dump(exclude_none=True)]
+    messages += [{"role": "tool", "tool_call_id": call.id, "content": "晴"}]
+    told = await sdk.chat.completions.create(**asked, tool_choice="none", extra_body={"return_prompt_text": True})
+    prompt = (told.model_extra or {})["prompt_text"]
+    assert f"Action: {call.function.name}\nAction Input: {{" in prompt
+    assert prompt.endswith("\n\nObservation: <result>晴</result>\nAnswer:<|im_end|>\n<|im_start|>assistant\n")
+    assert not told.choices[0].message.tool_calls and "Action:" not in (told.choices[0].message.content or "")
+
+
+async def test_the_engine_is_asked_with_the_prompt_that_conversion_trains(sdk: openai.AsyncOpenAI) -> None:
+    body: dict[str, Any] = {"model": "tiny", "messages": [SHORT, QUESTION], "max_tokens": 1}
+    tooled = await sdk.chat.completions.create(**body, tools=TOOLS, extra_body={"return_prompt_text": True})
+    plain = await sdk.chat.completions.create(**body, extra_body={"return_prompt_text": True})
+    row = {"tools": TOOLS, "messages": [SHORT, QUESTION, {"role": "assistant", "content": "."}]}
+    read = openai_tools.read(row)
+    system = render_system(read.tools, read.instruction, "en")
+    [trained] = render_rows("split", system, read.tools, read.rounds, "en")
+    assert (tooled.model_extra or {})["prompt_text"] == chatml(trained.messages[:-1])
+    assert (plain.model_extra or {})["prompt_text"] == chatml([SHORT, QUESTION])
+
+
+def chatml(messages: Sequence[Mapping[str, Any]]) -> str:
+    turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
+    return "".join(turns) + "<|im_start|>assistant\n"
+
+
+async def test_of_more_than_a_hundred_constrained_calls_every_one_fits_its_schema(sdk: openai.AsyncOpenAI) -> None:
+    choices: list[Any] = ["required", *({"type": "function", "function": {"name": name}} for name in SCHEMAS)]
+    limit = asyncio.Semaphore(16)
+
+    async def ask(number: int) -> Any:
+        body: dict[str, Any] = {
+            "model": "tiny",
+            "messages": [SHORT, QUESTION],
+            "tools": TOOLS,
+            "max_tokens": 150,
+            "seed": number,
+        }
+        async with limit:
+            answer = await sdk.chat.completions.create(**body, tool_choice=choices[number % len(choices)])
+        return answer.choices[0]
+
+    answers = await asyncio.gather(*(ask(number) for number in range(104)))
+    for number, answer in enumerate(answers):
+        [call] = answer.message.tool_calls
+        check_call(call)
+        named = choices[number % len(choices)]
+        assert isinstance(named, str) or call.function.name == named["function"]["name"]
+    assert {a.message.tool_calls[0].function.name for a in answers} == set(SCHEMAS)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "amap_weather"}}])
+async def test_a_call_that_the_limit_of_tokens_cuts_off_is_none(sdk: openai.AsyncOpenAI, choice: Any) -> None:
+    body: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [SHORT, QUESTION],
+        "tools": TOOLS,
+        "max_tokens": 12,
+        "tool_choice": choice,
+    }
+    whole = (await sdk.chat.completions.create(**body)).choices[0]
+    chunks = [c async for c in await sdk.chat.completions.create(**body, stream=True)]
+    assert whole.finish_reason == "length" and not whole.message.tool_calls and not whole.message.content
+    streamed = [c.choices[0] for c in chunks if c.choices]
+    assert streamed[-1].finish_reason == "length"
+    assert not any(c.delta.tool_calls or c.delta.content for c in streamed)
+
+
+async def test_a_model_that_may_choose_can_answer_in_words(sdk: openai.AsyncOpenAI) -> None:
+    body: dict[str, Any] = {"model": "tiny", "messages": [SHORT, QUESTION], "tools": TOOLS, "max_tokens": 20}
+    for free in ({}, {"constrain_tools": False}):
+        answer = (await sdk.chat.completions.create(**body, temperature=0, extra_body=free)).choices[0]
+        assert answer.message.content and not answer.message.tool_calls
+
+
+async def test_a_schema_that_no_grammar_can_be_made_of_is_refused_and_the_engine_lives(sdk: openai.AsyncOpenAI) -> None:
+    bad = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)["}}, "required": ["a"]}
+    tools: Any = [{"type": "function", "function": {"name": "t", "parameters": bad}}]
+    with pytest.raises(openai.BadRequestError):
+        await sdk.chat.completions.create(model="tiny", messages=[QUESTION], tools=tools, tool_choice="required")
+    with pytest.raises(openai.BadRequestError, match=r"tools\[0\]\.function\.name"):
+        broken: Any = [{"type": "function", "function": {"name": "a\nb"}}]
+        await sdk.chat.completions.create(model="tiny", messages=[QUESTION], tools=broken)
+    assert (await sdk.chat.completions.create(model="tiny", messages=[QUESTION], max_tokens=1)).choices
+
+
+async def test_generate_tells_calls_their_end_and_the_usage(running: Running) -> None:
+    service = InferenceService(running.rollout, running.rollout.routes, cast("Any", None), running.url)
+    request = inference_pb2.GenerateRequest(
+        deployment="deployments/tiny",
+        messages=[inference_pb2.Message(**message) for message in (SHORT, QUESTION)],
+        sampling=inference_pb2.Sampling(max_tokens=120, seed=3),
+        tools=[
+            inference_pb2.Tool(name=name, description="x", parameters=json.dumps(schema))
+            for name, schema in SCHEMAS.items()
+        ],
+        tool_choice="amap_weather",
+    )
+    pieces = [piece async for piece in service.Generate(request, None)]
+    [call] = pieces[-1].tool_calls
+    assert call.id and call.name == "amap_weather"
+    jsonschema.validate(json.loads(call.arguments), SCHEMAS["amap_weather"])
+    assert pieces[-1].finish_reason == "stop" and pieces[-1].usage.completion_tokens > 0
+
+
 async def test_deleting_a_deployment_lets_an_open_answer_end_first(running: Running) -> None:
-    body = {"model": "tiny", "prompt": "a", "max_tokens": 120, "ignore_eos": True, "stream": True}
+    body: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 120, "ignore_eos": True, "stream": True}
     async with aiohttp.ClientSession() as session, session.post(f"{running.url}/completions", json=body) as response:
         first = await response.content.readline()
         deletion = asyncio.create_task(running.rollout.delete("tiny"))

@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 from fabrictune.cli import app
 from fabrictune.cli.progress import new_progress, show_progress
+from fabrictune.cli.serving import read_tools
+from fabrictune.errors import ApiError
 from fabrictune.v1 import job_pb2
 
 COMMANDS = [
@@ -58,6 +60,31 @@ def test_bad_yaml(tmp_path: Path, name: str, text: str | None, status: int, said
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        (None, "NOT_FOUND", "tools.json cannot be read"),
+        ("[", "INVALID_ARGUMENT", "tools.json is not JSON"),
+        ('{"name": "f"}', "INVALID_ARGUMENT", "must hold a list of tools"),
+        ('[{"type": "function", "function": {}}]', "INVALID_ARGUMENT", "must hold a list of tools"),
+    ],
+)
+def test_a_file_of_tools_that_cannot_be_used_is_refused(tmp_path: Path, text: str | None, code: str, said: str) -> None:
+    file = tmp_path / "tools.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ApiError, match=said) as caught:
+        read_tools(file)
+    assert caught.value.code == code
+
+
+def test_tools_may_be_written_with_and_without_their_type(tmp_path: Path) -> None:
+    bare = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    whole = {"type": "function", "function": bare}
+    (tmp_path / "tools.json").write_text(json.dumps([bare, whole]))
+    assert read_tools(tmp_path / "tools.json") == [whole, whole]
 
 
 def test_json_errors(tmp_path: Path) -> None:

@@ -13,6 +13,13 @@ from services.common.errors import Unauthenticated
 from services.inference.gateway import Gateway
 from services.inference.generate import generate
 from services.inference.routes import RouteTable, Target
+from services.inference.tools import render_tools
+
+CALL_IN_PARTS = (
+    {"delta": {"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "amap_weather", "arguments": ""}}]}},
+    {"delta": {"tool_calls": [{"index": 0, "function": {"arguments": '{"a"'}}]}},
+    {"delta": {"tool_calls": [{"index": 0, "function": {"arguments": ": 1}"}}]}, "finish_reason": "tool_calls"},
+)
 
 
 @dataclass
@@ -21,12 +28,14 @@ class Upstream:
 
     address: str = ""
     bodies: list[dict[str, object]] = field(default_factory=list)
+    raw: list[bytes] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     release: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
-        body = orjson.loads(await request.read())
+        self.raw.append(await request.read())
+        body = orjson.loads(self.raw[-1])
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
         if not body.get("stream"):
@@ -38,6 +47,9 @@ class Upstream:
         await asyncio.sleep(0.01)
         rest = b'","choices":[{"delta":{"content":"hi"},"finish_reason":"stop"}]}\n\n'
         await response.write(str(body["model"]).encode()[1:] + rest)
+        if body.get("calls"):
+            for part in CALL_IN_PARTS:
+                await response.write(b"data: " + orjson.dumps({"choices": [part]}) + b"\n\n")
         try:
             if body.get("die"):
                 assert request.transport is not None
@@ -211,3 +223,40 @@ def test_traffic_is_shared_exactly_by_weight() -> None:
     chosen = [t.revision for _ in range(100) if (t := routes.choose("x")) is not None]
     assert (chosen.count("a"), chosen.count("b")) == (90, 10)
     assert "b" in chosen[:10]
+
+
+TOOLS = [{"type": "function", "function": {"name": "amap_weather", "description": "查天气"}}]
+MESSAGES = [{"role": "user", "content": "天气？"}]
+
+
+async def test_a_chat_with_tools_reaches_the_engine_as_agentfabrics_prompt(served: Served) -> None:
+    status, _, _ = await post(served, model="x@a", messages=MESSAGES, tools=TOOLS, temperature=0)
+    [sent] = served.upstream.bodies
+    assert status == 200 and sent["model"] == "x" and sent["temperature"] == 0
+    assert sent["messages"] == render_tools({"messages": MESSAGES, "tools": TOOLS})["messages"]
+
+
+async def test_a_chat_without_tools_reaches_the_engine_byte_for_byte(served: Served) -> None:
+    raw = b'{"model": "x",  "messages": [{"role":"user","content":"\\u5929"}], "tools": null, "tool_choice": "none"}'
+    async with served.session.post(f"{served.url}/v1/chat/completions", data=raw) as response:
+        assert response.status == 200
+    assert served.upstream.raw == [raw]
+
+
+async def test_tools_that_cannot_be_used_are_refused_with_all_that_is_wrong(served: Served) -> None:
+    tools = [
+        {"type": "function", "function": {"name": "a\nb"}},
+        {"type": "function", "function": {"name": "b", "parameters": 1}},
+    ]
+    status, _, raw = await post(served, model="x", messages=MESSAGES, tools=tools)
+    error = orjson.loads(raw)["error"]
+    assert status == 400 and error["type"] == "invalid_request_error" and error["code"] == "INVALID_SPEC"
+    assert error["param"] == "tools[0].function.name" and "tools[1].function.parameters" in error["message"]
+    assert served.upstream.bodies == []
+
+
+async def test_generate_puts_the_parts_of_a_call_together(served: Served) -> None:
+    stream = generate(served.routes, served.session, "x", MESSAGES, {"tools": TOOLS, "calls": True})
+    pieces = [piece async for piece in stream]
+    assert [(c.id, c.name, c.arguments) for c in pieces[-1].tool_calls] == [("c1", "amap_weather", '{"a": 1}')]
+    assert pieces[-1].finish_reason == "tool_calls"
