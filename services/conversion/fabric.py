@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from services.conversion.rows import Call, Round, Tool, Turn
@@ -75,6 +75,7 @@ def render_system(tools: Sequence[Tool], role: str, language: str, wording: str 
     return f"{head}{descs}{middle}{_names(tools)}{rest}{role}{end}"
 
 
+@lru_cache(maxsize=8192)
 def render_tool(tool: Tool) -> str:
     """The line that describes a tool, in the language of its description."""
     name, description, parameters = tool

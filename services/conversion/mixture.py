@@ -132,7 +132,7 @@ def fits_none(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> bool:
 
 def pick_one(options: Sequence[T], seed: int, *parts: object) -> T:
     """One of the options."""
-    return options[seeded(seed, "one", *parts) % len(options)]
+    return options[seeded(seed, "one", *parts) % len(options)] if len(options) > 1 else options[0]
 
 
 def pick_count(low: int, high: int, seed: int, *parts: object) -> int:
@@ -140,6 +140,7 @@ def pick_count(low: int, high: int, seed: int, *parts: object) -> int:
     return low + seeded(seed, "count", *parts) % (high - low + 1)
 
 
+@lru_cache(maxsize=16)
 def _stride(length: int) -> int:
     return next(s for s in range(7919, 7919 + length + 2) if math.gcd(s, length) == 1)
 

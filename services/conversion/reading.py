@@ -30,7 +30,7 @@ from services.conversion.rows import Conversation, Tool
 from services.conversion.selection import Ballots
 from services.conversion.sources import Chunk, RawRow, decode_row, read_rows
 from services.conversion.spec import Source, Spec
-from services.conversion.spill import Buckets, Row, pack_row
+from services.conversion.spill import ROWS, Buckets, KnownTools, Row, pack_row
 
 TOLD_EACH = 500
 """Rows between two words of progress."""
@@ -72,9 +72,14 @@ class Summary:
     """Questions that may be asked elsewhere."""
 
 
-def read_chunks(spec: Spec, chunks: Sequence[Chunk], folder: Path, buckets: int, tell: Tell) -> None:
-    """Do the first pass over some chunks, in order; leaves its files in the empty folder."""
-    reader = _Reader(spec, folder, buckets)
+def read_chunks(
+    spec: Spec, chunks: Sequence[Chunk], folder: Path, buckets: int, tools_bytes: int, tell: Tell
+) -> None:
+    """Do the first pass over some chunks, in order; leaves its files in the empty folder.
+
+    tools_bytes: at most so many of tools are written once instead of with each row.
+    """
+    reader = _Reader(spec, folder, buckets, tools_bytes)
     with (folder / REJECTS).open("wb") as rejects:
         for chunk in chunks:
             if chunk.source == len(spec.sources):
@@ -108,12 +113,13 @@ def understand_row(raw: RawRow, source: Source, spec: Spec) -> Conversation:
 
 
 class _Reader:
-    def __init__(self, spec: Spec, folder: Path, buckets: int) -> None:
+    def __init__(self, spec: Spec, folder: Path, buckets: int, tools_bytes: int) -> None:
         self._spec, self._sources, self._folder = spec, spec.all_sources, folder
         self.summary = Summary()
         self._groups = ToolGroups()
         self._listed: Counter[str] = Counter()
-        self._rows = Buckets(folder, "rows", buckets)
+        self._rows = Buckets(folder, ROWS, buckets)
+        self._known = KnownTools(tools_bytes)
         self._index = Index(folder, buckets, spec.duplicates == "near") if spec.duplicates != "keep" else None
         self._ballots = Ballots(folder, spec, buckets)
         self._renderer = Renderer(spec)
@@ -150,6 +156,7 @@ class _Reader:
     def close(self) -> None:
         """Write what is still held, and the summary."""
         self._rows.close()
+        self._known.save(self._folder)
         self._ballots.close()
         if self._index is not None:
             self._index.close()
@@ -164,7 +171,7 @@ class _Reader:
         number = summary.rows.get(chunk, 0)
         summary.rows[chunk] = number + 1
         order = seeded(seed, "order", key)
-        self._rows.put(order * self._rows.count >> 64, pack_row(row, order, chunk, number))
+        self._rows.put(order * self._rows.count >> 64, pack_row(row, order, chunk, number, self._known))
         if self._index is not None and row.source < len(self._spec.sources):
             self._index.add(row, chunk, number)
         if self._ballots.wants(row.source):

@@ -6,6 +6,7 @@ Rows that share a prompt come from one bucket, so buckets can be written by any 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,8 +22,11 @@ from services.conversion.report import Report, count
 from services.conversion.rows import Round, Tool, Turn
 from services.conversion.selection import Marks
 from services.conversion.spec import Spec
-from services.conversion.spill import Row, read_bucket, unpack_row, unpack_rows
+from services.conversion.spill import Row, read_tools, unpack_row, unpack_rows
 from services.conversion.tokens import Tokenizer, open_tokenizer
+
+BUFFER_BYTES = 1 << 18
+"""Of each file that is written."""
 
 Question = tuple[str, tuple[Tool, ...]]
 """A question and the tools of its row."""
@@ -48,45 +52,48 @@ class Plan:
 
 
 def write_buckets(plan: Plan, buckets: Sequence[int], spilled: Sequence[Path], parts: Path, tell: Tell) -> Report:
-    """Do the second pass over some buckets; leaves `part_file`s. The spilled rows are gone afterwards."""
-    writer = _Writer(plan)
-    for bucket in buckets:
-        writer.write(bucket, spilled, parts, tell)
+    """Do the second pass over buckets that follow each other; leaves `part_file`s. The spilled rows are gone afterwards."""
+    names = [name for split in SPLITS for name in (split, f"tools-{split}")]
+    with ExitStack() as opened:
+        files = {
+            name: opened.enter_context(part_file(parts, name, buckets[0]).open("wb", buffering=BUFFER_BYTES))
+            for name in names
+        }
+        writer = _Writer(plan, files)
+        tables = read_tools(spilled)
+        for bucket in buckets:
+            tell(writer.write(bucket, spilled, tables))
     return writer.report
 
 
-def part_file(parts: Path, name: str, bucket: int) -> Path:
-    """A bucket's part of one of the dataset's files; name: a split, or "tools-" and a split."""
-    return parts / f"{name}-{bucket:06d}"
+def part_file(parts: Path, name: str, first: int) -> Path:
+    """The part of one of the dataset's files that begins with a bucket; name: a split, or "tools-" and a split."""
+    return parts / f"{name}-{first:06d}"
 
 
 class _Writer:
-    def __init__(self, plan: Plan) -> None:
-        self._plan, self._spec = plan, plan.spec
+    def __init__(self, plan: Plan, files: Mapping[str, BinaryIO]) -> None:
+        self._plan, self._spec, self._files = plan, plan.spec, files
         self._sources = plan.spec.all_sources
         self._gone = Marks(plan.rows, plan.gone)
         self._renderer = Renderer(plan.spec)
         self._together = plan.spec.questions.max > 1 or plan.spec.refusals.ratio > 0
         self._tokenizer: Tokenizer | None = open_tokenizer(Path(plan.tokenizer)) if plan.tokenizer else None
-        self._files: dict[str, BinaryIO] = {}
         self._lengths: list[Sequence[Mapping[str, Any]]] = []
         self.report = Report()
 
-    def write(self, bucket: int, spilled: Sequence[Path], parts: Path, tell: Tell) -> None:
-        """Write one bucket's parts."""
-        self._files = {name: part_file(parts, name, bucket).open("wb") for s in SPLITS for name in (s, f"tools-{s}")}
+    def write(self, bucket: int, spilled: Sequence[Path], tables: Sequence[Sequence[Tool]]) -> int:
+        """Write one bucket's rows; returns how many there were."""
         waiting: list[Row] = []
         seen = 0
-        for place, packed in unpack_rows(read_bucket(spilled, "rows", bucket)):
+        for place, packed, known in unpack_rows(spilled, tables, bucket):
             seen += 1
             if place not in self._gone:
-                waiting = self._take(unpack_row(packed), waiting)
+                waiting = self._take(unpack_row(packed, known), waiting)
         if waiting:
             self._write_together(waiting)
         self._count_tokens(0)
-        for file in self._files.values():
-            file.close()
-        tell(seen)
+        return seen
 
     def _take(self, row: Row, waiting: list[Row]) -> list[Row]:
         """Write a row, or let it wait for others to share its prompt; returns those that wait."""
@@ -111,14 +118,17 @@ class _Writer:
 
     def _split(self, row: Row) -> str:
         if row.tools:
-            called = next((call.name for r in row.rounds for call in r.turn.calls), row.tools[0].name)
-            return self._plan.splits[called]
+            for _, turn, _ in row.rounds:
+                if turn.calls:
+                    return self._plan.splits[turn.calls[0].name]
+            return self._plan.splits[row.tools[0].name]
         named = self._sources[row.source].split
         return "train" if named == "auto" else named  # rows without tools cannot leak one
 
     def _exchange_tools(self, split: str, row: Row) -> Row:
         """Other tools of the split instead of those that are held out from it: none of them is called here."""
-        own = tuple(tool for tool in row.tools if self._plan.splits[tool.name] == split)
+        splits = self._plan.splits
+        own = [tool for tool in row.tools if splits[tool.name] == split]
         missing = len(row.tools) - len(own)
         if not missing:
             return row
