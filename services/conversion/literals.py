@@ -22,8 +22,9 @@ STOP = "Parameters:"
 _DECODER = json.JSONDecoder()
 # Words that JSON has and Python has not: exchanging quotes must not make them values.
 _JSON_WORDS = re.compile(r"true|false|null|NaN|Infinity")
-# Strings without escapes, whole numbers that every reader keeps, and json.dumps' own blanks.
-_PLAIN = re.compile(r"""\{(?:"[^"\\\x00-\x1f]*+"|, |: |[\[\]{}]|(?:-?[1-9][0-9]{0,14}|0)(?![0-9.eE])|true|false|null)*+""")
+# Strings without escapes, whole numbers that every reader keeps, and json.dumps' own blanks: nothing that JSON writes otherwise.
+_PLAIN = r"""\{(?:QUOTE[^'"\\\x00-\x1f]*+QUOTE|, |: |[\[\]{}]|(?:-?[1-9][0-9]{0,14}|0)(?![0-9.eE]))*+"""
+_PLAIN_REPR, _PLAIN_JSON = (re.compile(_PLAIN.replace("QUOTE", quote)) for quote in "'\"")
 _STRING = r"""(?: "[^"\\]*+(?:\\.[^"\\]*+)*+" | '[^'\\]*+(?:\\.[^'\\]*+)*+' )"""
 # A whole string, a bracket, or what ends a scan: a quote without its other half, a backslash, another "Parameters:".
 _PART = re.compile(_STRING + r""" | ([\[{(]) | ([\]})]) | (["'\\]|Parameters:) """, re.DOTALL | re.VERBOSE)
@@ -59,8 +60,13 @@ def plain_object(text: str) -> str | None:
 
     Most inputs of calls differ from their JSON in the quotes alone: what they hold need not be built and printed again.
     """
-    as_json = _exchange_quotes(text) if "'" in text and '"' not in text else text
-    if as_json is None or not _PLAIN.fullmatch(as_json) or _may_be_deep(text):
+    if _PLAIN_REPR.fullmatch(text):
+        as_json = text.replace("'", '"')
+    elif _PLAIN_JSON.fullmatch(text):
+        as_json = text
+    else:
+        return None
+    if _may_be_deep(text):
         return None
     try:
         value = orjson.loads(as_json)

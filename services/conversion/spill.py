@@ -80,20 +80,25 @@ class KnownTools:
         self._numbers: dict[Tool, int] = {}
         self._room = most_bytes
 
-    def number(self, tool: Tool) -> int | Tool:
-        """A tool's number, or itself where there is no room for it."""
-        number = self._numbers.get(tool)
-        if number is not None:
-            return number
+    def number(self, tool: Tool) -> int | None:
+        """A tool's number, if it has one."""
+        return self._numbers.get(tool)
+
+    def add(self, tool: Tool) -> None:
+        """Give a tool a number, where there is room for it."""
         size = 4 * sum(map(len, tool)) + 200  # of its texts, at most, and of the objects around them
-        if size > self._room:
-            return tool
-        self._room -= size
-        return self._numbers.setdefault(tool, len(self._numbers))
+        if size <= self._room:
+            self._room -= size
+            self._numbers.setdefault(tool, len(self._numbers))
+
+    @property
+    def tools(self) -> list[Tool]:
+        """Those that have a number, in order."""
+        return list(self._numbers)
 
     def save(self, folder: Path) -> None:
         """Write them beside the rows."""
-        (folder / TOOLS).write_bytes(_encode(list(self._numbers)))
+        (folder / TOOLS).write_bytes(_encode(self.tools))
 
 
 def read_tools(folders: Sequence[Path]) -> list[list[Tool]]:
@@ -152,10 +157,10 @@ def _take_file(file: Path) -> bytes:
     return data
 
 
-def pack_row(row: Row, order: int, chunk: int, number: int, known: KnownTools) -> bytes:
-    """A row as it lies in its bucket."""
-    row_id, file, offset, source, tools, rounds, system, instruction = row
-    body = _encode((row_id, file, offset, source, [*map(known.number, tools)], rounds, system, instruction))
+def pack_row(row: Row, order: int, chunk: int, number: int, tools: Sequence[int | Tool]) -> bytes:
+    """A row as it lies in its bucket. tools: its own, by number where they have one."""
+    row_id, file, offset, source, _, rounds, system, instruction = row
+    body = _encode((row_id, file, offset, source, tools, rounds, system, instruction))
     return _HEAD.pack(order, chunk, number, len(body)) + body
 
 
