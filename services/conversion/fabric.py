@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
-from services.conversion.rows import Call, Round, Tool, Turn
+from services.conversion.rows import Call, Round, Tool, Turn, remember_tools
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 URL_ZH = "，如果结果中出现url，请使用如下格式展示出来：![图片](url)"
@@ -75,7 +75,7 @@ def render_system(tools: Sequence[Tool], role: str, language: str, wording: str 
     return f"{head}{descs}{middle}{_names(tools)}{rest}{role}{end}"
 
 
-@lru_cache(maxsize=8192)
+@remember_tools
 def render_tool(tool: Tool) -> str:
     """The line that describes a tool, in the language of its description."""
     name, description, parameters = tool

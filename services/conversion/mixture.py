@@ -29,7 +29,7 @@ COMMON = frozenset({
 
 def seeded(seed: int, *parts: object) -> int:
     """A number of 64 bits from a seed and a name; the same on every machine and in every process."""
-    text = "\x1f".join(map(str, (seed, *parts)))
+    text = "\x1f".join([str(seed), *map(str, parts)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 

@@ -7,8 +7,9 @@ written without being built again, and no number loses digits on the way.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 from services.conversion.refusals import (
     DUPLICATE_TOOL,
@@ -19,6 +20,9 @@ from services.conversion.refusals import (
     Refused,
 )
 
+T = TypeVar("T")
+KNOWN_TOOLS, LONGEST_KNOWN_TOOL = 8192, 4096
+"""So many tools' texts are kept, each of at most so many characters: 30 MB of those that are common."""
 FORBIDDEN_IN_NAMES = frozenset("\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
 
 
@@ -71,6 +75,16 @@ class Conversation(NamedTuple):
     """Kept word for word (AgentFabric's own rows, plain chat; "" sends none); None: rendered from the tools."""
     instruction: str = ""
     """The row's own role text, where the prompt is rendered from the tools; "": one of the spec's."""
+
+
+def remember_tools(act: Callable[[Tool], T]) -> Callable[[Tool], T]:
+    """A function of a tool that keeps what it made of the last ones, where these are short: rows repeat their tools."""
+    known = lru_cache(maxsize=KNOWN_TOOLS)(act)
+
+    def recall(tool: Tool) -> T:
+        return known(tool) if len(tool[2]) + len(tool[1]) < LONGEST_KNOWN_TOOL else act(tool)
+
+    return wraps(act)(recall)
 
 
 def make_tool(name: str, description: str, schema: Mapping[str, Any]) -> Tool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +18,7 @@ from services.conversion.mixture import SPLITS, add_distractors, fits_none, pick
 from services.conversion.processes import Tell
 from services.conversion.rendering import LAYOUTS, Renderer, in_language
 from services.conversion.report import Report, count
-from services.conversion.rows import Round, Tool, Turn
+from services.conversion.rows import Round, Tool, Turn, remember_tools
 from services.conversion.selection import Marks
 from services.conversion.spec import Spec
 from services.conversion.spill import Row, read_tools, unpack_row, unpack_rows
@@ -75,7 +74,7 @@ class _Writer:
     def __init__(self, plan: Plan, files: Mapping[str, BinaryIO]) -> None:
         self._plan, self._spec, self._files = plan, plan.spec, files
         self._sources = plan.spec.all_sources
-        self._gone = Marks(plan.rows, plan.gone)
+        self._gone = Marks(plan.rows, plan.gone) if any(plan.gone) else ()
         self._renderer = Renderer(plan.spec)
         self._together = plan.spec.questions.max > 1 or plan.spec.refusals.ratio > 0
         self._tokenizer: Tokenizer | None = open_tokenizer(Path(plan.tokenizer)) if plan.tokenizer else None
@@ -209,11 +208,13 @@ class _Writer:
         """One row, and its tools beside it."""
         line = {"id": row_id, "source": source, "messages": example.messages}
         self._files[split].write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-        beside: dict[str, Any] = {"id": row_id, "tools": [_tool_json(tool) for tool in tools]}
+        listed = b",".join([tool_json(tool) for tool in tools])
+        expected = b""
         if example.expected is not None:
-            beside["expected"] = [{"name": c.name, "arguments": orjson.Fragment(c.arguments)} for c in example.expected]
+            calls = [b'{"name":%b,"arguments":%b}' % (orjson.dumps(c[0]), c[1].encode()) for c in example.expected]
+            expected = b',"expected":[%b]' % b",".join(calls)
             count(self.report.scored, split)
-        self._files[f"tools-{split}"].write(orjson.dumps(beside, option=orjson.OPT_APPEND_NEWLINE))
+        self._files[f"tools-{split}"].write(b'{"id":%b,"tools":[%b]%b}\n' % (orjson.dumps(row_id), listed, expected))
         count(self.report.rows, split)
         if self._tokenizer is not None:
             self._lengths.append(example.messages)
@@ -226,8 +227,9 @@ class _Writer:
             self._lengths = []
 
 
-@lru_cache(maxsize=16384)
-def _tool_json(tool: Tool) -> orjson.Fragment:
+@remember_tools
+def tool_json(tool: Tool) -> bytes:
+    """A tool as an OpenAI function object."""
     parameters = orjson.Fragment(tool.parameters)  # as it is: no number loses digits
     told = {"name": tool.name, "description": tool.description, "parameters": parameters}
-    return orjson.Fragment(orjson.dumps({"type": "function", "function": told}))
+    return orjson.dumps({"type": "function", "function": told})
