@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import orjson
+
 from services.conversion.rows import Call, Round, Tool, Turn, remember_tools
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -75,6 +77,15 @@ def render_system(tools: Sequence[Tool], role: str, language: str, wording: str 
     return f"{head}{descs}{middle}{_names(tools)}{rest}{role}{end}"
 
 
+def render_system_json(tools: Sequence[Tool], role: str, language: str, wording: str = "0.7.1") -> orjson.Fragment:
+    """The same as JSON: what tools and templates have in it is escaped once, not with every row."""
+    head, middle, rest, end = _cut_system_json(language, wording)
+    descs = rb"\n\n".join([_render_tool_json(tool) for tool in tools])
+    return orjson.Fragment(
+        b"".join((b'"', head, descs, middle, _escape(_names(tools)), rest, _escape(role), end, b'"'))
+    )
+
+
 @remember_tools
 def render_tool(tool: Tool) -> str:
     """The line that describes a tool, in the language of its description."""
@@ -100,10 +111,10 @@ def render_result(observation: str | None) -> str:
 
 
 def render_rows(
-    layout: str, system: str, tools: Sequence[Tool], rounds: Sequence[Round], language: str
+    layout: str, system: str | orjson.Fragment, tools: Sequence[Tool], rounds: Sequence[Round], language: str
 ) -> Iterator[Example]:
     """The training rows of a conversation. layout: "split" or "inline". rounds: (user's text, assistant's turn)."""
-    history: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    history: list[dict[str, Any]] = [] if system == "" else [{"role": "system", "content": system}]
     own = render_prefix(tools, language)
     rows = _split_rows if layout == "split" else _inline_rows
     last = len(rounds) - 1
@@ -115,7 +126,9 @@ def render_rows(
             history.append({"role": "assistant", "content": _transcript(turn), "loss": False})
 
 
-def render_together(system: str, tools: Sequence[Tool], rounds: Sequence[Round], language: str) -> list[dict[str, Any]]:
+def render_together(
+    system: str | orjson.Fragment, tools: Sequence[Tool], rounds: Sequence[Round], language: str
+) -> list[dict[str, Any]]:
     """One row with several questions over the same tools: each is answered by its first call, or by its answer."""
     prefix = render_prefix(tools, language)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}]
@@ -187,3 +200,18 @@ _TOOL_LINE = {
 def _cut_system(language: str, wording: str) -> list[str]:
     whole = TOOLS[language].replace("{tail}", ANSWER_TAIL[wording, language]) + INSTRUCTIONS[language]
     return re.split(r"\{descs\}|\{names\}|\{role\}", whole)
+
+
+@cache
+def _cut_system_json(language: str, wording: str) -> list[bytes]:
+    return [_escape(text) for text in _cut_system(language, wording)]
+
+
+@remember_tools
+def _render_tool_json(tool: Tool) -> bytes:
+    return _escape(render_tool(tool))
+
+
+def _escape(text: str) -> bytes:
+    """A text as it stands within a JSON string."""
+    return orjson.dumps(text)[1:-1]

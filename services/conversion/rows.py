@@ -21,8 +21,8 @@ from services.conversion.refusals import (
 )
 
 T = TypeVar("T")
-KNOWN_TOOLS, LONGEST_KNOWN_TOOL = 8192, 4096
-"""So many tools' texts are kept, each of at most so many characters: 30 MB of those that are common."""
+KNOWN_TOOLS, LONGEST_KNOWN_TOOL = 4096, 2048
+"""What so many tools became is kept, of tools of at most so many characters: 10 MB of common ones, 25 MB at worst."""
 FORBIDDEN_IN_NAMES = frozenset("\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
 
 

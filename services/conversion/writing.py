@@ -75,7 +75,8 @@ class _Writer:
         self._plan, self._spec, self._files = plan, plan.spec, files
         self._sources = plan.spec.all_sources
         self._gone = Marks(plan.rows, plan.gone) if any(plan.gone) else ()
-        self._renderer = Renderer(plan.spec)
+        # Only who counts characters or tokens asks for the text of a prompt.
+        self._renderer = Renderer(plan.spec, as_json=not (plan.tokenizer or plan.spec.max_row_characters))
         self._together = plan.spec.questions.max > 1 or plan.spec.refusals.ratio > 0
         self._tokenizer: Tokenizer | None = open_tokenizer(Path(plan.tokenizer)) if plan.tokenizer else None
         self._lengths: list[Sequence[Mapping[str, Any]]] = []
