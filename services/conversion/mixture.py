@@ -120,7 +120,7 @@ def add_distractors(tools: Sequence[Tool], pool: Sequence[Tool], count: int, see
         if tool.name not in names and not (_words(tool.name) & own):
             names.add(tool.name)
             chosen.append(tool)
-    return sorted(chosen, key=lambda t: seeded(seed, "place", row_id, t.name))
+    return sorted(chosen, key=lambda t: seeded(seed, "place", row_id, t.name)) if len(chosen) > 1 else chosen
 
 
 def fits_none(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> bool:
