@@ -26,7 +26,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Sample:
-    """One round. cpu: seconds that processors worked. Bytes; rss, pss and disk are the most at any time. left_out: rows refused, or on which the script crashes."""
+    """One round. Bytes; rss, pss and disk are the most at any time.
+
+    cpu: seconds that processors worked. left_out: rows refused, or on which the script crashes.
+    """
 
     seconds: float
     cpu: float
@@ -57,9 +60,8 @@ def show(
         f"{megabytes:.0f} MB of rows; a copy of them on this disk: {disk[0]:.0f} MB/s written, {disk[1]:.0f} MB/s read. "
         "Memory: of all processes together, at most; RSS counts shared pages once for each process, PSS once for all"
     )
-    columns = ("", "s", "rows/s", "MB/s in", "MB/s out", "× script", "CPU s", "× script")
-    columns += ("left out", "RSS MB", "PSS MB", "disk MB")
-    for column in columns:
+    speed = ("", "s", "rows/s", "MB/s in", "MB/s out", "× script", "CPU s", "× script")
+    for column in (*speed, "left out", "RSS MB", "PSS MB", "disk MB"):
         table.add_column(column, justify="left" if not column else "right")
     for variant, rows in samples.items():
         seconds, cpu = _median(rows), _cpu(rows)

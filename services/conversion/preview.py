@@ -135,7 +135,9 @@ def _list_lines(head: bytes, whole: bool, name: str, rows: int) -> Iterator[tupl
     if name.endswith(PARQUET):
         if not whole:
             # What its columns are stands at its end.
-            raise InvalidData(f"{name} cannot be previewed here: of Parquet only files up to {HEAD_BYTES >> 20} MiB can")
+            raise InvalidData(
+                f"{name} cannot be previewed here: of Parquet only files up to {HEAD_BYTES >> 20} MiB can"
+            )
         yield from ((row.line, row.data) for row in read_table(head, name, rows))
         return
     text, complete = _unpack(head, name)

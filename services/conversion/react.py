@@ -121,7 +121,9 @@ def _recall_apis(section: str) -> list[Tool] | None:
 
 
 def _parse_apis(section: str) -> list[Tool]:
-    return [_recall_api(api) if len(api) <= LONGEST_KNOWN_API else _parse_api(api) for api in _split_apis("\n" + section)]
+    return [
+        _recall_api(api) if len(api) <= LONGEST_KNOWN_API else _parse_api(api) for api in _split_apis("\n" + section)
+    ]
 
 
 def _recall_api(api: str) -> Tool:

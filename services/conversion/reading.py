@@ -70,9 +70,7 @@ class Summary:
     """Questions that may be asked elsewhere."""
 
 
-def read_chunks(
-    spec: Spec, chunks: Sequence[Chunk], folder: Path, buckets: int, tools_bytes: int, tell: Tell
-) -> None:
+def read_chunks(spec: Spec, chunks: Sequence[Chunk], folder: Path, buckets: int, tools_bytes: int, tell: Tell) -> None:
     """Do the first pass over some chunks, in order; leaves its files in the empty folder.
 
     tools_bytes: at most so many of tools are written once instead of with each row.

@@ -11,7 +11,6 @@ from typing import Any
 
 from services.conversion.refusals import INVALID_PARAMETERS, Refused
 
-
 MAX_STEPS, MOST_BRANCHES = 4, 8
 """So far are references and branches followed: they may go in circles."""
 

@@ -24,8 +24,8 @@ SUFFIXES = (".jsonl", *PACKED, PARQUET)
 CHUNK_BYTES = 2 << 20
 TABLE_ROWS = 256
 """Of a table, so many rows are in memory at a time."""
-PIECE_BYTES = 1024
-"""So much of a zstd file is unpacked at a time: 4 bytes can stand for 128 kB, so a line without end makes 32 MB of it."""
+PIECE_BYTES = 256
+"""So much of a zstd file is unpacked at a time: 4 bytes can stand for 128 kB, so at most 8 MB come of it."""
 PACKED_RATIO = 6
 """About so many times larger are rows when they are unpacked."""
 

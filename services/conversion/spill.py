@@ -104,9 +104,7 @@ class KnownTools:
 def read_tools(folders: Sequence[Path]) -> list[list[Tool]]:
     """What each folder's rows name by number. A tool that several know is one object."""
     one: dict[Tool, Tool] = {}
-    return [
-        [one.setdefault(tool, tool) for tool in _decode_tools((folder / TOOLS).read_bytes())] for folder in folders
-    ]
+    return [[one.setdefault(tool, tool) for tool in _decode_tools((folder / TOOLS).read_bytes())] for folder in folders]
 
 
 class Buckets:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -251,8 +253,11 @@ def test_processes_and_nodes_do_not_change_a_byte(tmp_path: Path, monkeypatch: p
     three = tmp_path / "three"
     three.mkdir()
     run(spec, {"sources/0": source, **shares}, three, Recorder())
+    monkeypatch.setattr(worker, "TOOLS_BYTES", 20_000)  # most tools then stand in each row that lists them
+    four, _ = convert(tmp_path, source, folder="four", **settings)
     for file in (*(f"{split}.jsonl" for split in SPLITS), "report.json"):
         assert (one / file).read_bytes() == (two / file).read_bytes(), file
+        assert (one / file).read_bytes() == (four / file).read_bytes(), file
         if file != "report.json":
             assert (one / file).read_bytes() == (three / file).read_bytes(), file
     assert [r["line"] for r in lines(one / "rejects.jsonl")] == [51, 162]
@@ -334,6 +339,21 @@ def test_a_line_without_end_is_refused_and_the_next_row_is_read(tmp_path: Path) 
     assert told["rows_converted"] == 1
     [chunk] = sources_module.cut_chunks([(0, tmp_path / "a.jsonl.gz")])
     assert [(raw.line, raw.offset) for raw in sources_module.read_rows(chunk, 99)] == [(1, 0), (2, len(endless) + 1)]
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_of_a_packed_line_without_end_no_more_is_in_memory_than_a_row_may_have(
+    tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]
+) -> None:
+    file = tmp_path / f"a.jsonl{suffix}"
+    file.write_bytes(pack(bytes(100 << 20)))
+    [chunk] = sources_module.cut_chunks([(0, file)])
+    tracemalloc.start()
+    [raw] = sources_module.read_rows(chunk, 1 << 20)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(raw.data) == (1 << 20) + 2
+    assert most < 32 << 20
 
 
 @pytest.mark.parametrize("most", [0, 1200])
