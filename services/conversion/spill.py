@@ -20,7 +20,7 @@ BUCKET_BYTES, LARGEST_BUCKET, FEW_BUCKETS = 4 << 20, 24 << 20, 64
 """Of the sources' bytes: few buckets are small, so that processes have the same to do; from so many on they grow."""
 BUFFER_BYTES = 6 << 20
 """Of all buckets of a name together, in one process."""
-TOOLS_BYTES = 48 << 20
+TOOLS_BYTES = 24 << 20
 """Of tools that rows name by a number, in all processes together; each of the second pass holds them."""
 ROWS, TOOLS = "rows", "tools"
 _HEAD = struct.Struct(">QIII")
