@@ -146,11 +146,12 @@ class _Writer:
         for _, turn, _ in row.rounds:
             report.turns_with_calls += bool(turn.calls)
             report.turns_without_call += not turn.calls
+        listed = list_tools(tools)
         for number, (layout, example) in enumerate(examples):
             count(report.layouts, layout)
             # The inline row of a conversation whose split rows are written elsewhere has no number among them.
             suffix = "/inline" if only == "inline" else f"/{number}" if len(examples) > 1 else ""
-            self._write(split, row.id + suffix, row.file, example, tools)
+            self._write(split, row.id + suffix, row.file, example, listed)
 
     def _add_tools(self, split: str, row: Row) -> Sequence[Tool]:
         wanted, seed = self._spec.distractors, self._spec.seed
@@ -178,7 +179,7 @@ class _Writer:
         report.turns_with_calls += sum(bool(turn.calls) for _, turn, _ in rounds)
         report.turns_without_call += sum(not turn.calls for _, turn, _ in rounds)
         count(report.layouts, "together")
-        self._write("train", "+".join(r.id for r in rows), first.file, example, tools)
+        self._write("train", "+".join(r.id for r in rows), first.file, example, list_tools(tools))
         for row in rows:
             if seeded(spec.seed, "summary", row.id) % 10_000 < spec.summaries * 10_000:
                 self._write_summary(row, self._renderer.language(first))
@@ -188,7 +189,7 @@ class _Writer:
         for number, example in enumerate(render_rows("split", system, row.tools, row.rounds, language)):
             if example.expected is None and not self._renderer.is_too_long(example):
                 count(self.report.layouts, "split")
-                self._write("train", f"{row.id}/{number}", row.file, example, row.tools)
+                self._write("train", f"{row.id}/{number}", row.file, example, list_tools(row.tools))
 
     def _refusals(self, row_id: str, questions: int, tools: Sequence[Tool]) -> Iterator[Round]:
         """Questions of other rows that none of these tools fits, each with a refusal as its answer."""
@@ -205,17 +206,16 @@ class _Writer:
                 missing -= 1
                 yield Round(query, Turn(answer=pick_one(answers, spec.seed, row_id, query)))
 
-    def _write(self, split: str, row_id: str, source: str, example: Example, tools: Sequence[Tool]) -> None:
-        """One row, and its tools beside it."""
+    def _write(self, split: str, row_id: str, source: str, example: Example, tools: bytes) -> None:
+        """One row, and its tools, as `list_tools` has them, beside it."""
         line = {"id": row_id, "source": source, "messages": example.messages}
         self._files[split].write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-        listed = b",".join([tool_json(tool) for tool in tools])
         expected = b""
         if example.expected is not None:
             calls = [b'{"name":%b,"arguments":%b}' % (orjson.dumps(c[0]), c[1].encode()) for c in example.expected]
             expected = b',"expected":[%b]' % b",".join(calls)
             count(self.report.scored, split)
-        self._files[f"tools-{split}"].write(b'{"id":%b,"tools":[%b]%b}\n' % (orjson.dumps(row_id), listed, expected))
+        self._files[f"tools-{split}"].write(b'{"id":%b,"tools":[%b]%b}\n' % (orjson.dumps(row_id), tools, expected))
         count(self.report.rows, split)
         if self._tokenizer is not None:
             self._lengths.append(example.messages)
@@ -228,8 +228,13 @@ class _Writer:
             self._lengths = []
 
 
+def list_tools(tools: Sequence[Tool]) -> bytes:
+    """Tools as OpenAI function objects: what stands between the brackets of a JSON list."""
+    return b",".join([_tool_json(tool) for tool in tools])
+
+
 @remember_tools
-def tool_json(tool: Tool) -> bytes:
+def _tool_json(tool: Tool) -> bytes:
     """A tool as an OpenAI function object."""
     parameters = orjson.Fragment(tool.parameters)  # as it is: no number loses digits
     told = {"name": tool.name, "description": tool.description, "parameters": parameters}
