@@ -116,9 +116,12 @@ def unique_tools(tools: Sequence[Tool]) -> tuple[Tool, ...]:
     return tuple(by_name.values())
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
 def _to_json(value: Mapping[str, Any], code: str, what: str) -> str:
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = _encode(value)
         text.encode()  # half a surrogate pair is no text
     except (TypeError, ValueError, RecursionError):
         raise Refused(code, f"{what} cannot be written as JSON") from None

@@ -11,6 +11,8 @@ from typing import Any
 
 from services.conversion.refusals import INVALID_PARAMETERS, Refused
 
+ELSEWHERE = ("$ref", "anyOf", "oneOf", "allOf")
+"""Where a property's type may stand instead."""
 MAX_STEPS, MOST_BRANCHES = 4, 8
 """So far are references and branches followed: they may go in circles."""
 
@@ -60,9 +62,16 @@ def _with_type(value: Any, name: str, root: Mapping[str, Any] | None = None) -> 
     if not isinstance(value, dict):
         raise Refused(INVALID_PARAMETERS, f"tool {name!r}: a property that is no object")
     rest = {key: each for key, each in value.items() if key not in ("type", "description")}
-    types = list(dict.fromkeys(_types_of(value, root, MAX_STEPS)))
-    told = value.get("type") or (types[0] if len(types) == 1 else types) or "string"
+    told = value.get("type") or _find_type(value, root) or "string"
     return {"type": told, "description": value.get("description") or "", **rest}
+
+
+def _find_type(value: Mapping[str, Any], root: Mapping[str, Any] | None) -> str | list[str]:
+    """The type of what a property refers to, or the types of its branches, each once; none: []."""
+    if value.keys().isdisjoint(ELSEWHERE):
+        return []
+    types = list(dict.fromkeys(_types_of(value, root, MAX_STEPS)))
+    return types[0] if len(types) == 1 else types
 
 
 def _types_of(value: Any, root: Mapping[str, Any] | None, steps: int) -> list[str]:
@@ -75,7 +84,7 @@ def _types_of(value: Any, root: Mapping[str, Any] | None, steps: int) -> list[st
         return told
     if referred := _types_of(_resolve(value.get("$ref"), root), root, steps - 1):
         return referred
-    for key in ("anyOf", "oneOf", "allOf"):
+    for key in ELSEWHERE[1:]:
         branches = value.get(key)
         listed = branches[:MOST_BRANCHES] if isinstance(branches, list) else []
         if told := [each for branch in listed for each in _types_of(branch, root, steps - 1)]:
