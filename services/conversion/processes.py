@@ -54,7 +54,7 @@ def run_tasks(work: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], tell: 
     try:
         for number, task in enumerate(tasks):
             ours, theirs = context.Pipe(duplex=False)
-            started = context.Process(target=_run, args=(work, task, theirs), daemon=True)
+            started = context.Process(target=_run, args=(work, task, theirs, [*running, ours]), daemon=True)
             started.start()
             theirs.close()
             running[ours] = number, started
@@ -99,7 +99,11 @@ def _receive(connection: Connection, process: BaseProcess) -> tuple[str, Any]:
     return kind, value
 
 
-def _run(work: Callable[..., Any], task: tuple[Any, ...], connection: Connection) -> None:
+def _run(
+    work: Callable[..., Any], task: tuple[Any, ...], connection: Connection, inherited: Sequence[Connection]
+) -> None:
+    for other in inherited:
+        other.close()  # the parent's ends: were they open here, nobody would notice that the parent is gone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends this one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's own way to end is not this one's
     gc.freeze()  # so that looking for garbage copies no page of the parent's

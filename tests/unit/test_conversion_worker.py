@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -392,3 +395,25 @@ def test_shares_are_not_used_up(tmp_path: Path) -> None:
         run(spec, {"sources/0": source, "shares/0": given}, tmp_path / name, Recorder())
     assert sorted(f.relative_to(given) for f in given.rglob("*")) == before
     assert (tmp_path / "first/train.jsonl").read_bytes() == (tmp_path / "second/train.jsonl").read_bytes()
+
+
+def test_processes_end_when_the_one_that_started_them_is_killed() -> None:
+    code = (
+        "from services.conversion.processes import run_tasks\n"
+        "def work(number, tell):\n"
+        "    while True: tell(1)\n"
+        "run_tasks(work, [(1,), (2,)], lambda count: None)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        wait_until(lambda: len(listed.read_text().split()) == 2)
+        children = [Path(f"/proc/{pid}/stat") for pid in listed.read_text().split()]
+        parent.kill()
+    wait_until(lambda: all(not c.exists() or c.read_text().rpartition(")")[2].split()[0] == "Z" for c in children))
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.05)
