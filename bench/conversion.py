@@ -4,7 +4,8 @@
 script is not ours to give: FABRICTUNE_BASELINE_CONVERTER names it, else ../shared/baseline/published_converter.py beside the
 clone is taken, else ours is measured alone. BENCH_TOKENIZER names a model's folder, for token lengths. The script reads
 the prompt with expressions, checks nothing and leaves the turns as they are; ours parses, validates and writes tools.jsonl
-as well. rows/s counts all rows given, those that either leaves out too.
+as well, in a seeded order, split by tool, with a report. rows/s counts all rows given, those that either leaves out too.
+"CPU s" are those that processors worked: on a machine that others use too they tell more than the clock.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def _convert(variant: Variant, rows: Path, folder: Path) -> Sample:
     finally:
         shutil.rmtree(output, ignore_errors=True)
     told = json.loads(watched.output.splitlines()[-1])
-    return Sample(told["seconds"], told["left_out"], written, watched.rss, watched.pss, watched.disk)
+    return Sample(told["seconds"], told["cpu"], told["left_out"], written, watched.rss, watched.pss, watched.disk)
 
 
 def _measure_disk(rows: Path, copy: Path) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """One conversion in a process of its own: `python -m bench.conversion_once ROWS.jsonl OUT --spec JSON --processes N`.
 
 Or, with `--script FILE`, the published converter instead, run by the same Python in the same way. Prints the seconds, imports
-not counted, and what became of the rows, as JSON.
+not counted, those that processors worked for it (children too), and what became of the rows, as JSON.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def convert(rows: Path, output: Path, spec: dict[str, Any]) -> dict[str, Any]:
     if tokenizer := spec.get("tokenizer"):
         inputs["tokenizer"] = Path(tokenizer)
     output.mkdir()
-    begin = time.perf_counter()
+    begin = _now()
     result = STAGE.run(meant, inputs, output, Silent())
-    return {"seconds": time.perf_counter() - begin, "left_out": result["rows_rejected"]}
+    return _since(begin) | {"left_out": result["rows_rejected"]}
 
 
 def run_script(script: Path, rows: Path, output: Path) -> dict[str, Any]:
@@ -36,10 +36,20 @@ def run_script(script: Path, rows: Path, output: Path) -> dict[str, Any]:
     output.mkdir()
     target = output / "train.jsonl"
     sys.argv = [str(script), str(rows), str(target), "--skip-broken"]
-    begin = time.perf_counter()
+    begin = _now()
     runpy.run_path(str(script), run_name="__main__")
-    seconds = time.perf_counter() - begin
-    return {"seconds": seconds, "left_out": _count_lines(rows) - _count_lines(target)}
+    return _since(begin) | {"left_out": _count_lines(rows) - _count_lines(target)}
+
+
+def _now() -> tuple[float, float]:
+    """(seconds on the clock, seconds that processors have worked for this process and its ended children)."""
+    used = os.times()
+    return time.perf_counter(), used.user + used.system + used.children_user + used.children_system
+
+
+def _since(begin: tuple[float, float]) -> dict[str, Any]:
+    now = _now()
+    return {"seconds": now[0] - begin[0], "cpu": now[1] - begin[1]}
 
 
 def _count_lines(file: Path) -> int:

@@ -26,9 +26,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Sample:
-    """One round. Bytes; rss, pss and disk are the most at any time. left_out: rows refused, or on which the script crashes."""
+    """One round. Bytes; rss, pss and disk are the most at any time.
+
+    cpu: seconds that processors worked. left_out: rows refused, or on which the script crashes.
+    """
 
     seconds: float
+    cpu: float
     left_out: int
     written: int
     rss: int
@@ -56,11 +60,11 @@ def show(
         f"{megabytes:.0f} MB of rows; a copy of them on this disk: {disk[0]:.0f} MB/s written, {disk[1]:.0f} MB/s read. "
         "Memory: of all processes together, at most; RSS counts shared pages once for each process, PSS once for all"
     )
-    columns = ("", "s", "rows/s", "MB/s in", "MB/s out", "× script", "left out", "RSS MB", "PSS MB", "disk MB")
-    for column in columns:
+    speed = ("", "s", "rows/s", "MB/s in", "MB/s out", "× script", "CPU s", "× script")
+    for column in (*speed, "left out", "RSS MB", "PSS MB", "disk MB"):
         table.add_column(column, justify="left" if not column else "right")
     for variant, rows in samples.items():
-        seconds = _median(rows)
+        seconds, cpu = _median(rows), _cpu(rows)
         most = (max(values) / 1e6 for values in zip(*((s.rss, s.pss, s.disk) for s in rows), strict=True))
         table.add_row(
             variant.name,
@@ -69,6 +73,8 @@ def show(
             f"{megabytes / seconds:.0f}",
             f"{rows[-1].written / 1e6 / seconds:.0f}",
             f"{_median(samples[SCRIPT]) / seconds:.2f}" if SCRIPT in samples else "-",
+            f"{cpu:.2f}",
+            f"{_cpu(samples[SCRIPT]) / cpu:.2f}" if SCRIPT in samples else "-",
             f"{rows[-1].left_out:,}",
             *(f"{value:,.0f}" for value in most),
         )
@@ -110,6 +116,10 @@ def _flat(found: Found, sizes: Sequence[int], many: int) -> Iterator[Goal]:
 
 def _median(samples: Sequence[Sample]) -> float:
     return statistics.median(s.seconds for s in samples)
+
+
+def _cpu(samples: Sequence[Sample]) -> float:
+    return statistics.median(s.cpu for s in samples)
 
 
 def _peak(samples: Sequence[Sample]) -> int:

@@ -10,10 +10,13 @@ the user's turn (any OpenAI server), so each call and each summary is a row of i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
+import orjson
+
+T = TypeVar("T")
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 URL_ZH = "，如果结果中出现url，请使用如下格式展示出来：![图片](url)"
 URL_EN = " If the result contains url, please display it in the following format:![Image](URL)"
@@ -57,6 +60,8 @@ ROLES: Mapping[str, str] = {
     "zh": "你是一个乐于助人的助手。有合适的工具时请调用工具；没有合适的工具时请直接说明。",
 }
 """The role where neither a row nor a request tells one: an empty one must be neither trained nor asked."""
+KNOWN_TOOLS, LONGEST_KNOWN_TOOL = 4096, 2048
+"""What so many tools became is kept, of tools of at most so many characters: 10 MB of common ones, 25 MB at worst."""
 FORBIDDEN_IN_NAMES = frozenset("\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
 """What ends a line, and so a tool's name."""
 
@@ -107,6 +112,16 @@ class Example(NamedTuple):
     """The call that its last turn makes (() when no tool fits); None: not to be scored."""
 
 
+def remember_tools(act: Callable[[Tool], T]) -> Callable[[Tool], T]:
+    """A function of a tool that keeps what it made of the last ones, where these are short: rows repeat their tools."""
+    known = lru_cache(maxsize=KNOWN_TOOLS)(act)
+
+    def recall(tool: Tool) -> T:
+        return known(tool) if len(tool[2]) + len(tool[1]) < LONGEST_KNOWN_TOOL else act(tool)
+
+    return wraps(act)(recall)
+
+
 def language_of(query: str) -> str:
     """Say "zh" when a text has a Chinese character, else "en"; AgentFabric asks the query only."""
     # isascii() asks a flag, not the text.
@@ -120,6 +135,16 @@ def render_system(tools: Sequence[Tool], role: str, language: str, wording: str 
     return f"{head}{descs}{middle}{_names(tools)}{rest}{role}{end}"
 
 
+def render_system_json(tools: Sequence[Tool], role: str, language: str, wording: str = "0.7.1") -> orjson.Fragment:
+    """The same as JSON: what tools and templates have in it is escaped once, not with every row."""
+    head, middle, rest, end = _cut_system_json(language, wording)
+    descs = rb"\n\n".join([_render_tool_json(tool) for tool in tools])
+    return orjson.Fragment(
+        b"".join((b'"', head, descs, middle, _escape(_names(tools)), rest, _escape(role), end, b'"'))
+    )
+
+
+@remember_tools
 def render_tool(tool: Tool) -> str:
     """The line that describes a tool, in the language of its description."""
     name, description, parameters = tool
@@ -144,10 +169,10 @@ def render_result(observation: str | None) -> str:
 
 
 def render_rows(
-    layout: str, system: str, tools: Sequence[Tool], rounds: Sequence[Round], language: str
+    layout: str, system: str | orjson.Fragment, tools: Sequence[Tool], rounds: Sequence[Round], language: str
 ) -> Iterator[Example]:
     """The training rows of a conversation. layout: "split" or "inline". rounds: (user's text, assistant's turn)."""
-    history: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    history: list[dict[str, Any]] = [] if system == "" else [{"role": "system", "content": system}]
     own = render_prefix(tools, language)
     rows = _split_rows if layout == "split" else _inline_rows
     last = len(rounds) - 1
@@ -179,7 +204,9 @@ def render_request(system: str, tools: Sequence[Tool], rounds: Sequence[Round], 
     return messages
 
 
-def render_together(system: str, tools: Sequence[Tool], rounds: Sequence[Round], language: str) -> list[dict[str, Any]]:
+def render_together(
+    system: str | orjson.Fragment, tools: Sequence[Tool], rounds: Sequence[Round], language: str
+) -> list[dict[str, Any]]:
     """One row with several questions over the same tools: each is answered by its first call, or by its answer."""
     prefix = render_prefix(tools, language)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}]
@@ -251,3 +278,18 @@ _TOOL_LINE = {
 def _cut_system(language: str, wording: str) -> list[str]:
     whole = TOOLS[language].replace("{tail}", ANSWER_TAIL[wording, language]) + INSTRUCTIONS[language]
     return re.split(r"\{descs\}|\{names\}|\{role\}", whole)
+
+
+@cache
+def _cut_system_json(language: str, wording: str) -> list[bytes]:
+    return [_escape(text) for text in _cut_system(language, wording)]
+
+
+@remember_tools
+def _render_tool_json(tool: Tool) -> bytes:
+    return _escape(render_tool(tool))
+
+
+def _escape(text: str) -> bytes:
+    """A text as it stands within a JSON string."""
+    return orjson.dumps(text)[1:-1]

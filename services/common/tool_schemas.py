@@ -1,12 +1,18 @@
 """Parameters in the forms that rows hold become the JSON schema of an object that AgentFabric prints.
 
 Every property has a type and a description, first and in this order: RolePlay does not start with a tool that lacks one.
+A type that is not written is that of what the property refers to or of its branches, else "string" (formats of ms_agent rows).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+ELSEWHERE = ("$ref", "anyOf", "oneOf", "allOf")
+"""Where a property's type may stand instead."""
+MAX_STEPS, MOST_BRANCHES = 4, 8
+"""So far are references and branches followed: they may go in circles."""
 
 
 class BadSchema(ValueError):
@@ -58,21 +64,34 @@ def _with_type(value: Any, name: str, root: Mapping[str, Any] | None = None) -> 
     if not isinstance(value, dict):
         raise BadSchema(f"tool {name!r}: a property that is no object")
     rest = {key: each for key, each in value.items() if key not in ("type", "description")}
-    told = value.get("type") or _type_of(_resolve(value.get("$ref"), root) or value) or "string"
+    told = value.get("type") or _find_type(value, root) or "string"
     return {"type": told, "description": value.get("description") or "", **rest}
 
 
-def _type_of(value: Mapping[str, Any]) -> str | list[str] | None:
-    """A schema's type, or those that the branches of its anyOf or oneOf have, each once; None without any."""
-    if isinstance(own := value.get("type"), str):
-        return own
-    for key in ("anyOf", "oneOf"):
+def _find_type(value: Mapping[str, Any], root: Mapping[str, Any] | None) -> str | list[str]:
+    """The type of what a property refers to, or the types of its branches, each once; none: []."""
+    if value.keys().isdisjoint(ELSEWHERE):
+        return []
+    types = list(dict.fromkeys(_types_of(value, root, MAX_STEPS)))
+    return types[0] if len(types) == 1 else types
+
+
+def _types_of(value: Any, root: Mapping[str, Any] | None, steps: int) -> list[str]:
+    """The types that a schema allows, as far as it says so: by itself, by what it refers to, or by its branches."""
+    if not isinstance(value, Mapping) or not steps:
+        return []
+    own = value.get("type")
+    listed = own if isinstance(own, list) else [own]
+    if told := [each for each in listed if isinstance(each, str)]:
+        return told
+    if referred := _types_of(_resolve(value.get("$ref"), root), root, steps - 1):
+        return referred
+    for key in ELSEWHERE[1:]:
         branches = value.get(key)
-        told = [b.get("type") for b in branches if isinstance(b, dict)] if isinstance(branches, list) else []
-        types = list(dict.fromkeys(each for each in told if isinstance(each, str)))
-        if types:
-            return types[0] if len(types) == 1 else types
-    return None
+        listed = branches[:MOST_BRANCHES] if isinstance(branches, list) else []
+        if told := [each for branch in listed for each in _types_of(branch, root, steps - 1)]:
+            return told
+    return []
 
 
 def _resolve(reference: Any, root: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

@@ -16,14 +16,14 @@ from services.conversion.reading import REJECTS
 from services.conversion.writing import part_file
 
 
-def join_parts(parts: Path, buckets: int, output: Path) -> None:
-    """Make train, validation and test, and tools.jsonl, which has the same ids in the order of the three."""
+def join_parts(parts: Path, firsts: Sequence[int], output: Path) -> None:
+    """Make train, validation and test, and tools.jsonl, which has the same ids in the order of the three.
+
+    firsts: the first bucket of each part, in order. The parts are gone afterwards.
+    """
     for split in SPLITS:
-        with (output / f"{split}.jsonl").open("wb") as file:
-            _append(file, parts, split, buckets)
-    with (output / "tools.jsonl").open("wb") as file:
-        for split in SPLITS:
-            _append(file, parts, f"tools-{split}", buckets)
+        _join([part_file(parts, split, first) for first in firsts], output / f"{split}.jsonl")
+    _join([part_file(parts, f"tools-{split}", first) for split in SPLITS for first in firsts], output / "tools.jsonl")
 
 
 def join_rejects(folders: Sequence[Path], before: Mapping[int, int], output: Path) -> None:
@@ -48,10 +48,11 @@ def write_report(told: Mapping[str, Any], output: Path) -> None:
     (output / "report.html").write_text(render_page(told), encoding="utf-8")
 
 
-def _append(file: Any, parts: Path, name: str, buckets: int) -> None:
-    for bucket in range(buckets):
-        part = part_file(parts, name, bucket)
-        if part.exists():
+def _join(parts: Sequence[Path], target: Path) -> None:
+    """The first part becomes the file, the others are copied behind it."""
+    parts[0].rename(target)
+    with target.open("ab") as file:
+        for part in parts[1:]:
             with part.open("rb") as data:
                 shutil.copyfileobj(data, file, 1 << 20)
             part.unlink()

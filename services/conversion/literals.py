@@ -13,6 +13,8 @@ import re
 import warnings
 from typing import Any
 
+import orjson
+
 MAX_DEPTH = 100
 """Brackets within brackets; ast's own parser ends at 200."""
 STOP = "Parameters:"
@@ -20,6 +22,9 @@ STOP = "Parameters:"
 _DECODER = json.JSONDecoder()
 # Words that JSON has and Python has not: exchanging quotes must not make them values.
 _JSON_WORDS = re.compile(r"true|false|null|NaN|Infinity")
+# Strings without escapes, whole numbers that every reader keeps, and json.dumps' own blanks: nothing that JSON writes otherwise.
+_PLAIN = r"""\{(?:QUOTE[^'"\\\x00-\x1f]*+QUOTE|, |: |[\[\]{}]|(?:-?[1-9][0-9]{0,14}|0)(?![0-9.eE]))*+"""
+_PLAIN_REPR, _PLAIN_JSON = (re.compile(_PLAIN.replace("QUOTE", quote)) for quote in "'\"")
 _STRING = r"""(?: "[^"\\]*+(?:\\.[^"\\]*+)*+" | '[^'\\]*+(?:\\.[^'\\]*+)*+' )"""
 # A whole string, a bracket, or what ends a scan: a quote without its other half, a backslash, another "Parameters:".
 _PART = re.compile(_STRING + r""" | ([\[{(]) | ([\]})]) | (["'\\]|Parameters:) """, re.DOTALL | re.VERBOSE)
@@ -48,6 +53,27 @@ def decode_literal(text: str) -> Any:
         except (ValueError, RecursionError):
             pass
     return _evaluate(text)
+
+
+def plain_object(text: str) -> str | None:
+    """An object of plain values, JSON or repr, as the text that `json.dumps` makes of it; None: `decode_literal` is to read it.
+
+    Most inputs of calls differ from their JSON in the quotes alone: what they hold need not be built and printed again.
+    """
+    if _PLAIN_REPR.fullmatch(text):
+        as_json = text.replace("'", '"')
+    elif _PLAIN_JSON.fullmatch(text):
+        as_json = text
+    else:
+        return None
+    if _may_be_deep(text):
+        return None
+    try:
+        value = orjson.loads(as_json)
+    except orjson.JSONDecodeError:
+        return None
+    # As many keys as there are: none is within another object, and none comes twice.
+    return as_json if len(value) == as_json.count('": ') else None
 
 
 def decode_prefix(text: str, start: int) -> tuple[Any, int] | None:

@@ -29,7 +29,7 @@ COMMON = frozenset({
 
 def seeded(seed: int, *parts: object) -> int:
     """A number of 64 bits from a seed and a name; the same on every machine and in every process."""
-    text = "\x1f".join(map(str, (seed, *parts)))
+    text = "\x1f".join([str(seed), *map(str, parts)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -120,7 +120,7 @@ def add_distractors(tools: Sequence[Tool], pool: Sequence[Tool], count: int, see
         if tool.name not in names and not (_words(tool.name) & own):
             names.add(tool.name)
             chosen.append(tool)
-    return sorted(chosen, key=lambda t: seeded(seed, "place", row_id, t.name))
+    return sorted(chosen, key=lambda t: seeded(seed, "place", row_id, t.name)) if len(chosen) > 1 else chosen
 
 
 def fits_none(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> bool:
@@ -132,7 +132,7 @@ def fits_none(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> bool:
 
 def pick_one(options: Sequence[T], seed: int, *parts: object) -> T:
     """One of the options."""
-    return options[seeded(seed, "one", *parts) % len(options)]
+    return options[seeded(seed, "one", *parts) % len(options)] if len(options) > 1 else options[0]
 
 
 def pick_count(low: int, high: int, seed: int, *parts: object) -> int:
@@ -140,6 +140,7 @@ def pick_count(low: int, high: int, seed: int, *parts: object) -> int:
     return low + seeded(seed, "count", *parts) % (high - low + 1)
 
 
+@lru_cache(maxsize=16)
 def _stride(length: int) -> int:
     return next(s for s in range(7919, 7919 + length + 2) if math.gcd(s, length) == 1)
 

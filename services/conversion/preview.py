@@ -22,7 +22,7 @@ from services.conversion.reading import understand_row
 from services.conversion.refusals import REASONS, ROW_TOO_LONG, Refused
 from services.conversion.rendering import Renderer, count_characters
 from services.conversion.report import EXCERPT
-from services.conversion.sources import Chunk, RawRow, decode_row, find_files, read_rows
+from services.conversion.sources import PARQUET, Chunk, RawRow, decode_row, find_files, read_rows, read_table
 from services.conversion.spec import Source, Spec
 from services.conversion.spill import Row
 
@@ -95,13 +95,8 @@ def preview_path(path: Path, spec: Spec, rows: int) -> Iterator[PreviewedRow]:
 
 def preview_head(head: bytes, whole: bool, name: str, spec: Spec, rows: int) -> Iterator[PreviewedRow]:
     """The first rows of a rows file of which only the beginning is there. whole: it is all of it. Raises InvalidData."""
-    text, complete = _unpack(head, name)
-    lines = text.split(b"\n")
-    if not (whole and complete) and len(lines) > 1:
-        lines.pop()  # it may be torn
-    filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-    for number, line in islice(filled, rows):
-        yield preview_row(line.rstrip(b"\r"), spec.sources[0], spec, number, name)
+    for number, line in islice(_list_lines(head, whole, name, rows), rows):
+        yield preview_row(line, spec.sources[0], spec, number, name)
 
 
 def preview_row(data: bytes, source: Source, spec: Spec, line: int, name: str = "") -> PreviewedRow:
@@ -133,6 +128,23 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return {k: to_plain(v) for k, v in zip(value._fields, value, strict=True) if v is not None}
     return [to_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _list_lines(head: bytes, whole: bool, name: str, rows: int) -> Iterator[tuple[int, bytes]]:
+    """(its number, from 1, line) of the lines that are not blank."""
+    if name.endswith(PARQUET):
+        if not whole:
+            # What its columns are stands at its end.
+            raise InvalidData(
+                f"{name} cannot be previewed here: of Parquet only files up to {HEAD_BYTES >> 20} MiB can"
+            )
+        yield from ((row.line, row.data) for row in read_table(head, name, rows))
+        return
+    text, complete = _unpack(head, name)
+    lines = text.split(b"\n")
+    if not (whole and complete) and len(lines) > 1:
+        lines.pop()  # it may be torn
+    yield from ((number, line.rstrip(b"\r")) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _show(layout: str, messages: Sequence[Mapping[str, Any]], turns: Sequence[RawTurn], mark: Mark) -> PreviewedExample:
@@ -234,5 +246,5 @@ def _unpack(head: bytes, name: str) -> tuple[bytes, bool]:
     if name.endswith(".jsonl"):
         return head, True
     raise InvalidData(
-        f"{name} cannot be previewed here: only .jsonl, .jsonl.gz and .jsonl.zst are read from their beginning"
+        f"{name} cannot be previewed here: only .jsonl, .jsonl.gz, .jsonl.zst and small .parquet files can"
     )

@@ -11,10 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from services.common.fabric import Call, Tool, Turn
-from services.conversion.literals import decode_literal, decode_prefix, unify_line_ends
+from services.conversion.literals import decode_literal, decode_prefix, plain_object, unify_line_ends
 from services.conversion.refusals import (
     INCOMPLETE_TURN,
     INVALID_ACTION_INPUT,
@@ -33,9 +34,12 @@ FORMAT_BLOCK = "\nUse the following format:"
 CALL = ": Call this tool"
 PARAMETERS = "Parameters:"
 LAST_THOUGHT = "I now know the final answer"
-KNOWN_PROMPTS, LONGEST_KNOWN_PROMPT = 256, 8192
-KNOWN_APIS, LONGEST_KNOWN_API = 8192, 2048
-"""Data sets repeat their APIs, in ever other combinations. Characters are bounded too: at worst 100 MB are kept."""
+KNOWN_LINES, KNOWN_APIS, LONGEST_KNOWN_API = 8192, 512, 2048
+"""Data sets repeat their APIs, in ever other combinations: APIs of one line, and those of several, that are remembered.
+
+Characters are bounded too: at worst 100 MB are kept.
+"""
+LONGEST_KNOWN_SECTION = 16384
 
 # A name ends before ": Call this tool"; the words may also stand in the parameters of a tool, after a numbered list.
 _HEAD = re.compile(r"\n[ \t]*+([0-9]{1,4})\.[ \t]*+(?=(?:(?!Parameters:)[^\n])*?: Call this tool)")
@@ -48,27 +52,34 @@ _KEYWORD = re.compile(r"\n[ \t]*+(Thought|Action Input|Action|Observation|Final 
 
 def parse_system_prompt(text: str) -> tuple[Tool, ...]:
     """The tools of an ms_agent system prompt, in order. Raises Refused."""
-    return _parse_known_prompt(text) if len(text) <= LONGEST_KNOWN_PROMPT else _parse_prompt(text)
+    text = unify_line_ends(text)
+    start = text.find(MARKER)
+    if start < 0:
+        raise Refused(NOT_REACT_PROMPT, f"no {MARKER!r}")
+    end = text.rfind(FORMAT_BLOCK)
+    if end < start:
+        raise Refused(NOT_REACT_PROMPT, f"no {FORMAT_BLOCK.strip()!r} after the APIs")
+    section = text[start + len(MARKER) : end]
+    return unique_tools(_recall_apis(section) or _parse_apis(section))
 
 
 def parse_turn(text: str, tools: Sequence[Tool]) -> Turn:
     """An assistant's turn. Thoughts are left out; what is said before the first of them is kept. Raises Refused."""
-    lead, parts = _split_turn(unify_line_ends(text))
-    names = {tool.name for tool in tools}
+    lead, kinds, values = _split_turn(unify_line_ends(text))
     calls: list[Call] = []
     answer = ""
     position = 0
-    while position < len(parts):
-        kind, value = parts[position]
+    while position < len(kinds):
+        kind, value = kinds[position], values[position]
         position += 1
         if kind == "Action":
-            call, position = _parse_call(value, parts, position, names)
+            call, position = _parse_call(value, kinds, values, position, tools)
             calls.append(call)
         elif kind == "Final Answer":
             answer = value
         elif kind != "Thought":
             raise Refused(INCOMPLETE_TURN, f"{kind}: without an Action before it")
-        elif LAST_THOUGHT not in value and position == len(parts) and not calls:
+        elif LAST_THOUGHT not in value and position == len(kinds) and not calls:
             answer = value  # a turn that is nothing but a thought
     if not calls:
         answer = "\n".join(filter(None, (lead, answer)))
@@ -91,19 +102,33 @@ def parse_arguments(text: str) -> dict[str, Any]:
     return value
 
 
-def _parse_prompt(text: str) -> tuple[Tool, ...]:
-    text = unify_line_ends(text)
-    start = text.find(MARKER)
-    if start < 0:
-        raise Refused(NOT_REACT_PROMPT, f"no {MARKER!r}")
-    end = text.rfind(FORMAT_BLOCK)
-    if end < start:
-        raise Refused(NOT_REACT_PROMPT, f"no {FORMAT_BLOCK.strip()!r} after the APIs")
-    apis = _split_apis("\n" + text[start + len(MARKER) : end])
-    return unique_tools([_parse_known_api(a) if len(a) <= LONGEST_KNOWN_API else _parse_api(a) for a in apis])
+def _recall_apis(section: str) -> list[Tool] | None:
+    """The tools of APIs that are lines of their own, as they mostly are; None: `_parse_apis` is to read the section.
+
+    A line that begins an API begins one wherever its number comes next, and nothing within a line begins another.
+    """
+    if not section.startswith("\n1. ") or len(section) > LONGEST_KNOWN_SECTION:
+        return None
+    tools: list[Tool] = []
+    for number, line in enumerate(section[1:].rstrip().split("\n\n"), 1):
+        start = f"{number}. "
+        if not line.startswith(start) or len(line) > LONGEST_KNOWN_API:
+            return None
+        tool = _parse_line(line[len(start) :])
+        if tool is None:
+            return None
+        tools.append(tool)
+    return tools
 
 
-_parse_known_prompt = lru_cache(maxsize=KNOWN_PROMPTS)(_parse_prompt)
+def _parse_apis(section: str) -> list[Tool]:
+    return [
+        _recall_api(api) if len(api) <= LONGEST_KNOWN_API else _parse_api(api) for api in _split_apis("\n" + section)
+    ]
+
+
+def _recall_api(api: str) -> Tool:
+    return ("\n" not in api and _parse_line(api)) or _parse_known_api(api)
 
 
 def _split_apis(section: str) -> Iterator[str]:
@@ -128,6 +153,17 @@ def _parse_api(api: str) -> Tool:
 
 
 _parse_known_api = lru_cache(maxsize=KNOWN_APIS)(_parse_api)
+
+
+@lru_cache(maxsize=KNOWN_LINES)
+def _parse_line(line: str) -> Tool | None:
+    """The tool of a line after its number; None where `_split_apis` would see something else in it, or refuses it."""
+    if "\n" in line or line != line.strip() or not _HEAD.match(f"\n1. {line}"):
+        return None
+    try:
+        return _parse_api(line)
+    except Refused:
+        return None
 
 
 def _cut_description(told: str, name: str) -> str:
@@ -175,33 +211,34 @@ def _find_parameters(told: str, name: str) -> tuple[Any, int]:
     return last
 
 
-def _split_turn(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """(what is said first, [(keyword, its text)]). All that follows a Final Answer is the answer, but no call may."""
+def _split_turn(text: str) -> tuple[str, list[str], list[str]]:
+    """(what is said first, keywords, the text of each). All that follows a Final Answer is the answer, but no call may."""
     text = "\n" + text
-    marks: list[re.Match[str]] = []
-    for mark in _KEYWORD.finditer(text):
-        marks.append(mark)
-        if mark[1] == "Final Answer":
-            break
-    ends = [*(mark.start() for mark in marks[1:]), len(text)]
-    parts = [(mark[1], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=False)]
-    if marks and marks[-1][1] == "Final Answer":
-        for mark in _KEYWORD.finditer(text, marks[-1].end()):
-            if mark[1] == "Action Input":
-                raise Refused(INCOMPLETE_TURN, "a call after the Final Answer")
-    return text[: marks[0].start()].strip() if marks else text.strip(), parts
+    lead, *parts = _KEYWORD.split(text)
+    kinds = parts[::2]
+    values = [value.strip() for value in parts[1::2]]
+    if "Final Answer" in kinds and kinds.index("Final Answer") < len(kinds) - 1:
+        last = kinds.index("Final Answer")
+        if "Action Input" in kinds[last:]:
+            raise Refused(INCOMPLETE_TURN, "a call after the Final Answer")
+        mark = next(islice(_KEYWORD.finditer(text), last, None))
+        kinds, values = kinds[: last + 1], [*values[:last], text[mark.end() :].strip()]
+    return lead.strip(), kinds, values
 
 
-def _parse_call(name: str, parts: Sequence[tuple[str, str]], position: int, names: set[str]) -> tuple[Call, int]:
+def _parse_call(
+    name: str, kinds: Sequence[str], values: Sequence[str], position: int, tools: Sequence[Tool]
+) -> tuple[Call, int]:
     """(the call, the place of the part after it)."""
-    if name not in names:
+    if name not in [tool.name for tool in tools]:
         raise Refused(UNKNOWN_TOOL, f"{name[:80]!r}")
-    if position >= len(parts) or parts[position][0] != "Action Input":
+    if position >= len(kinds) or kinds[position] != "Action Input":
         raise Refused(INCOMPLETE_TURN, f"Action: {name} without an Action Input")
-    arguments = parse_arguments(parts[position][1])
+    text = values[position]
+    arguments = plain_object(text) or parse_arguments(text)
     position += 1
-    if position < len(parts) and parts[position][0] == "Observation":
-        return make_call(name, arguments, parts[position][1]), position + 1
+    if position < len(kinds) and kinds[position] == "Observation":
+        return make_call(name, arguments, values[position]), position + 1
     return make_call(name, arguments), position
 
 

@@ -30,14 +30,12 @@ from services.conversion.rows import Conversation
 from services.conversion.selection import Ballots
 from services.conversion.sources import Chunk, RawRow, decode_row, read_rows
 from services.conversion.spec import Source, Spec
-from services.conversion.spill import Buckets, Row, pack_row
+from services.conversion.spill import ROWS, Buckets, KnownTools, Row, pack_row
 
 TOLD_EACH = 500
 """Rows between two words of progress."""
 POOL, ASKED = 4096, 4096
 """So many tools are drawn as distractors, and so many questions for refusals, however large the data."""
-TIED = 10_000
-"""So many lists of tools are known to have been seen; the others are looked at again."""
 SUMMARY, REJECTS = "summary", "rejects"
 
 
@@ -72,9 +70,12 @@ class Summary:
     """Questions that may be asked elsewhere."""
 
 
-def read_chunks(spec: Spec, chunks: Sequence[Chunk], folder: Path, buckets: int, tell: Tell) -> None:
-    """Do the first pass over some chunks, in order; leaves its files in the empty folder."""
-    reader = _Reader(spec, folder, buckets)
+def read_chunks(spec: Spec, chunks: Sequence[Chunk], folder: Path, buckets: int, tools_bytes: int, tell: Tell) -> None:
+    """Do the first pass over some chunks, in order; leaves its files in the empty folder.
+
+    tools_bytes: at most so many of tools are written once instead of with each row.
+    """
+    reader = _Reader(spec, folder, buckets, tools_bytes)
     with (folder / REJECTS).open("wb") as rejects:
         for chunk in chunks:
             if chunk.source == len(spec.sources):
@@ -108,16 +109,17 @@ def understand_row(raw: RawRow, source: Source, spec: Spec) -> Conversation:
 
 
 class _Reader:
-    def __init__(self, spec: Spec, folder: Path, buckets: int) -> None:
+    def __init__(self, spec: Spec, folder: Path, buckets: int, tools_bytes: int) -> None:
         self._spec, self._sources, self._folder = spec, spec.all_sources, folder
         self.summary = Summary()
         self._groups = ToolGroups()
-        self._listed: Counter[str] = Counter()
-        self._rows = Buckets(folder, "rows", buckets)
+        self._listed: Counter[int | str] = Counter()
+        """Tools by number, else by name → rows that list them."""
+        self._rows = Buckets(folder, ROWS, buckets)
+        self._known = KnownTools(tools_bytes)
         self._index = Index(folder, buckets, spec.duplicates == "near") if spec.duplicates != "keep" else None
         self._ballots = Ballots(folder, spec, buckets)
         self._renderer = Renderer(spec)
-        self._tied: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
         self._pool: dict[str, tuple[int, Tool]] = {}
         self._asked: list[Asked] = []
 
@@ -150,10 +152,13 @@ class _Reader:
     def close(self) -> None:
         """Write what is still held, and the summary."""
         self._rows.close()
+        self._known.save(self._folder)
         self._ballots.close()
         if self._index is not None:
             self._index.close()
-        self.summary.report.tools = dict(self._listed)
+        tools = self._known.tools
+        for told, rows in self._listed.items():
+            count(self.summary.report.tools, told if isinstance(told, str) else tools[told].name, rows)
         self.summary.groups = self._groups.pairs()
         self.summary.pool = smallest_tools(self._pool)
         self.summary.asked = heapq.nsmallest(ASKED, self._asked)
@@ -163,8 +168,9 @@ class _Reader:
         summary, seed, key = self.summary, self._spec.seed, row.key
         number = summary.rows.get(chunk, 0)
         summary.rows[chunk] = number + 1
+        tools = [self._meet(tool) for tool in row.tools]
         order = seeded(seed, "order", key)
-        self._rows.put(order * self._rows.count >> 64, pack_row(row, order, chunk, number))
+        self._rows.put(order * self._rows.count >> 64, pack_row(row, order, chunk, number, tools))
         if self._index is not None and row.source < len(self._spec.sources):
             self._index.add(row, chunk, number)
         if self._ballots.wants(row.source):
@@ -178,30 +184,32 @@ class _Reader:
                 self._asked = heapq.nsmallest(ASKED, self._asked)
 
     def _tie(self, row: Row, source: Source) -> None:
-        listed = tuple([tool.name for tool in row.tools])
-        self._listed.update(listed)
         if source.split != "auto" or row.system is not None:
-            names = listed  # a prompt that is not to be changed
+            names = [tool.name for tool in row.tools]  # a prompt that is not to be changed
         else:
             # Of the others only those that are called must stay together: the rest can be exchanged.
-            names = tuple(dict.fromkeys(call.name for r in row.rounds for call in r.turn.calls)) or listed[:1]
-        if (listed, names) not in self._tied:
-            if len(self._tied) > TIED:
-                self._tied.clear()
-            self._tied.add((listed, names))
-            self._groups.add(listed)
+            names = list(dict.fromkeys([call.name for _, turn, _ in row.rounds for call in turn.calls]))
+        if len(names) > 1:
             self._groups.tie(names)
-            self._draw(row.tools)
         if source.split != "auto":
             splits = self.summary.fixed.setdefault(names[0], [])
             if source.split not in splits:
                 splits.append(source.split)
 
-    def _draw(self, tools: Sequence[Tool]) -> None:
-        for tool in tools:
-            known = self._pool.get(tool.name)
-            if known is not None and known[1] == tool:
-                continue
+    def _meet(self, tool: Tool) -> int | Tool:
+        """Count a tool; returns its number, or itself where it has none."""
+        number = self._known.number(tool)
+        if number is None:
+            self._groups.add((tool.name,))
+            self._draw(tool)
+            self._known.add(tool)
+            number = self._known.number(tool)
+        self._listed[tool.name if number is None else number] += 1
+        return tool if number is None else number
+
+    def _draw(self, tool: Tool) -> None:
+        known = self._pool.get(tool.name)
+        if known is None or known[1] != tool:
             place = seeded(self._spec.seed, "pool", *tool)
             if known is None or place < known[0]:
                 self._pool[tool.name] = place, tool
@@ -212,8 +220,8 @@ class _Reader:
         report = self.summary.report
         count(report.sources, row.file)
         count(report.turns, str(len(row.rounds)))
-        for _, turn, _ in row.rounds:
-            count(report.calls, str(len(turn.calls)))
+        for _, (calls, _), _ in row.rounds:
+            count(report.calls, str(len(calls)))
 
     def _count_refusal(self, told: dict[str, object]) -> None:
         code = str(told["code"])

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from services.common.fabric import Example, Round, Tool, language_of, render_rows, render_system, render_together
+from services.common.fabric import (
+    Example,
+    Round,
+    Tool,
+    language_of,
+    render_rows,
+    render_system,
+    render_system_json,
+    render_together,
+)
 from services.conversion.mixture import pick_one
 from services.conversion.spec import Spec
 from services.conversion.spill import Row
@@ -15,8 +25,10 @@ LAYOUTS = {"split": ("split",), "inline": ("inline",), "both": ("split", "inline
 class Renderer:
     """Renders rows as a spec asks."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, as_json: bool = False) -> None:
+        """as_json: prompts that are made of tools are `orjson.Fragment`s, for who only writes them."""
         self.spec, self.sources = spec, spec.all_sources
+        self._render_system = render_system_json if as_json else render_system
         self._roles = {language: in_language(spec.instructions, language) for language in ("zh", "en")}
 
     def language(self, row: Row) -> str:
@@ -35,12 +47,12 @@ class Renderer:
         language = self.language(first)
         return Example(render_together(self.system(first, tools, language), tools, rounds, language), None)
 
-    def system(self, row: Row, tools: Sequence[Tool], language: str) -> str:
+    def system(self, row: Row, tools: Sequence[Tool], language: str) -> Any:
         """The system prompt: the row's own, or AgentFabric's."""
         if row.system is not None:
             return row.system
         role = row.instruction or pick_one(self._roles[language], self.spec.seed, "role", row.id)
-        return render_system(tools, role, language, self.spec.wording)
+        return self._render_system(tools, role, language, self.spec.wording)
 
     def may_share(self, row: Row) -> bool:
         """Whether a row may share a prompt: one question, over tools that we print, answered by a call or in plain words."""

@@ -41,10 +41,12 @@ def make_tool(name: str, description: str, schema: Mapping[str, Any]) -> Tool:
     return Tool(name, description, _to_json(schema, INVALID_PARAMETERS, f"tool {name!r}"))
 
 
-def make_call(name: str, arguments: Mapping[str, Any], observation: str | None = None) -> Call:
-    """A call out of its arguments. Raises Refused."""
+def make_call(name: str, arguments: Mapping[str, Any] | str, observation: str | None = None) -> Call:
+    """A call out of its arguments, or of what `plain_object` has made of them. Raises Refused."""
     if observation is not None and "</result>" in observation:
         raise Refused(RESULT_TAG_IN_RESULT, f"the result of {name}")
+    if isinstance(arguments, str):
+        return Call(name, arguments, observation)
     if not all(isinstance(key, str) for key in arguments):
         raise Refused(INVALID_ACTION_INPUT, f"{str(arguments)[:80]} has a key that is no text")
     return Call(name, _to_json(arguments, INVALID_ACTION_INPUT, f"the arguments of {name}"), observation)
@@ -52,6 +54,8 @@ def make_call(name: str, arguments: Mapping[str, Any], observation: str | None =
 
 def unique_tools(tools: Sequence[Tool]) -> tuple[Tool, ...]:
     """Tools in order, each once. Raises Refused when a name has two definitions."""
+    if len({tool.name for tool in tools}) == len(tools):
+        return tuple(tools)
     by_name: dict[str, Tool] = {}
     for tool in tools:
         if by_name.setdefault(tool.name, tool) != tool:
@@ -59,9 +63,12 @@ def unique_tools(tools: Sequence[Tool]) -> tuple[Tool, ...]:
     return tuple(by_name.values())
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
 def _to_json(value: Mapping[str, Any], code: str, what: str) -> str:
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = _encode(value)
         text.encode()  # half a surrogate pair is no text
     except (TypeError, ValueError, RecursionError):
         raise Refused(code, f"{what} cannot be written as JSON") from None

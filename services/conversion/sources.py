@@ -21,7 +21,11 @@ BOM = b"\xef\xbb\xbf"
 PACKED = (".jsonl.gz", ".jsonl.zst")
 PARQUET = ".parquet"
 SUFFIXES = (".jsonl", *PACKED, PARQUET)
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 2 << 20
+TABLE_ROWS = 256
+"""Of a table, so many rows are in memory at a time."""
+PIECE_BYTES = 256
+"""So much of a zstd file is unpacked at a time: 4 bytes can stand for 128 kB, so at most 8 MB come of it."""
 PACKED_RATIO = 6
 """About so many times larger are rows when they are unpacked."""
 
@@ -95,7 +99,7 @@ def read_rows(chunk: Chunk, max_bytes: int) -> Iterator[RawRow]:
     """
     path = Path(chunk.path)
     if path.name.endswith(PARQUET):
-        yield from _read_table(path)
+        yield from read_table(path, path.name)
         return
     try:
         with _open(path) as lines:
@@ -150,12 +154,13 @@ def _seek_line(lines: io.BufferedIOBase, start: int) -> int:
     return position
 
 
-def _read_table(path: Path) -> Iterator[RawRow]:
+def read_table(table: Path | bytes, name: str, at_a_time: int = TABLE_ROWS) -> Iterator[RawRow]:
+    """The rows of a Parquet file, or of all its bytes, as JSON. name: the file's. Raises InvalidData."""
     from arro3.io import read_parquet
 
     number = 0
     try:
-        for batch in read_parquet(path):
+        for batch in read_parquet(table, batch_size=at_a_time):
             names = batch.schema.names
             columns = [batch.column(name).to_pylist() for name in names]
             for values in zip(*columns, strict=True):
@@ -163,12 +168,12 @@ def _read_table(path: Path) -> Iterator[RawRow]:
                 row = dict(zip(names, values, strict=True))
                 yield RawRow(orjson.dumps(row, default=str), number, number - 1)
     except (ValueError, OSError, TypeError) as error:
-        raise InvalidData(f"{path.name} cannot be read as Parquet: {error}") from None
+        raise InvalidData(f"{name} cannot be read as Parquet: {error}") from None
     except BaseException as error:
         # arro3 0.9.1 panics on a broken footer, and a panic is no Exception.
         if type(error).__name__ != "PanicException":
             raise
-        raise InvalidData(f"{path.name} cannot be read as Parquet: {error}") from None
+        raise InvalidData(f"{name} cannot be read as Parquet: {error}") from None
 
 
 def _zstd_error(path: Path) -> type[Exception]:
@@ -205,13 +210,13 @@ class _ZstdFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Raises EOFError when the last frame is not whole."""
         while not self._ready:
-            self._packed = self._packed or self._file.read(1 << 16)
-            if not self._packed:
+            piece = self._packed or self._file.read(PIECE_BYTES)
+            if not piece:
                 if self._frame is not None:
                     raise EOFError("it ends in the middle")
                 return 0
             self._frame = self._frame or self._context.decompressobj()
-            self._ready = memoryview(self._frame.decompress(self._packed))
+            self._ready = memoryview(self._frame.decompress(piece))
             self._packed = self._frame.unused_data if self._frame.eof else b""
             self._frame = None if self._frame.eof else self._frame
         size = min(len(self._ready), len(buffer))

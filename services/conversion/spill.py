@@ -1,7 +1,8 @@
 """Rows on disk between the two passes, in buckets of the seeded order: each bucket fits into memory and is sorted there.
 
 How many buckets there are depends on the sources' size alone, and a row's bucket on its hash alone; so whoever reads the
-rows, and in how many processes, the result is the same.
+rows, and in how many processes, the result is the same. Rows repeat their tools, so each process writes a tool once and
+its rows name it by its number.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ import msgspec
 
 from services.common.fabric import Round, Tool
 
-BUCKET_BYTES = 12 << 20
+BUCKET_BYTES, LARGEST_BUCKET, FEW_BUCKETS = 4 << 20, 24 << 20, 64
+"""Of the sources' bytes: few buckets are small, so that processes have the same to do; from so many on they grow."""
 BUFFER_BYTES = 6 << 20
 """Of all buckets of a name together, in one process."""
+TOOLS_BYTES = 24 << 20
+"""Of tools that rows name by a number, in all processes together; each of the second pass holds them."""
+ROWS, TOOLS = "rows", "tools"
 _HEAD = struct.Struct(">QIII")
-"""Order, chunk, number in the chunk, length: sorted as bytes, they are in the seeded order."""
+"""Order, chunk, number in the chunk, length: sorted, they are in the seeded order."""
 PLACE = struct.Struct(">II")
 """Chunk, number in the chunk."""
 
@@ -44,13 +49,62 @@ class Row(NamedTuple):
         return f"{self.file}:{self.id}:{self.offset}"
 
 
+class _Packed(NamedTuple):
+    """A Row as it is written: a tool is a number of its process's `KnownTools`, or itself where these are full."""
+
+    id: str
+    file: str
+    offset: int
+    source: int
+    tools: tuple[int | Tool, ...]
+    rounds: tuple[Round, ...]
+    system: str | None
+    instruction: str
+
+
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Row).decode
+_decode = msgspec.msgpack.Decoder(_Packed).decode
+_decode_tools = msgspec.msgpack.Decoder(list[Tool]).decode
 
 
 def count_buckets(unpacked_bytes: int) -> int:
     """How many buckets rows of so many bytes are dealt to."""
-    return max(1, -(-unpacked_bytes // BUCKET_BYTES))
+    return max(1, min(FEW_BUCKETS, -(-unpacked_bytes // BUCKET_BYTES)), -(-unpacked_bytes // LARGEST_BUCKET))
+
+
+class KnownTools:
+    """The tools that one process has written, by number."""
+
+    def __init__(self, most_bytes: int) -> None:
+        """most_bytes: of them all; tools that come later have no number."""
+        self._numbers: dict[Tool, int] = {}
+        self._room = most_bytes
+
+    def number(self, tool: Tool) -> int | None:
+        """A tool's number, if it has one."""
+        return self._numbers.get(tool)
+
+    def add(self, tool: Tool) -> None:
+        """Give a tool a number, where there is room for it."""
+        size = 4 * sum(map(len, tool)) + 200  # of its texts, at most, and of the objects around them
+        if size <= self._room:
+            self._room -= size
+            self._numbers.setdefault(tool, len(self._numbers))
+
+    @property
+    def tools(self) -> list[Tool]:
+        """Those that have a number, in order."""
+        return list(self._numbers)
+
+    def save(self, folder: Path) -> None:
+        """Write them beside the rows."""
+        (folder / TOOLS).write_bytes(_encode(self.tools))
+
+
+def read_tools(folders: Sequence[Path]) -> list[list[Tool]]:
+    """What each folder's rows name by number. A tool that several know is one object."""
+    one: dict[Tool, Tool] = {}
+    return [[one.setdefault(tool, tool) for tool in _decode_tools((folder / TOOLS).read_bytes())] for folder in folders]
 
 
 class Buckets:
@@ -78,7 +132,7 @@ class Buckets:
             self._flush(bucket)
 
     def _flush(self, bucket: int) -> None:
-        with bucket_file(self._folder, self._name, bucket).open("ab") as file:
+        with bucket_file(self._folder, self._name, bucket).open("ab", buffering=0) as file:
             file.write(self._held.pop(bucket))
 
 
@@ -89,33 +143,48 @@ def bucket_file(folder: Path, name: str, bucket: int) -> Path:
 
 def read_bucket(folders: Sequence[Path], name: str, bucket: int) -> bytes:
     """All that was put into a bucket by any process. The files are gone afterwards."""
-    found = []
-    for folder in folders:
-        file = bucket_file(folder, name, bucket)
-        if file.exists():
-            found.append(file.read_bytes())
-            file.unlink()
-    return b"".join(found)
+    return b"".join([_take_file(bucket_file(folder, name, bucket)) for folder in folders])
 
 
-def pack_row(row: Row, order: int, chunk: int, number: int) -> bytes:
-    """A row as it lies in its bucket."""
-    body = _encode(row)
+def _take_file(file: Path) -> bytes:
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return b""
+    file.unlink()
+    return data
+
+
+def pack_row(row: Row, order: int, chunk: int, number: int, tools: Sequence[int | Tool]) -> bytes:
+    """A row as it lies in its bucket. tools: its own, by number where they have one."""
+    row_id, file, offset, source, _, rounds, system, instruction = row
+    body = _encode((row_id, file, offset, source, tools, rounds, system, instruction))
     return _HEAD.pack(order, chunk, number, len(body)) + body
 
 
-def unpack_rows(data: bytes) -> Iterator[tuple[tuple[int, int], memoryview]]:
-    """((chunk, number), row still packed) of a bucket, in the seeded order; `unpack_row` reads it."""
-    view, found, position = memoryview(data), list[tuple[bytes, int]](), 0
-    while position < len(data):
-        found.append((data[position : position + 16], position))
-        position += _HEAD.size + int.from_bytes(data[position + 16 : position + 20], "big")
-    for head, start in sorted(found):
-        length = int.from_bytes(data[start + 16 : start + 20], "big")
-        body = start + _HEAD.size
-        yield PLACE.unpack(head[8:]), view[body : body + length]
+def unpack_rows(
+    folders: Sequence[Path], tables: Sequence[Sequence[Tool]], bucket: int
+) -> Iterator[tuple[tuple[int, int], memoryview, Sequence[Tool]]]:
+    """((chunk, number), row still packed, tools by number) of a bucket, in the seeded order; `unpack_row` reads it.
+
+    tables: `read_tools` of the folders. The files are gone afterwards.
+    """
+    views = [memoryview(_take_file(bucket_file(folder, ROWS, bucket))) for folder in folders]
+    found: list[tuple[int, int, int, int, int, int]] = []
+    for part, view in enumerate(views):
+        position, end = 0, len(view)
+        while position < end:
+            order, chunk, number, length = _HEAD.unpack_from(view, position)
+            start = position + _HEAD.size
+            position = start + length
+            found.append((order, chunk, number, part, start, position))
+    found.sort()
+    for _, chunk, number, part, start, end in found:
+        yield (chunk, number), views[part][start:end], tables[part]
 
 
-def unpack_row(data: memoryview) -> Row:
-    """The row."""
-    return _decode(data)
+def unpack_row(data: memoryview, known: Sequence[Tool]) -> Row:
+    """The row. known: the tools that it names by number."""
+    row_id, file, offset, source, tools, rounds, system, instruction = _decode(data)
+    listed = tuple([known[tool] if isinstance(tool, int) else tool for tool in tools])
+    return Row(row_id, file, offset, source, listed, rounds, system, instruction)

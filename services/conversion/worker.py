@@ -24,7 +24,7 @@ from services.conversion.reading import read_chunks, read_summary
 from services.conversion.report import Report
 from services.conversion.sources import CHUNK_BYTES, Chunk, cut_chunks, find_files, unpacked_bytes
 from services.conversion.spec import Spec
-from services.conversion.spill import count_buckets
+from services.conversion.spill import TOOLS_BYTES, count_buckets
 from services.conversion.writing import Plan, write_buckets
 
 
@@ -46,9 +46,9 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
             share(spec, inputs, scratch, (0, 1), reporter)
         folders = sorted(scratch.glob("read-*"))
         plan, outcome, report = make_plan(spec, work.chunks, folders, work.buckets, str(inputs.get("tokenizer", "")))
-        _write(plan, folders, scratch, work, report, reporter)
+        firsts = _write(plan, folders, scratch, work, report, reporter)
         before = number_lines(work.chunks, [read_summary(folder) for folder in folders])
-        join_parts(scratch, work.buckets, output)
+        join_parts(scratch, firsts, output)
         join_rejects(folders, before, output)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -73,10 +73,11 @@ def share(spec: Spec, inputs: Mapping[str, Path], folder: Path, place: tuple[int
     work = _Work.plan(spec, inputs)
     chunks = work.chunks[node::nodes]
     tasks = []
+    tools_bytes = TOOLS_BYTES // (nodes * work.processes)
     for number in range(max(1, min(work.processes, len(chunks)))):
         target = folder / f"read-{node:04d}-{number:04d}"
         target.mkdir()
-        tasks.append((spec, chunks[number :: work.processes], target, work.buckets))
+        tasks.append((spec, chunks[number :: work.processes], target, work.buckets, tools_bytes))
     run_tasks(read_chunks, tasks, _teller(reporter, "reading", 0))
 
 
@@ -100,14 +101,20 @@ class _Work:
         return cls(chunks, count_buckets(size), 1 if size < CHUNK_BYTES else count_processes())
 
 
-def _write(plan: Plan, folders: Sequence[Path], scratch: Path, work: _Work, report: Report, reporter: Reporter) -> None:
+def _write(
+    plan: Plan, folders: Sequence[Path], scratch: Path, work: _Work, report: Report, reporter: Reporter
+) -> list[int]:
+    """Do the second pass; returns the first bucket of each part of the files, in order."""
+    parts = min(work.processes, work.buckets)
+    firsts = [number * work.buckets // parts for number in range(parts)]
     tasks = [
-        (plan, range(n, work.buckets, work.processes), folders, scratch)
-        for n in range(min(work.processes, work.buckets))
+        (plan, range(first, end), folders, scratch)
+        for first, end in zip(firsts, [*firsts[1:], work.buckets], strict=True)
     ]
     total = sum(plan.rows.values())
     for part in run_tasks(write_buckets, tasks, _teller(reporter, "writing", total)):
         report.add(part)
+    return firsts
 
 
 def _teller(reporter: Reporter, phase: str, total: int) -> Tell:

@@ -6,22 +6,25 @@ Rows that share a prompt come from one bucket, so buckets can be written by any 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import orjson
 
-from services.common.fabric import Example, Round, Tool, Turn, language_of, render_rows
+from services.common.fabric import Example, Round, Tool, Turn, language_of, remember_tools, render_rows
 from services.conversion.mixture import SPLITS, add_distractors, fits_none, pick_count, pick_one, seeded
 from services.conversion.processes import Tell
 from services.conversion.rendering import LAYOUTS, Renderer, in_language
 from services.conversion.report import Report, count
 from services.conversion.selection import Marks
 from services.conversion.spec import Spec
-from services.conversion.spill import Row, read_bucket, unpack_row, unpack_rows
+from services.conversion.spill import Row, read_tools, unpack_row, unpack_rows
 from services.conversion.tokens import Tokenizer, open_tokenizer
+
+BUFFER_BYTES = 1 << 18
+"""Of each file that is written."""
 
 Question = tuple[str, tuple[Tool, ...]]
 """A question and the tools of its row."""
@@ -47,45 +50,49 @@ class Plan:
 
 
 def write_buckets(plan: Plan, buckets: Sequence[int], spilled: Sequence[Path], parts: Path, tell: Tell) -> Report:
-    """Do the second pass over some buckets; leaves `part_file`s. The spilled rows are gone afterwards."""
-    writer = _Writer(plan)
-    for bucket in buckets:
-        writer.write(bucket, spilled, parts, tell)
+    """Do the second pass over buckets that follow each other; leaves `part_file`s. The spilled rows are gone afterwards."""
+    names = [name for split in SPLITS for name in (split, f"tools-{split}")]
+    with ExitStack() as opened:
+        files = {
+            name: opened.enter_context(part_file(parts, name, buckets[0]).open("wb", buffering=BUFFER_BYTES))
+            for name in names
+        }
+        writer = _Writer(plan, files)
+        tables = read_tools(spilled)
+        for bucket in buckets:
+            tell(writer.write(bucket, spilled, tables))
     return writer.report
 
 
-def part_file(parts: Path, name: str, bucket: int) -> Path:
-    """A bucket's part of one of the dataset's files; name: a split, or "tools-" and a split."""
-    return parts / f"{name}-{bucket:06d}"
+def part_file(parts: Path, name: str, first: int) -> Path:
+    """The part of one of the dataset's files that begins with a bucket; name: a split, or "tools-" and a split."""
+    return parts / f"{name}-{first:06d}"
 
 
 class _Writer:
-    def __init__(self, plan: Plan) -> None:
-        self._plan, self._spec = plan, plan.spec
+    def __init__(self, plan: Plan, files: Mapping[str, BinaryIO]) -> None:
+        self._plan, self._spec, self._files = plan, plan.spec, files
         self._sources = plan.spec.all_sources
-        self._gone = Marks(plan.rows, plan.gone)
-        self._renderer = Renderer(plan.spec)
+        self._gone = Marks(plan.rows, plan.gone) if any(plan.gone) else ()
+        # Only who counts characters or tokens asks for the text of a prompt.
+        self._renderer = Renderer(plan.spec, as_json=not (plan.tokenizer or plan.spec.max_row_characters))
         self._together = plan.spec.questions.max > 1 or plan.spec.refusals.ratio > 0
         self._tokenizer: Tokenizer | None = open_tokenizer(Path(plan.tokenizer)) if plan.tokenizer else None
-        self._files: dict[str, BinaryIO] = {}
         self._lengths: list[Sequence[Mapping[str, Any]]] = []
         self.report = Report()
 
-    def write(self, bucket: int, spilled: Sequence[Path], parts: Path, tell: Tell) -> None:
-        """Write one bucket's parts."""
-        self._files = {name: part_file(parts, name, bucket).open("wb") for s in SPLITS for name in (s, f"tools-{s}")}
+    def write(self, bucket: int, spilled: Sequence[Path], tables: Sequence[Sequence[Tool]]) -> int:
+        """Write one bucket's rows; returns how many there were."""
         waiting: list[Row] = []
         seen = 0
-        for place, packed in unpack_rows(read_bucket(spilled, "rows", bucket)):
+        for place, packed, known in unpack_rows(spilled, tables, bucket):
             seen += 1
             if place not in self._gone:
-                waiting = self._take(unpack_row(packed), waiting)
+                waiting = self._take(unpack_row(packed, known), waiting)
         if waiting:
             self._write_together(waiting)
         self._count_tokens(0)
-        for file in self._files.values():
-            file.close()
-        tell(seen)
+        return seen
 
     def _take(self, row: Row, waiting: list[Row]) -> list[Row]:
         """Write a row, or let it wait for others to share its prompt; returns those that wait."""
@@ -110,14 +117,17 @@ class _Writer:
 
     def _split(self, row: Row) -> str:
         if row.tools:
-            called = next((call.name for r in row.rounds for call in r.turn.calls), row.tools[0].name)
-            return self._plan.splits[called]
+            for _, turn, _ in row.rounds:
+                if turn.calls:
+                    return self._plan.splits[turn.calls[0].name]
+            return self._plan.splits[row.tools[0].name]
         named = self._sources[row.source].split
         return "train" if named == "auto" else named  # rows without tools cannot leak one
 
     def _exchange_tools(self, split: str, row: Row) -> Row:
         """Other tools of the split instead of those that are held out from it: none of them is called here."""
-        own = tuple(tool for tool in row.tools if self._plan.splits[tool.name] == split)
+        splits = self._plan.splits
+        own = [tool for tool in row.tools if splits[tool.name] == split]
         missing = len(row.tools) - len(own)
         if not missing:
             return row
@@ -135,11 +145,12 @@ class _Writer:
         for _, turn, _ in row.rounds:
             report.turns_with_calls += bool(turn.calls)
             report.turns_without_call += not turn.calls
+        listed = list_tools(tools)
         for number, (layout, example) in enumerate(examples):
             count(report.layouts, layout)
             # The inline row of a conversation whose split rows are written elsewhere has no number among them.
             suffix = "/inline" if only == "inline" else f"/{number}" if len(examples) > 1 else ""
-            self._write(split, row.id + suffix, row.file, example, tools)
+            self._write(split, row.id + suffix, row.file, example, listed)
 
     def _add_tools(self, split: str, row: Row) -> Sequence[Tool]:
         wanted, seed = self._spec.distractors, self._spec.seed
@@ -167,7 +178,7 @@ class _Writer:
         report.turns_with_calls += sum(bool(turn.calls) for _, turn, _ in rounds)
         report.turns_without_call += sum(not turn.calls for _, turn, _ in rounds)
         count(report.layouts, "together")
-        self._write("train", "+".join(r.id for r in rows), first.file, example, tools)
+        self._write("train", "+".join(r.id for r in rows), first.file, example, list_tools(tools))
         for row in rows:
             if seeded(spec.seed, "summary", row.id) % 10_000 < spec.summaries * 10_000:
                 self._write_summary(row, self._renderer.language(first))
@@ -177,7 +188,7 @@ class _Writer:
         for number, example in enumerate(render_rows("split", system, row.tools, row.rounds, language)):
             if example.expected is None and not self._renderer.is_too_long(example):
                 count(self.report.layouts, "split")
-                self._write("train", f"{row.id}/{number}", row.file, example, row.tools)
+                self._write("train", f"{row.id}/{number}", row.file, example, list_tools(row.tools))
 
     def _refusals(self, row_id: str, questions: int, tools: Sequence[Tool]) -> Iterator[Round]:
         """Questions of other rows that none of these tools fits, each with a refusal as its answer."""
@@ -194,15 +205,16 @@ class _Writer:
                 missing -= 1
                 yield Round(query, Turn(answer=pick_one(answers, spec.seed, row_id, query)))
 
-    def _write(self, split: str, row_id: str, source: str, example: Example, tools: Sequence[Tool]) -> None:
-        """One row, and its tools beside it."""
+    def _write(self, split: str, row_id: str, source: str, example: Example, tools: bytes) -> None:
+        """One row, and its tools, as `list_tools` has them, beside it."""
         line = {"id": row_id, "source": source, "messages": example.messages}
         self._files[split].write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-        beside: dict[str, Any] = {"id": row_id, "tools": [_tool_json(tool) for tool in tools]}
+        expected = b""
         if example.expected is not None:
-            beside["expected"] = [{"name": c.name, "arguments": orjson.Fragment(c.arguments)} for c in example.expected]
+            calls = [b'{"name":%b,"arguments":%b}' % (orjson.dumps(c[0]), c[1].encode()) for c in example.expected]
+            expected = b',"expected":[%b]' % b",".join(calls)
             count(self.report.scored, split)
-        self._files[f"tools-{split}"].write(orjson.dumps(beside, option=orjson.OPT_APPEND_NEWLINE))
+        self._files[f"tools-{split}"].write(b'{"id":%b,"tools":[%b]%b}\n' % (orjson.dumps(row_id), tools, expected))
         count(self.report.rows, split)
         if self._tokenizer is not None:
             self._lengths.append(example.messages)
@@ -215,8 +227,14 @@ class _Writer:
             self._lengths = []
 
 
-@lru_cache(maxsize=16384)
-def _tool_json(tool: Tool) -> orjson.Fragment:
+def list_tools(tools: Sequence[Tool]) -> bytes:
+    """Tools as OpenAI function objects: what stands between the brackets of a JSON list."""
+    return b",".join([_tool_json(tool) for tool in tools])
+
+
+@remember_tools
+def _tool_json(tool: Tool) -> bytes:
+    """A tool as an OpenAI function object."""
     parameters = orjson.Fragment(tool.parameters)  # as it is: no number loses digits
     told = {"name": tool.name, "description": tool.description, "parameters": parameters}
-    return orjson.Fragment(orjson.dumps({"type": "function", "function": told}))
+    return orjson.dumps({"type": "function", "function": told})

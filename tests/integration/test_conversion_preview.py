@@ -12,6 +12,8 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from fabrictune.client import Client
@@ -51,6 +53,9 @@ async def here(store: Store, artifacts: Artifacts, tmp_path: Path) -> AsyncItera
     (folder / "b.jsonl").write_bytes(ROWS.read_bytes())
     (folder / "big.jsonl").write_bytes(ROWS.read_bytes() * (HEAD_BYTES // ROWS.stat().st_size + 2))
     (folder / "c.parquet").write_bytes(b"PAR1")
+    table = pyarrow.Table.from_pylist([json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()[:20]])
+    pyarrow.parquet.write_table(table, folder / "d.parquet")
+    (folder / "e.parquet").write_bytes(b"PAR1" * (HEAD_BYTES // 4 + 1))
     (folder / "empty.jsonl").touch()
     artifacts.publish(folder, "datasets/rows", "rows")
     cluster = LocalCluster(tmp_path / "cluster", 1)
@@ -77,6 +82,12 @@ async def test_a_glob_names_the_file_and_packed_rows_are_read(here: Here) -> Non
     assert answer.ByteSize() < 4 << 20, "what a client of gRPC takes"
 
 
+async def test_the_rows_of_a_small_table_are_shown(here: Here) -> None:
+    table = await here.preview("datasets/rows", 3, files="d.parquet")
+    lines = await here.preview("datasets/rows", 3, files="b.jsonl")
+    assert [list(row.after) for row in table.rows] == [list(row.after) for row in lines.rows]
+
+
 async def test_of_a_large_file_only_the_beginning_is_read(here: Here) -> None:
     answer = await here.preview("datasets/rows", 3, files="big.jsonl")
     assert [row.HasField("refusal") for row in answer.rows] == [False] * 3
@@ -92,7 +103,8 @@ async def test_a_file_without_rows_shows_none(here: Here) -> None:
         ("datasets/none", 0, {}, "NOT_FOUND", "there is no artifact datasets/none"),
         ("rows.jsonl", 0, {}, "INVALID_ARGUMENT", "is no artifact's name"),
         ("datasets/rows", 0, {"files": "*.md"}, "INVALID_ARGUMENT", "has no rows files that match"),
-        ("datasets/rows", 0, {"files": "*.parquet"}, "INVALID_ARGUMENT", "c.parquet cannot be previewed here"),
+        ("datasets/rows", 0, {"files": "*.parquet"}, "INVALID_ARGUMENT", "c.parquet cannot be read as Parquet"),
+        ("datasets/rows", 0, {"files": "e.parquet"}, "INVALID_ARGUMENT", "e.parquet cannot be previewed here"),
         ("datasets/rows", 0, {"layout": "sideways"}, "INVALID_ARGUMENT", "spec.sources[0].layout"),
         ("datasets/rows", -1, {}, "INVALID_ARGUMENT", "must be positive"),
     ],

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import orjson
 import pytest
 
-from services.common.fabric import Round, Turn, render_prefix, render_rows, render_system, render_together
+from services.common.fabric import (
+    Round,
+    Turn,
+    render_prefix,
+    render_rows,
+    render_system,
+    render_system_json,
+    render_together,
+)
 from services.conversion.rows import make_call, make_tool
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "description": "name"}}, "required": ["city"]}
@@ -164,3 +174,12 @@ def test_a_second_call_comes_after_what_is_said_of_the_first_result() -> None:
     [(inline, _)] = rows("inline", ("Where to?", turn))
     text = "".join(m["content"] for m in inline[2:])
     assert text == f"{CALL_TEXT}{RESULT} Paris is sunny.\n\n{again}{RESULT.replace('sunny', 'rain')} Go to Paris."
+
+
+@pytest.mark.parametrize("wording", ["0.7.1", "0.7.2"])
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_a_prompt_that_is_put_together_as_json_is_the_json_of_the_prompt(language: str, wording: str) -> None:
+    odd = make_tool('a"{names}\\,', 'Say "\\n"\t{role}\x01🙂.', PARAMETERS)
+    for tools in ((), (WEATHER,), (WEATHER, odd, DRAW)):
+        asked = tools, 'Be "kind"\n{descs}.', language, wording
+        assert json.loads(orjson.dumps(render_system_json(*asked))) == render_system(*asked)

@@ -115,10 +115,10 @@ def check(act: Callable[[str], object], make: Callable[[int], str]) -> None:
 
 
 def _took(act: Callable[[str], object], text: str) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     with contextlib.suppress(Refused, ValueError):
         act(text)
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
 @pytest.mark.parametrize("piece", DESCRIPTIONS.values(), ids=DESCRIPTIONS.keys())

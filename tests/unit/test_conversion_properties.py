@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.fabric import FORBIDDEN_IN_NAMES, Call, Tool, Turn
-from services.conversion.literals import decode_literal
-from services.conversion.react import LAST_THOUGHT, parse_system_prompt, parse_turn
+from services.conversion.literals import decode_literal, plain_object
+from services.conversion.react import LAST_THOUGHT, _parse_apis, _recall_apis, parse_system_prompt, parse_turn
+from services.conversion.refusals import Refused
 from services.conversion.rows import make_call, make_tool
 
 # What the grammar itself is made of, so that texts are made of it too.
@@ -225,3 +226,36 @@ def test_a_text_that_json_and_python_both_refuse_is_refused_and_any_other_has_th
 )
 def test_reprs_without_double_quotes_and_backslashes_are_read_as_python_reads_them(value: dict[str, Any]) -> None:
     assert repr(decode_literal(repr(value))) == repr(ast.literal_eval(repr(value)))
+
+
+PLAIN = st.sampled_from(
+    ["{", "}", "[", "]", "'a'", '"a"', "'b c'", ": ", ", ", ":", ",", "1", "-12", "0", "-0", "01", "1.5", "1e3", "true", "True",
+     "null", "'", '"', "\\n", "'x: ', y'", "天", " ", "999999999999999", "9999999999999999"]
+)  # fmt: skip
+OBJECTS = st.dictionaries(TEXT, VALUES, max_size=4)
+
+
+@given(st.lists(PLAIN, max_size=12).map("".join).map("{{{}}}".format) | OBJECTS.map(repr) | OBJECTS.map(json.dumps))
+@settings(max_examples=500)
+def test_a_plain_object_is_the_text_that_its_value_would_be_printed_as(text: str) -> None:
+    printed = plain_object(text)
+    if printed is not None:
+        assert printed == json.dumps(decode_literal(text), ensure_ascii=False)
+
+
+LINES = st.sampled_from(
+    ["\n1. a: Call this tool. Parameters: []", "\n\n2. b: Call this tool to interact with the b API. x. Parameters: []",
+     "\n\n1. c: Call this tool. Parameters: [{}]", "\n\n3. d: Call this tool. Parameters: []", "\n2. e: Call this tool.",
+     "\n\n", "\n", " ", "\u3000", "prose", " Parameters: []", "\n\n2. Parameters: Call this tool",
+     "\n\n02. f: Call this tool. Parameters: []"]
+)  # fmt: skip
+
+
+@given(st.lists(LINES, max_size=7).map("".join))
+@settings(max_examples=500)
+def test_apis_that_are_recalled_are_what_reading_them_gives(section: str) -> None:
+    recalled = _recall_apis(section)
+    if recalled is not None:
+        assert recalled == _parse_apis(section)
+    with contextlib.suppress(Refused):
+        _parse_apis(section)

@@ -345,8 +345,14 @@ def test_required_is_in_the_order_of_the_declaration() -> None:
         ({"$ref": "#/$defs/day"}, "integer"),
         ({"$ref": "#/$defs/away"}, "string"),
         ({"$ref": 3}, "string"),
+        ({"anyOf": [{"$ref": "#/$defs/day"}, {"type": "null"}]}, ["integer", "null"]),
+        ({"allOf": [{"$ref": "#/$defs/day"}]}, "integer"),
+        ({"anyOf": [{"type": ["number", "null"]}, {"type": 3}]}, ["number", "null"]),
+        ({"$ref": "#/$defs/circle"}, "string"),
+        ({"enum": [1, 2]}, "string"),
     ],
 )
 def test_a_property_without_a_type_has_that_of_what_it_points_at(schema: dict[str, Any], kind: Any) -> None:
-    told = schema_of({"type": "object", "properties": {"p": schema}, "$defs": {"day": {"type": "integer"}}})
+    defined = {"day": {"type": "integer"}, "circle": {"anyOf": [{"$ref": "#/$defs/circle"}] * 9}}
+    told = schema_of({"type": "object", "properties": {"p": schema}, "$defs": defined})
     assert told["properties"]["p"]["type"] == kind

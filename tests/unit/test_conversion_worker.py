@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -251,8 +256,11 @@ def test_processes_and_nodes_do_not_change_a_byte(tmp_path: Path, monkeypatch: p
     three = tmp_path / "three"
     three.mkdir()
     run(spec, {"sources/0": source, **shares}, three, Recorder())
+    monkeypatch.setattr(worker, "TOOLS_BYTES", 20_000)  # most tools then stand in each row that lists them
+    four, _ = convert(tmp_path, source, folder="four", **settings)
     for file in (*(f"{split}.jsonl" for split in SPLITS), "report.json"):
         assert (one / file).read_bytes() == (two / file).read_bytes(), file
+        assert (one / file).read_bytes() == (four / file).read_bytes(), file
         if file != "report.json":
             assert (one / file).read_bytes() == (three / file).read_bytes(), file
     assert [r["line"] for r in lines(one / "rejects.jsonl")] == [51, 162]
@@ -336,6 +344,21 @@ def test_a_line_without_end_is_refused_and_the_next_row_is_read(tmp_path: Path) 
     assert [(raw.line, raw.offset) for raw in sources_module.read_rows(chunk, 99)] == [(1, 0), (2, len(endless) + 1)]
 
 
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_of_a_packed_line_without_end_no_more_is_in_memory_than_a_row_may_have(
+    tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes]
+) -> None:
+    file = tmp_path / f"a.jsonl{suffix}"
+    file.write_bytes(pack(bytes(100 << 20)))
+    [chunk] = sources_module.cut_chunks([(0, file)])
+    tracemalloc.start()
+    [raw] = sources_module.read_rows(chunk, 1 << 20)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(raw.data) == (1 << 20) + 2
+    assert most < 32 << 20
+
+
 @pytest.mark.parametrize("most", [0, 1200])
 def test_every_training_row_has_an_id_of_its_own(tmp_path: Path, most: int) -> None:
     source = write(tmp_path / "a.jsonl", *[row(n, name(n)) for n in range(8)])
@@ -372,3 +395,25 @@ def test_shares_are_not_used_up(tmp_path: Path) -> None:
         run(spec, {"sources/0": source, "shares/0": given}, tmp_path / name, Recorder())
     assert sorted(f.relative_to(given) for f in given.rglob("*")) == before
     assert (tmp_path / "first/train.jsonl").read_bytes() == (tmp_path / "second/train.jsonl").read_bytes()
+
+
+def test_processes_end_when_the_one_that_started_them_is_killed() -> None:
+    code = (
+        "from services.conversion.processes import run_tasks\n"
+        "def work(number, tell):\n"
+        "    while True: tell(1)\n"
+        "run_tasks(work, [(1,), (2,)], lambda count: None)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        wait_until(lambda: len(listed.read_text().split()) == 2)
+        children = [Path(f"/proc/{pid}/stat") for pid in listed.read_text().split()]
+        parent.kill()
+    wait_until(lambda: all(not c.exists() or c.read_text().rpartition(")")[2].split()[0] == "Z" for c in children))
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.05)
