@@ -62,6 +62,11 @@ class Jobs:
         self._log = get_logger(stage.kind)
 
     @property
+    def stage(self) -> Stage[Any]:
+        """What they do."""
+        return self._stage
+
+    @property
     def artifacts(self) -> Artifacts:
         """Where their inputs and outputs are."""
         return self._artifacts

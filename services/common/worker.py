@@ -140,7 +140,11 @@ def _run_stage(
         metadata = stage.run(spec, folders, output, events)
         events.progress(Progress(unit="files", step=0, phase="uploading"))
         sealed = artifacts.publish(
-            output, record.output, stage.output_kind, created_by=provenance(stage, record), metadata=dict(metadata)
+            output,
+            record.output,
+            stage.output_for(spec)[0],
+            created_by=provenance(stage, record),
+            metadata=dict(metadata),
         )
     if shares is not None:
         shares.forget()

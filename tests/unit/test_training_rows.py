@@ -10,10 +10,11 @@ import pytest
 
 from services.common.errors import DataLoss, FabrictuneError, FailedPrecondition, InvalidData, Unavailable
 from services.common.reporter import Silent
+from services.training.admission import check_model, hardware_here
 from services.training.checkpoints import CheckpointKeeper, check_resumable, choose, restore_best
 from services.training.rows import read_rows
 from services.training.spec import Spec
-from services.training.worker import account_for_rows, check_model, hardware_here
+from services.training.worker import account_for_rows
 
 GOOD = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
