@@ -117,15 +117,16 @@ def _activations(shape: ModelShape, arguments: Mapping[str, Any], load: Load, co
 def _layer_bytes(shape: ModelShape, arguments: Mapping[str, Any], compute: int) -> int:
     """Bytes that one decoder layer keeps for each token until its backward pass."""
     norms = 2 * 4 * shape.hidden  # RMSNorm computes in float32 and keeps its input
-    attention = compute * (
-        4 * shape.query + shape.query
-    )  # q, repeated k and v, the outcome, and that with heads joined
+    attention = compute * (2 * shape.query + 2 * shape.key)  # q, k, v and the outcome
     mlp = compute * 3 * shape.intermediate  # the gate, its SiLU, and up
     # Inputs of the matrices: normed twice, attention's outcome (counted above), the product before `down`.
     inputs = compute * (2 * shape.hidden + shape.intermediate)
-    if float(arguments.get("lora_dropout", 0.05)) > 0 and arguments.get("tuner_type", "lora") != "full":
-        # Each adapted matrix drops elements of its own copy, and keeps a mask.
-        inputs += (compute + 1) * (5 * shape.hidden + shape.query + shape.intermediate)
+    if arguments.get("tuner_type", "lora") != "full":
+        own = 5 * shape.hidden + shape.query + shape.intermediate  # inputs of q, k, v, gate and up; of o; of down
+        if float(arguments.get("lora_dropout", 0.05)) > 0:
+            inputs = (compute + 1) * own  # each matrix drops elements of its own copy, and keeps a mask
+        elif compute != 4:
+            inputs = compute * own  # each LoRA casts its own copy
     return norms + attention + mlp + inputs
 
 

@@ -16,7 +16,16 @@ from services.common.errors import Cancelled, FabrictuneError, WorkerLost
 from services.common.reporter import Progress, Reporter
 from services.common.stage import Stage
 from services.training.admission import admit, all_too_long
-from services.training.checkpoints import check_resumable, choose, restore_best
+from services.training.checkpoints import (
+    check_resumable,
+    choose,
+    read_metrics_until,
+    read_state,
+    restore_best,
+    weight_files,
+    write_metrics,
+)
+from services.training.event_files import write_events
 from services.training.plot import plot_loss
 from services.training.presets import load_preset
 from services.training.rows import Row
@@ -45,10 +54,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     work.mkdir()
     try:
         _lay_out(dataset, work, checkpoint, validation)
+        before = read_metrics_until(checkpoint, read_state(checkpoint)["global_step"]) if checkpoint else []
         paths = Paths(model.absolute(), work, checkpoint.absolute() if checkpoint else None, validation)
         command = plan_sft(spec, load_preset(spec.preset), paths, hardware, admitted.family)
         reporter.progress(Progress(unit="steps", step=0, phase="loading"))
-        trained = _train(command, work, train, admitted.max_length, reporter)
+        trained = _train(command, work, train, admitted.max_length, reporter, before)
         if hardware.node_rank:
             return {}  # the first node has the adapter
         if hardware.nodes > 1 and (trained.newest_checkpoint or 0) < trained.rows["max_steps"]:
@@ -86,9 +96,16 @@ def refused_ids(rows: Sequence[Row], work: Path) -> list[str]:
     return [row.id for row in rows if row.fingerprint in named]
 
 
-def _train(command: Command, work: Path, rows: Sequence[Row], max_length: int | None, reporter: Reporter) -> Trained:
+def _train(
+    command: Command,
+    work: Path,
+    rows: Sequence[Row],
+    max_length: int | None,
+    reporter: Reporter,
+    records: Sequence[Mapping[str, Any]],
+) -> Trained:
     try:
-        return run_child(command, work, reporter)
+        return run_child(command, work, reporter, records)
     except Cancelled:
         raise
     except FabrictuneError:
@@ -111,15 +128,17 @@ def _leave_adapter(
     spec: Spec, model: Path, work: Path, checkpoint: Path | None, trained: Trained, output: Path, command: Command
 ) -> dict[str, Any]:
     step, folder = choose(work / "run", checkpoint, spec.checkpoint, trained.newest_checkpoint)
-    shutil.copyfile(folder / "adapter_model.safetensors", output / "adapter_model.safetensors")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = spec.base_model  # a path of this machine means nothing elsewhere
-    (output / "adapter_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    for name in weight_files(folder):
+        shutil.copyfile(folder / name, output / name)
+    if (output / "adapter_config.json").exists():
+        config = json.loads((output / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = spec.base_model  # a path of this machine means nothing elsewhere
+        (output / "adapter_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     for name in _TOKENIZER_FILES:
         if (model / name).exists():
             shutil.copyfile(model / name, output / name)
-    with (output / "metrics.jsonl").open("w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in trained.records)
+    write_metrics(output / "metrics.jsonl", trained.records)
+    write_events(trained.records, output / "tensorboard")
     plot_loss(trained.records, output / "loss.png", f"{spec.base_model} on {spec.dataset}, {spec.preset}")
     local = {str(model.absolute()): spec.base_model, str(PLUGIN): PLUGIN.name}
     if checkpoint:
@@ -141,6 +160,7 @@ def _metadata(spec: Spec, step: int, trained: Trained) -> dict[str, Any]:
         "total_steps": trained.rows["max_steps"],
         "tokens": trained.tokens,
         "computing_seconds": round(trained.computing_seconds, 3),
+        "peak_memory_bytes": trained.peak_bytes,
         **{name: value for name, value in figures.items() if value is not None},
     }
 
