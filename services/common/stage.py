@@ -58,6 +58,8 @@ class Stage(Generic[S]):
     """Judges the metadata after the output is sealed; raises the error that the job ends with (an evaluation's gate)."""
     output_of: Callable[[S], tuple[str, str]] | None = None
     """spec → kind and collection of what it makes, where they depend on the spec (full fine-tuning makes a model)."""
+    checkpoints_kept: Callable[[S], int] | None = None
+    """spec → how many of a job's checkpoints stay in the store while it runs; None: 2."""
     children: Callable[[S], Sequence[Child]] | None = None
     """spec → the processes that its worker starts, for --dry-run and validate_only; paths in it are stand-ins."""
 

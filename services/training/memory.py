@@ -108,14 +108,14 @@ def _weights(shape: ModelShape, arguments: Mapping[str, Any], compute: int) -> i
 
 def _activations(shape: ModelShape, arguments: Mapping[str, Any], load: Load, compute: int) -> int:
     tokens = load.batch * load.length
-    layer = tokens * _layer_bytes(shape, arguments, compute)
+    layer = tokens * _layer_bytes(shape, arguments, compute, compute if load.device == "cpu" else 1)
     if arguments.get("gradient_checkpointing", True):
         return shape.layers * tokens * shape.hidden * compute + layer  # each layer's input, and one layer again
     return _layers_walked_back(shape, arguments) * layer
 
 
-def _layer_bytes(shape: ModelShape, arguments: Mapping[str, Any], compute: int) -> int:
-    """Bytes that one decoder layer keeps for each token until its backward pass."""
+def _layer_bytes(shape: ModelShape, arguments: Mapping[str, Any], compute: int, mask: int) -> int:
+    """Bytes that one decoder layer keeps for each token until its backward pass. mask: of dropout, an element."""
     norms = 2 * 4 * shape.hidden  # RMSNorm computes in float32 and keeps its input
     attention = compute * (2 * shape.query + 2 * shape.key)  # q, k, v and the outcome
     mlp = compute * 3 * shape.intermediate  # the gate, its SiLU, and up
@@ -124,7 +124,7 @@ def _layer_bytes(shape: ModelShape, arguments: Mapping[str, Any], compute: int) 
     if arguments.get("tuner_type", "lora") != "full":
         own = 5 * shape.hidden + shape.query + shape.intermediate  # inputs of q, k, v, gate and up; of o; of down
         if float(arguments.get("lora_dropout", 0.05)) > 0:
-            inputs = (compute + 1) * own  # each matrix drops elements of its own copy, and keeps a mask
+            inputs = (compute + mask) * own  # each matrix drops elements of its own copy, and keeps a mask
         elif compute != 4:
             inputs = compute * own  # each LoRA casts its own copy
     return norms + attention + mlp + inputs

@@ -165,6 +165,12 @@ def _metadata(spec: Spec, step: int, trained: Trained) -> dict[str, Any]:
     }
 
 
+def _count_kept(spec: Spec) -> int:
+    """As many as the trainer keeps in its folder; each carries the best adapter so far."""
+    arguments = {**load_preset(spec.preset).arguments, **spec.arguments}
+    return int(arguments.get("save_total_limit", 2))
+
+
 def _keep_log(work: Path, output: Path) -> None:
     if (work / "train.log").exists():
         shutil.copyfile(work / "train.log", output / "train.log")
@@ -181,6 +187,7 @@ STAGE = Stage(
     versions=("ms-swift", "torch", "transformers", "peft"),
     output_of=lambda spec: spec.output,
     children=plan_children,
+    checkpoints_kept=_count_kept,
 )
 
 if __name__ == "__main__":
