@@ -12,21 +12,24 @@ from rich.table import Table
 from bench.tiny_models import Shape, make_model, make_rows
 from services.training.estimate import MARGIN
 
-PLAIN: dict[str, Any] = {"target_regex": r".*_proj", "max_steps": 2, "save_steps": 10, "torch_dtype": "float32"}
+WEIGHTED = {"loss_scale": "agentfabric"}
+PLAIN: dict[str, Any] = {"target_regex": r".*_proj", "max_steps": 3, "save_steps": 10, "torch_dtype": "float32"}
+SMOLLM2 = Shape(576, 30, 1536, 49152, 9, 3)
+SMALL = Shape(384, 8, 1024, 8192)
 CASES: tuple[tuple[str, Shape, int, int, dict[str, Any]], ...] = (
     # name, model, rows a step, tokens a row, ms-swift arguments
-    ("24M, long rows", Shape(384, 8, 1024, 8192), 4, 1024, {}),
-    ("24M, dropout", Shape(384, 8, 1024, 8192), 4, 1024, {"lora_dropout": 0.05}),
-    ("SmolLM2-135M's shape", Shape(576, 30, 1536, 49152, 9, 3), 1, 512, {}),
-    ("the same, recomputing", Shape(576, 30, 1536, 49152, 9, 3), 2, 512, {"gradient_checkpointing": True}),
-    ("400M, recomputing", Shape(1280, 24, 3584, 32768, 20, 5), 1, 256, {"gradient_checkpointing": True}),
-    ("24M, all weights", Shape(384, 8, 1024, 8192), 2, 512, {"tuner_type": "full"}),
+    ("SmolLM2-135M's shape", SMOLLM2, 1, 512, {}),
+    ("the same, recomputing, weighted loss", SMOLLM2, 2, 512, {"gradient_checkpointing": True, **WEIGHTED}),
+    ("24M, long rows", SMALL, 4, 1024, {}),
+    ("24M, dropout, weighted loss", SMALL, 4, 1024, {"lora_dropout": 0.05, **WEIGHTED}),
+    ("420M, recomputing", Shape(1280, 24, 3584, 32768, 20, 5), 1, 256, {"gradient_checkpointing": True}),
+    ("24M, all weights", SMALL, 2, 512, {"tuner_type": "full"}),
 )
 
 
 def run() -> bool:
-    """Train two steps of each case; True: all within MARGIN."""
-    table = Table(title="peak resident memory of `swift sft`, two steps each", title_justify="left")
+    """Train three steps of each case; True: all within MARGIN."""
+    table = Table(title="peak resident memory of `swift sft`, three steps each", title_justify="left")
     for column in ("", "estimated MB", "measured MB", "off", "parts (MB)"):
         table.add_column(column, justify="left" if not column else "right")
     good = True

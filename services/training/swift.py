@@ -100,13 +100,6 @@ def plan_children(spec: Spec) -> list[Child]:
     return [Child(["python", *command.argv[1:]], command.env) for command in commands]
 
 
-_MALLOC: Mapping[str, str] = {
-    # glibc keeps freed blocks of up to 32 MB in a heap that only grows, and activations fragment it: with every block of
-    # 256 KB mapped by itself, SmolLM2 at 1024 tokens peaks at 2.9 GB instead of 4.0 (glibc 2.36, torch 2.13).
-    "MALLOC_MMAP_THRESHOLD_": "262144",
-}
-
-
 def infer_family(config: Mapping[str, Any], chat_template: str) -> Family | None:
     """What to tell ms-swift about a model by config.json and chat template; None: ms-swift knows, or nobody does."""
     architecture = (config.get("architectures") or [""])[0]
@@ -175,7 +168,7 @@ def environment(paths: Paths, hardware: Hardware) -> dict[str, str]:
         "OMP_NUM_THREADS": str(hardware.threads),
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "1",  # a file in the working directory must not shadow a module
-        **({} if hardware.gpus else {"CUDA_VISIBLE_DEVICES": "", **_MALLOC}),
+        **({} if hardware.gpus else {"CUDA_VISIBLE_DEVICES": ""}),
     }
 
 

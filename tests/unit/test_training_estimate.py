@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
+from fabrictune.cli import app
+from fabrictune.client import Client
+from fabrictune.errors import ApiError
 from fabrictune.v1 import training_pb2
 from services.common.artifacts import Artifacts
+from services.common.clusters.local import LocalCluster
+from services.common.config import ServerConfig
 from services.common.errors import FailedPrecondition, InvalidData, InvalidSpec, NotFound
+from services.common.jobs import Jobs
+from services.common.server import Server
+from services.common.store import Store
 from services.training import admission
 from services.training.admission import admit, estimate_folders
 from services.training.estimate import DatasetSize, count_flops, estimate_training, find_device, measure_dataset
 from services.training.memory import Load, estimate_memory, trained_parameters
-from services.training.service import estimate_artifacts
+from services.training.service import OFFER, estimate_artifacts
 from services.training.shapes import ModelShape, parse_header, read_shape
 from services.training.spec import Spec
 from tests.conftest import Recorder
@@ -175,6 +185,47 @@ def test_a_server_estimates_from_heads_of_artifacts(artifacts: Artifacts, model:
     assert answer.HasField("cost") and answer.HasField("duration")
     here = estimate_folders(_spec(), dataset, model, "l4", 1)
     assert here["memory_bytes"] == answer.memory_bytes
+
+
+async def test_the_client_gets_a_plan_with_ms_swifts_command_and_an_estimate_over_the_wire(
+    artifacts: Artifacts, store: Store, model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    for folder, name, kind in ((model, NAMES["base_model"], "model"), (dataset, NAMES["dataset"], "dataset")):
+        artifacts.publish(folder, name, kind, created_by={}, metadata={})
+    cluster = LocalCluster(tmp_path / "cluster", 1, {})
+    jobs = Jobs(OFFER.stage, store, artifacts, cluster)
+    server = Server([OFFER.serve(jobs, cluster)], ServerConfig(port=0, metrics_port=0, drain_seconds=0), None)
+    await server.start()
+    try:
+        with Client(f"127.0.0.1:{server.port}") as client:
+            spec = {**NAMES, "preset": "agentfabric-full", "resources": {"gpus": 8, "nodes": 2}}
+            job = await asyncio.to_thread(client.training.create, spec, "t1", validate_only=True)
+            answer = await asyncio.to_thread(client.training.estimate, spec, "h100-80gb", 2.5)
+            with pytest.raises(ApiError, match="can be 1, 2, 4, 8"):
+                bad = {**spec, "resources": {"gpus": 7}}
+                await asyncio.to_thread(client.training.estimate, bad, "", 0.0)
+    finally:
+        await server.close()
+    assert job.output == "models/t1"
+    worker, *nodes = job.plan.commands
+    assert list(worker.argv[-2:]) == ["-m", "services.training.worker"]
+    assert [list(n.argv).index("swift.cli.sft") > 0 and n.argv[n.argv.index("--node_rank") + 1] for n in nodes] == [
+        "0",
+        "1",
+    ]
+    assert answer.trained_parameters == answer.parameters and answer.fits and answer.cost >= 0
+
+
+def test_a_dry_run_on_folders_prints_the_command_and_writes_nothing(model: Path, dataset: Path, tmp_path: Path) -> None:
+    told = ["train", str(dataset), "--model", str(model), "--gpus", "8", "--output", str(tmp_path / "adapter")]
+    done = CliRunner().invoke(app, [*told, "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "torch.distributed.run" in done.output and "gradient_accumulation_steps" in done.output
+    assert not (tmp_path / "adapter").exists()
+    done = CliRunner().invoke(app, [*told[:-2], "--estimate", "--gpu", "l4", "--price", "0.7"])
+    assert done.exit_code == 0, done.output
+    for words in ("activations", "each process at its peak", "fits", "optimizer steps", "cost", "time assumes 35"):
+        assert words in done.output
 
 
 def test_what_cannot_fit_is_refused_before_the_start_with_the_numbers(
