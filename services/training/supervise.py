@@ -105,9 +105,11 @@ class _Listener:
                 self._reporter.log(news[1], news[0])
         if not self.trained.rows and (self._work / "dataset.json").exists():
             self._begin()
+        # Read before the metrics: a checkpoint is told of after the metrics of its step, and carries them.
+        checkpoints = list(self._checkpoint_lines.new_lines())
         for line in self._metrics_lines.new_lines():
             self._measure(json.loads(line))
-        for line in self._checkpoint_lines.new_lines():
+        for line in checkpoints:
             saved = json.loads(line)
             self.trained.newest_checkpoint = saved["step"]
             self._keeper.keep(saved["step"], saved["best_step"], self.trained.records)
