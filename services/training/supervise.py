@@ -120,6 +120,10 @@ class _Listener:
         except json.JSONDecodeError:  # half written; the next time
             return
         rows = self.trained.rows
+        refused = self._work / "refused.jsonl"
+        left_out = len(refused.read_text().splitlines()) if refused.exists() else 0
+        if left_out > rows["train"]:
+            self._reporter.log(f"most rows are left out: {left_out} are longer than max_length", "WARNING")
         self._reporter.log(f"training on {rows['train']} rows for {rows['max_steps']} steps, from step {rows['step']}")
 
     def _measure(self, line: Mapping[str, Any]) -> None:
