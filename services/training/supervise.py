@@ -121,7 +121,7 @@ class _Listener:
             return
         rows = self.trained.rows
         refused = self._work / "refused.jsonl"
-        left_out = len(refused.read_text().splitlines()) if refused.exists() else 0
+        left_out = len(set(refused.read_text().splitlines())) if refused.exists() else 0
         if left_out > rows["train"]:
             self._reporter.log(f"most rows are left out: {left_out} are longer than max_length", "WARNING")
         self._reporter.log(f"training on {rows['train']} rows for {rows['max_steps']} steps, from step {rows['step']}")
