@@ -191,6 +191,18 @@ class Jobs:
         answer: conversion_pb2.PreviewConversionResponse = self._client.call(self._stub.PreviewConversion, request)
         return answer
 
+    def estimate(
+        self, spec: Mapping[str, Any], gpu: str = "", price_per_hour: float = 0.0
+    ) -> training_pb2.EstimateTrainingResponse:
+        """Memory, time and cost of a training job; nothing is started. gpu: such as "a100-80gb" or "24GiB"."""
+        request = training_pb2.EstimateTrainingRequest(gpu=gpu, price_per_hour=price_per_hour)
+        try:
+            json_format.ParseDict(dict(spec), request.spec)
+        except json_format.ParseError as error:
+            raise ApiError(f"the spec is wrong: {error}", "INVALID_ARGUMENT") from None
+        answer: training_pb2.EstimateTrainingResponse = self._client.call(self._stub.EstimateTraining, request)
+        return answer
+
     def watch(self, name: str, resume_token: str = "", seconds: float | None = None) -> Iterator[job_pb2.WatchEvent]:
         """Events until the job has ended, or for so many seconds."""
         request = getattr(self.kind.messages, f"Watch{self.kind.resource}Request")(name=name, resume_token=resume_token)

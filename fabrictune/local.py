@@ -20,7 +20,7 @@ from google.protobuf import json_format
 
 from fabrictune.download import Trust
 from fabrictune.errors import ApiError
-from fabrictune.v1 import conversion_pb2, job_pb2
+from fabrictune.v1 import conversion_pb2, job_pb2, training_pb2
 
 EMBEDDED_MODELS: Mapping[str, str] = {"models/smollm2-135m-instruct": "smollm2-135m-instruct"}
 """Base models that come with the set-up: artifact name → what `fabrictune models import` takes."""
@@ -53,13 +53,7 @@ def run_stage(
 
     Ctrl-C and SIGTERM arrive in the stage as in a worker: it ends what it has started, then raises Cancelled.
     """
-    stage = _services(f"services.{kind}.worker").STAGE
-    parsed = _parse_spec(kind, stage.spec, spec)
-    for role, path in inputs.items():
-        if not path.exists():
-            raise ApiError(f"{role}: there is nothing at {path}", "NOT_FOUND")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ApiError(f"{output} exists and is not empty; choose another folder", "ALREADY_EXISTS")
+    stage, parsed = _check_stage(kind, spec, inputs, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
@@ -76,12 +70,41 @@ def run_stage(
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def plan_stage(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, Path], output: Path) -> job_pb2.Plan:
+    """What run_stage would do: the processes that the stage would start; everything is checked, nothing is written."""
+    stage, parsed = _check_stage(kind, spec, inputs, output)
+    children = stage.children(parsed) if stage.children else ()
+    return job_pb2.Plan(commands=[job_pb2.Command(argv=c.argv, env=dict(c.env)) for c in children])
+
+
+def estimate_training(
+    spec: Mapping[str, Any], dataset: Path, model: Path, gpu: str, price: float
+) -> training_pb2.EstimateTrainingResponse:
+    """Memory, time and cost of training on folders; only heads of files are read."""
+    names = {"dataset": "datasets/local", "base_model": "models/local"}
+    parsed = _parse_spec("training", _services("services.training.spec").Spec, {**spec, **names})
+    plain = _services("services.training.admission").estimate_folders(parsed, dataset, model, gpu, price)
+    return json_format.ParseDict(plain, training_pb2.EstimateTrainingResponse())
+
+
 def preview_rows(spec: Mapping[str, Any], path: Path, rows: int) -> conversion_pb2.PreviewConversionResponse:
     """The first rows of a file or folder before and after, as the spec's first source."""
     parsed = _parse_spec("conversion", _services("services.conversion.spec").Spec, spec)
     preview = _services("services.conversion.preview")
     shown = [preview.to_plain(row) for row in preview.preview_path(path, parsed, rows)]
     return json_format.ParseDict({"rows": shown}, conversion_pb2.PreviewConversionResponse())
+
+
+def _check_stage(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, Path], output: Path) -> tuple[Any, Any]:
+    """(stage, spec as it reads it). Raises ApiError for whatever is wrong before the stage begins."""
+    stage = _services(f"services.{kind}.worker").STAGE
+    parsed = _parse_spec(kind, stage.spec, spec)
+    for role, path in inputs.items():
+        if not path.exists():
+            raise ApiError(f"{role}: there is nothing at {path}", "NOT_FOUND")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ApiError(f"{output} exists and is not empty; choose another folder", "ALREADY_EXISTS")
+    return stage, parsed
 
 
 def _parse_spec(kind: str, model: Any, spec: Mapping[str, Any]) -> Any:

@@ -15,6 +15,7 @@ import yaml
 
 from fabrictune.cli.artifacts import push_with_bar
 from fabrictune.cli.context import console, errors, print_json, print_message, settings
+from fabrictune.cli.estimate import estimate_training, show_estimate
 from fabrictune.cli.jobs import raise_failure
 from fabrictune.cli.preview import preview_sources, show_preview
 from fabrictune.cli.progress import StageListener, find_with_bar, follow, new_progress
@@ -74,7 +75,7 @@ def convert(
     if output is not None:
         paths = {f"sources/{i}": _find_here(s["uri"], folder) for i, s in enumerate(spec["sources"])}
         spec["sources"] = [{**s, "uri": public_uri(s["uri"])} for s in spec["sources"]]
-        _run_here("conversion", spec, paths, output)
+        _run_here("conversion", spec, paths, output, dry_run)
         return
     with settings().connect() as client:
         spec["sources"] = [
@@ -91,20 +92,30 @@ def train(
         list[str] | None, typer.Option("--set", help="KEY=VALUE: an ms-swift argument that overrides the preset's.")
     ] = None,
     output: Output = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs on each node; 0 is the CPU.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines.")] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Say memory, time and cost; start nothing.")] = False,
+    gpu: Annotated[str, typer.Option(help="For --estimate: a100-80gb, h100-80gb, l4, …, or 24GiB.")] = "",
+    price: Annotated[float, typer.Option(min=0, help="For --estimate: of one GPU for an hour.")] = 0.0,
     job_id: JobId = "",
     spec_file: SpecFile = None,
     dry_run: DryRun = False,
     detach: Detach = False,
 ) -> None:
-    """Fine-tune a base model with ms-swift; the result is an adapter with its loss curve."""
+    """Fine-tune a base model with ms-swift; the result is an adapter (or a model) with its loss curve."""
     spec = read_spec(spec_file)
     if preset:
         spec["preset"] = preset
     if argument:
         spec["arguments"] = {**spec.get("arguments", {}), **dict(_parse_setting(a) for a in argument)}
+    if asked := {k: v for k, v in {"gpus": gpus, "nodes": nodes}.items() if v is not None}:
+        spec["resources"] = {**spec.get("resources", {}), **asked}
+    if estimate:
+        show_estimate(estimate_training(spec, dataset, model, gpu, price))
+        return
     if output is not None:
         spec |= {"dataset": "datasets/local", "base_model": "models/local"}
-        _run_here("training", spec, {"dataset": Path(dataset), "base_model": Path(model)}, output)
+        _run_here("training", spec, {"dataset": Path(dataset), "base_model": Path(model)}, output, dry_run)
         return
     spec |= {"dataset": dataset, "base_model": model}
     with settings().connect() as client:
@@ -124,7 +135,7 @@ def merge(
     spec: dict[str, Any] = {"engine": engine} if engine else {}
     if output is not None:
         spec |= {"base_model": "models/local", "adapter": "adapters/local"}
-        _run_here("merging", spec, {"base_model": Path(model), "adapter": Path(adapter)}, output)
+        _run_here("merging", spec, {"base_model": Path(model), "adapter": Path(adapter)}, output, dry_run)
         return
     with settings().connect() as client:
         _start(client.merging, spec | {"base_model": model, "adapter": adapter}, job_id, dry_run, detach)
@@ -173,7 +184,7 @@ def evaluate(
         for number, comparison in enumerate(spec.get("not_worse", ())):
             if str(comparison.get("than", "")).startswith("reports/"):
                 paths[f"compared/{number}"] = Path(comparison["than"])
-        _run_here("evaluation", spec, paths, output)
+        _run_here("evaluation", spec, paths, output, dry_run)
         return
     spec |= {role: name for role, name in inputs.items() if name}
     with settings().connect() as client:
@@ -240,9 +251,12 @@ def _start(api: Jobs, spec: Mapping[str, Any], job_id: str, dry_run: bool, detac
         console.print(f"[green]✓[/] {job.name} made [bold]{api.get(job.name).output}[/]", highlight=False)
 
 
-def _run_here(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, Path], output: Path) -> None:
+def _run_here(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, Path], output: Path, dry_run: bool) -> None:
     from fabrictune import local
 
+    if dry_run:
+        print_message(local.plan_stage(kind, spec, inputs, output))
+        return
     with new_progress(errors) as display:
         metadata = local.run_stage(kind, spec, inputs, output, StageListener(display, kind))
     if settings().json:

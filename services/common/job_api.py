@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -63,6 +63,7 @@ class JobApi(Generic[R]):
         if request.validate_only:
             message.ClearField("execution")
             message.plan.CopyFrom(plan_message(workload, self._cluster))
+            message.plan.commands.extend(child_commands(self._jobs.stage, view.record.spec))
         return cast(R, message)
 
     async def get(self, name: str) -> R:
@@ -127,6 +128,14 @@ def plan_message(workload: Workload, cluster: Cluster) -> job_pb2.Plan:
     """The printable plan of a workload."""
     command = job_pb2.Command(argv=workload.argv, env=dict(workload.env))
     return job_pb2.Plan(commands=[command], manifest=cluster.render(workload), digest=workload.digest)
+
+
+def child_commands(stage: Stage[Any], spec: Mapping[str, Any]) -> list[job_pb2.Command]:
+    """The processes that a job's worker will start."""
+    if stage.children is None:
+        return []
+    children = stage.children(stage.spec.model_validate(spec))
+    return [job_pb2.Command(argv=child.argv, env=dict(child.env)) for child in children]
 
 
 def event_message(event: Event) -> job_pb2.WatchEvent:

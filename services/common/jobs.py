@@ -28,7 +28,7 @@ from fabrictune.v1 import job_pb2
 from services.common import metrics
 from services.common.artifacts import Artifacts
 from services.common.clusters import Cluster, Phase, Workload, WorkloadStatus
-from services.common.errors import FailedPrecondition, InvalidSpec, NotFound
+from services.common.errors import FabrictuneError, FailedPrecondition, InvalidSpec, NotFound
 from services.common.events import read_events
 from services.common.job_state import ENDED, JobRecord, JobView, execution_of, outcome_of
 from services.common.logs import get_logger
@@ -38,6 +38,8 @@ from services.common.stage import Stage
 from services.common.store import Store
 
 WATCH_SECONDS = 0.5
+EXPORT_SECONDS = 5.0
+"""Between two looks at the progress of running jobs for Prometheus, which asks every 15 to 60 s."""
 RETRIES = 2
 """More attempts for a worker that was lost or says "try again" (exit code 75)."""
 
@@ -60,6 +62,11 @@ class Jobs:
     def __init__(self, stage: Stage[Any], store: Store, artifacts: Artifacts, cluster: Cluster) -> None:
         self._stage, self._store, self._artifacts, self._cluster = stage, store, artifacts, cluster
         self._log = get_logger(stage.kind)
+
+    @property
+    def stage(self) -> Stage[Any]:
+        """What they do."""
+        return self._stage
 
     @property
     def artifacts(self) -> Artifacts:
@@ -195,6 +202,22 @@ class Jobs:
             view = await self._find(f"{self._stage.collection}/{status.name.removeprefix(prefix)}")
             if view is not None and view.outcome:
                 metrics.jobs_ended.labels(self._stage.kind, view.outcome["state"]).inc()
+
+    async def export_progress(self) -> None:
+        """Keep the gauges of running jobs (services.common.metrics) up to date, for ever. Run it as a task."""
+        prefix = f"{self._stage.kind}-"
+        while True:
+            running = [s for s in await self._cluster.list(self._stage.kind) if s.phase is Phase.RUNNING]
+            ids = [status.name.removeprefix(prefix) for status in running]
+            try:
+                found = await asyncio.gather(*(asyncio.to_thread(self._read_progress, job_id) for job_id in ids))
+                metrics.show_progress(self._stage.kind, {i: p for i, p in zip(ids, found, strict=True) if p})
+            except FabrictuneError as error:  # the store is away; the figures wait
+                self._log.warning("progress cannot be read", error=str(error))
+            await asyncio.sleep(EXPORT_SECONDS)
+
+    def _read_progress(self, job_id: str) -> dict[str, Any] | None:
+        return self._store.get_json(f"{self._stage.collection}/{job_id}/progress.json")
 
     async def _find(self, name: str) -> JobView | None:
         """The job, or None: some stores (SeaweedFS) go on listing a folder when its objects are gone."""

@@ -75,8 +75,8 @@ async def open_cluster(stack: AsyncExitStack, house: House, kind: str) -> Cluste
 
 async def settle(stack: AsyncExitStack, jobs: Jobs) -> None:
     """Go on with the jobs of an earlier process, and note the end of each from now on."""
-    task = asyncio.create_task(jobs.settle_ended())
-    stack.callback(task.cancel)
+    for task in (asyncio.create_task(jobs.settle_ended()), asyncio.create_task(jobs.export_progress())):
+        stack.callback(task.cancel)
     await jobs.reconcile()
 
 

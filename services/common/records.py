@@ -38,13 +38,15 @@ def plan_record(
     found = []
     if not re.fullmatch(ID_PATTERN, job_id):
         found.append(Violation("id", f"{job_id!r} must match {ID_PATTERN}"))
-    output = output or f"{stage.output_collection}/{job_id}"
-    if not re.fullmatch(f"{stage.output_collection}/{ID_PATTERN}", output):
-        found.append(Violation("output", f"{output!r} must look like {stage.output_collection}/an-id"))
+    collection = stage.output_collection
     try:
         parsed = stage.spec.model_validate(spec)
+        collection = stage.output_for(parsed)[1]
     except ValidationError as error:
         found += violations_of(error, "spec")
+    output = output or f"{collection}/{job_id}"
+    if not re.fullmatch(f"{collection}/{ID_PATTERN}", output):
+        found.append(Violation("output", f"{output!r} must look like {collection}/an-id"))
     if found:
         raise InvalidSpec(f"the {stage.kind} job cannot be accepted", violations=found)
     plain = parsed.model_dump(mode="json", exclude_unset=True)

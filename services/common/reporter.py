@@ -30,7 +30,7 @@ class Progress:
     grad_norm: float | None = None
     tokens_per_second: float | None = None
     memory_bytes: int | None = None
-    """Resident memory on a CPU, GPU memory on a GPU."""
+    """At most so far: resident memory on a CPU, what the allocator has taken on a GPU."""
     eta_seconds: float | None = None
 
 

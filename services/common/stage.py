@@ -6,8 +6,8 @@ folders. `run` reads its inputs and writes into the empty folder `output`; nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +16,14 @@ from pydantic import BaseModel
 from services.common.reporter import Reporter
 
 S = TypeVar("S", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Child:
+    """A process that a stage starts: its argv, and what is added to its environment."""
+
+    argv: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,3 +56,13 @@ class Stage(Generic[S]):
     """Packages whose versions belong into the manifest, such as "ms-swift"."""
     verdict: Callable[[Mapping[str, Any], str], None] | None = None
     """(metadata, name of the output), once it is sealed; raises the error that the job ends with (an evaluation's gate)."""
+    output_of: Callable[[S], tuple[str, str]] | None = None
+    """spec → kind and collection of what it makes, where they depend on the spec (full fine-tuning makes a model)."""
+    checkpoints_kept: Callable[[S], int] | None = None
+    """spec → how many of a job's checkpoints stay in the store while it runs; None: 2."""
+    children: Callable[[S], Sequence[Child]] | None = None
+    """spec → the processes that its worker starts, for --dry-run and validate_only; paths in it are stand-ins."""
+
+    def output_for(self, spec: S) -> tuple[str, str]:
+        """Kind and collection of the artifact that is made from a spec."""
+        return self.output_of(spec) if self.output_of else (self.output_kind, self.output_collection)

@@ -42,7 +42,6 @@ from services.common.shares import Shares
 from services.common.stage import Stage
 from services.common.store import Store, open_store
 
-CHECKPOINTS_KEPT = 2
 MAX_ATTEMPTS = 50
 """Of one job, whatever ended them."""
 
@@ -53,15 +52,16 @@ class _StoredReporter(EventWriter):
     def __init__(self, store: Store, artifacts: Artifacts, record: JobRecord, attempt: int) -> None:
         super().__init__(store, record.name, attempt)
         self._artifacts, self._record = artifacts, record
+        self.kept = 2
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """Seal the folder as a checkpoint of this job; the newest CHECKPOINTS_KEPT stay."""
+        """Seal the folder as a checkpoint of this job; the newest `kept` of them stay."""
         name = f"checkpoints/{self._record.name.replace('/', '-')}/step-{step:08d}"
         self._artifacts.publish(
             folder, name, "checkpoint", created_by={"job": self._record.name}, metadata={"step": step}
         )
         self.log(f"checkpoint of step {step} is kept")
-        for old in checkpoints_of(self._artifacts, self._record.name)[:-CHECKPOINTS_KEPT]:
+        for old in checkpoints_of(self._artifacts, self._record.name)[: -self.kept]:
             self._artifacts.delete(old)
 
 
@@ -123,12 +123,14 @@ def _do_job(stage: Stage[Any], name: str) -> tuple[int, status_pb2.Status]:
 
 
 def _run_stage(
-    stage: Stage[Any], record: JobRecord, artifacts: Artifacts, events: EventWriter, data_dir: Path
+    stage: Stage[Any], record: JobRecord, artifacts: Artifacts, events: _StoredReporter, data_dir: Path
 ) -> Manifest:
     try:
         spec = stage.spec.model_validate(record.spec)
     except ValidationError as error:
         raise InvalidSpec(f"{record.name} was accepted by another version of fabrictune: {error}") from None
+    if stage.checkpoints_kept:
+        events.kept = max(stage.checkpoints_kept(spec), 1)
     events.progress(Progress(unit="inputs", step=0, total_steps=len(record.inputs), phase="downloading"))
     folders = _fetch_inputs(record, artifacts)
     if "checkpoint" in folders:
@@ -140,7 +142,11 @@ def _run_stage(
         metadata = stage.run(spec, folders, output, events)
         events.progress(Progress(unit="files", step=0, phase="uploading"))
         sealed = artifacts.publish(
-            output, record.output, stage.output_kind, created_by=provenance(stage, record), metadata=dict(metadata)
+            output,
+            record.output,
+            stage.output_for(spec)[0],
+            created_by=provenance(stage, record),
+            metadata=dict(metadata),
         )
     if shares is not None:
         shares.forget()

@@ -127,6 +127,8 @@ class Reconciler:
             await self._do_job(run, stage, spec.conversion, reporter)
         elif stage == "training":
             await self._do_job(run, stage, {**spec.training, "dataset": made["conversion"]}, reporter)
+        elif stage == "merging" and made["training"].startswith("models/"):
+            status.output, status.reused = made["training"], True  # full fine-tuning has made a model: nothing to merge
         elif stage == "merging":
             await self._do_job(run, stage, {**spec.merging, "base_model": base, "adapter": made["training"]}, reporter)
         elif stage == "evaluation-before":

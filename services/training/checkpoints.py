@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from services.common.reporter import Reporter
 _BEST = "best"
 """Folder in a kept checkpoint with the adapter of the best one so far, where that is another."""
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_RESUMABLE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", *_ADAPTER_FILES)
+_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
+"""Beside model*.safetensors, where every weight is trained."""
+_RESUMABLE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+METRICS = "metrics.jsonl"
+"""In a kept checkpoint: the metrics of all steps up to it, so that a resumed run has the whole curve."""
 
 
 class CheckpointKeeper:
@@ -36,13 +41,14 @@ class CheckpointKeeper:
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
 
-    def keep(self, step: int, best_step: int | None) -> None:
-        """checkpoint-{step} is complete: link its files aside and hand it over soon."""
+    def keep(self, step: int, best_step: int | None, records: Sequence[Mapping[str, Any]] = ()) -> None:
+        """checkpoint-{step} is complete: link its files aside and hand it over soon. records: metrics so far."""
         folder = self._held / f"step-{step:08d}"
         try:
             _link_tree(checkpoint_folder(self._run, step), folder)
             if best_step and best_step != step:
-                _link_adapter(checkpoint_folder(self._run, best_step), folder / _BEST)
+                _link_weights(checkpoint_folder(self._run, best_step), folder / _BEST)
+            write_metrics(folder / METRICS, records)
         except FileNotFoundError:  # training has deleted it meanwhile; a newer one is on its way
             shutil.rmtree(folder, ignore_errors=True)
             return
@@ -83,6 +89,8 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 def check_resumable(checkpoint: Path) -> int:
     """The step that a kept checkpoint goes on from. Raises InvalidData when files are missing, DataLoss when broken."""
     missing = [name for name in _RESUMABLE if not (checkpoint / name).exists()]
+    if not weight_files(checkpoint):
+        missing += _ADAPTER_FILES
     if missing:
         raise InvalidData(
             f"{checkpoint} is no complete checkpoint: {', '.join(missing)} is missing; start a new job instead"
@@ -122,16 +130,40 @@ def choose(run: Path, resumed_from: Path | None, wanted: str, newest_step: int |
     step, best_step = int(state["global_step"]), state.get("best_global_step")
     if wanted == "best" and best_step and best_step != step:
         best = checkpoint_folder(run, best_step)
-        if all((best / name).exists() for name in _ADAPTER_FILES):
+        if weight_files(best):
             return int(best_step), best
     return step, last
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that are the adapter, or the model where every weight is trained; [] when some are missing."""
+    if all((folder / name).exists() for name in _ADAPTER_FILES):
+        return list(_ADAPTER_FILES)
+    weights = sorted(file.name for file in folder.glob("model*.safetensors"))
+    if not weights or not (folder / "config.json").exists():
+        return []
+    return [*(name for name in _MODEL_FILES if (folder / name).exists()), *weights]
+
+
+def read_metrics_until(checkpoint: Path | None, step: int) -> list[dict[str, Any]]:
+    """The metrics that a kept checkpoint carries, up to a step; [] without a checkpoint."""
+    file = checkpoint / METRICS if checkpoint else None
+    if file is None or not file.exists():
+        return []
+    records: list[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()]
+    return [record for record in records if record["step"] <= step]
+
+
+def write_metrics(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """metrics.jsonl."""
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def _link_tree(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=os.link)
 
 
-def _link_adapter(source: Path, target: Path) -> None:
+def _link_weights(source: Path, target: Path) -> None:
     target.mkdir()
-    for name in _ADAPTER_FILES:
+    for name in weight_files(source):
         os.link(source / name, target / name)

@@ -64,8 +64,23 @@ CONTROLLED: Mapping[str, str] = {
 OWN = ("effective_batch_size", "trust_remote_code")
 """Keys of `arguments` that are fabrictune's, not ms-swift's."""
 
-ADAPTER_TUNERS = frozenset({"lora"})
-"""tuner_type values whose result is a peft adapter that merging understands."""
+TUNERS: Mapping[str, tuple[str, str]] = {
+    # tuner_type → kind and collection of what it makes
+    "lora": ("adapter", "adapters"),  # a peft adapter that merging understands; DoRA and rsLoRA are LoRA too
+    "full": ("model", "models"),
+}
+
+PACKAGES: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    # argument, values, the package that ms-swift then imports
+    ("quant_method", ("bnb",), "bitsandbytes"),
+    ("quant_method", ("hqq",), "hqq"),
+    ("quant_method", ("eetq",), "eetq"),
+    ("quant_method", ("quanto",), "optimum"),
+    ("use_liger_kernel", (True,), "liger_kernel"),
+    ("attn_impl", ("flash_attn", "flash_attention_2"), "flash_attn"),
+    ("tuner_backend", ("unsloth",), "unsloth"),
+)
+_FLASH = ("flash_attn", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 @dataclass(frozen=True)
@@ -90,7 +105,44 @@ def load_preset(name: str) -> Preset:
     if name not in preset_names():
         raise KeyError(name)
     values = yaml.safe_load((_RECIPES / f"{name}.yaml").read_text())
-    return Preset(name, values["description"], values["arguments"], values.get("effective_batch_size"))
+    unknown = set(values) - {"description", "extends", "effective_batch_size", "arguments"}
+    if unknown or "description" not in values:
+        raise InvalidSpec(f"recipes/{name}.yaml: unknown keys {sorted(unknown)}, or no description")
+    parent = load_preset(values["extends"]) if "extends" in values else Preset("", "", {})
+    merged = {**parent.arguments, **values["arguments"]}  # null takes an argument of the parent away
+    arguments = {key: value for key, value in merged.items() if value is not None}
+    batch = values.get("effective_batch_size", parent.effective_batch_size)
+    return Preset(name, values["description"], arguments, batch)
+
+
+def tuner_of(preset: Preset, arguments: Mapping[str, Any]) -> str:
+    """What a spec with these arguments trains: lora or full."""
+    return str(arguments.get("tuner_type", preset.arguments.get("tuner_type", "lora")))
+
+
+def needed_packages(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Package → "argument: value" that needs it, for packages that are not in every training image."""
+    return {
+        package: f"{key}: {str(arguments[key]).lower()}"
+        for key, values, package in PACKAGES
+        if arguments.get(key) in values and key in arguments
+    }
+
+
+def check_together(arguments: Mapping[str, Any]) -> list[Violation]:
+    """What is wrong with a preset's and a spec's arguments taken together."""
+    found = []
+    for key in ("packing", "padding_free"):
+        if arguments.get(key) is True and arguments.get("attn_impl") not in _FLASH:
+            text = f"needs attn_impl: flash_attn (or one of {', '.join(_FLASH[1:])}): others would see across rows"
+            found.append(Violation(f"spec.arguments.{key}", text))
+    if arguments.get("tuner_type") == "full":
+        found += [
+            Violation(f"spec.arguments.{key}", "tuner_type: full trains every weight; leave it out")
+            for key in ("quant_method", "quant_bits", "use_dora", "use_rslora")
+            if arguments.get(key)
+        ]
+    return found
 
 
 @cache
@@ -122,11 +174,11 @@ def check_arguments(arguments: Mapping[str, Any]) -> list[Violation]:
             found.append(Violation(field, f"ms-swift {SWIFT_VERSION} has no argument of this name{hint}"))
         elif not isinstance(value, str | int | float | bool | list | dict):
             found.append(Violation(field, f"{value!r} cannot be passed on a command line; leave the key out instead"))
-        elif key == "tuner_type" and value not in ADAPTER_TUNERS:
+        elif key == "tuner_type" and value not in TUNERS:
             found.append(
                 Violation(
                     field,
-                    f"{value!r} makes no adapter that can be merged; use lora (use_dora, use_rslora are LoRA too)",
+                    f"{value!r} makes no adapter that can be merged; use lora (use_dora, use_rslora are LoRA too) or full",
                 )
             )
     size = arguments.get("effective_batch_size", 1)

@@ -17,6 +17,10 @@ from services.common.errors import InvalidData
 
 _ROLES = ("system", "user", "assistant")
 _SHOWN = 5
+_LONGEST = 64
+"""Rows with the most letters, among which the one with the most tokens is looked for."""
+_TEMPLATE_TOKENS = 24
+"""What a chat template adds to a row of three messages, roughly."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,20 @@ def certainly_too_long(rows: Sequence[Row], model: Path, max_length: int) -> lis
         encodings = tokenizer.encode_batch([row.text for row in batch], add_special_tokens=False)
         found += [row for row, encoding in zip(batch, encodings, strict=True) if len(encoding.ids) > max_length]
     return found
+
+
+def longest_length(rows: Sequence[Row], model: Path, max_length: int | None) -> int:
+    """Tokens of the longest row that is trained, at most max_length; a guess when the model has no tokenizer.json."""
+    suspects = sorted(rows, key=lambda row: row.characters)[-_LONGEST:]
+    if (model / "tokenizer.json").exists():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        found = [len(e.ids) for e in tokenizer.encode_batch([r.text for r in suspects], add_special_tokens=False)]
+    else:
+        found = [len(row.text.encode()) // 3 for row in suspects]
+    longest = max(found, default=0) + _TEMPLATE_TOKENS
+    return longest if max_length is None else min(longest, max_length)
 
 
 def _read_row(line: str) -> Row:

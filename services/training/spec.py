@@ -10,7 +10,15 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from services.common.errors import InvalidSpec
 from services.common.resources import ID_PATTERN, Resources
-from services.training.presets import check_arguments, check_preset, fit_accumulation, load_preset
+from services.training.presets import (
+    TUNERS,
+    check_arguments,
+    check_preset,
+    check_together,
+    fit_accumulation,
+    load_preset,
+    tuner_of,
+)
 
 DEFAULT_SEED = 42
 
@@ -66,9 +74,11 @@ class Spec(BaseModel):
         return arguments
 
     @model_validator(mode="after")
-    def _batch_fits(self) -> Spec:
+    def _fits_together(self) -> Spec:
         preset = load_preset(self.preset)
         arguments = {**preset.arguments, **self.arguments}
+        if wrong := check_together(arguments):
+            raise ValueError("; ".join(f"{v.field.removeprefix('spec.')}: {v.description}" for v in wrong))
         batch = arguments.get("effective_batch_size", preset.effective_batch_size)
         world_size = max(self.resources.gpus, 1) * self.resources.nodes
         if batch is not None:
@@ -77,3 +87,8 @@ class Spec(BaseModel):
             except InvalidSpec as error:
                 raise ValueError(error.violations[0].description) from None
         return self
+
+    @property
+    def output(self) -> tuple[str, str]:
+        """Kind and collection of what is made: an adapter, or with tuner_type full a model."""
+        return TUNERS[tuner_of(load_preset(self.preset), self.arguments)]

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,15 @@ class Trained:
     """dataset.json of the plugin: rows by split, max_steps, step at the start; {} until training begins."""
     tokens: int = 0
     computing_seconds: float = 0.0
+    peak_bytes: int = 0
+    """Memory of a process at most, of the first rank's."""
 
 
-def run_child(command: Command, work: Path, reporter: Reporter) -> Trained:
-    """Run the command in the folder `work` to its end. Raises what explain_failure says, or Cancelled."""
+def run_child(command: Command, work: Path, reporter: Reporter, records: Sequence[Mapping[str, Any]] = ()) -> Trained:
+    """Run the command in the folder `work` to its end. records: metrics of the steps before those of a resumed run.
+
+    Raises what explain_failure says, or Cancelled.
+    """
     with (work / "train.log").open("wb") as log:
         child = subprocess.Popen(
             command.argv,
@@ -60,7 +65,7 @@ def run_child(command: Command, work: Path, reporter: Reporter) -> Trained:
             preexec_fn=_die_with_parent,  # one prctl call, no lock is taken
         )
     keeper = CheckpointKeeper(work / "run", work / "held", reporter)
-    listener = _Listener(work, reporter, keeper)
+    listener = _Listener(work, reporter, keeper, records)
     try:
         _listen_until_end(child, listener)
     except Cancelled:
@@ -78,8 +83,10 @@ def run_child(command: Command, work: Path, reporter: Reporter) -> Trained:
 class _Listener:
     """Reads what the child has written since the last time and passes it on."""
 
-    def __init__(self, work: Path, reporter: Reporter, keeper: CheckpointKeeper) -> None:
-        self.trained = Trained()
+    def __init__(
+        self, work: Path, reporter: Reporter, keeper: CheckpointKeeper, records: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self.trained = Trained(records=[dict(record) for record in records])
         self.last_lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._work, self._reporter, self._keeper = work, reporter, keeper
         self._output = LineReader(work / "train.log")
@@ -98,12 +105,14 @@ class _Listener:
                 self._reporter.log(news[1], news[0])
         if not self.trained.rows and (self._work / "dataset.json").exists():
             self._begin()
+        # Read before the metrics: a checkpoint is told of after the metrics of its step, and carries them.
+        checkpoints = list(self._checkpoint_lines.new_lines())
         for line in self._metrics_lines.new_lines():
             self._measure(json.loads(line))
-        for line in self._checkpoint_lines.new_lines():
+        for line in checkpoints:
             saved = json.loads(line)
             self.trained.newest_checkpoint = saved["step"]
-            self._keeper.keep(saved["step"], saved["best_step"])
+            self._keeper.keep(saved["step"], saved["best_step"], self.trained.records)
 
     def _begin(self) -> None:
         try:
@@ -111,6 +120,10 @@ class _Listener:
         except json.JSONDecodeError:  # half written; the next time
             return
         rows = self.trained.rows
+        refused = self._work / "refused.jsonl"
+        left_out = len(set(refused.read_text().splitlines())) if refused.exists() else 0
+        if left_out > rows["train"]:
+            self._reporter.log(f"most rows are left out: {left_out} are longer than max_length", "WARNING")
         self._reporter.log(f"training on {rows['train']} rows for {rows['max_steps']} steps, from step {rows['step']}")
 
     def _measure(self, line: Mapping[str, Any]) -> None:
@@ -123,6 +136,7 @@ class _Listener:
         self._reporter.progress(self._metrics.progress)
         if "loss" in line or "eval_loss" in line:
             self.trained.records.append(as_record(self._metrics.progress))
+        self.trained.peak_bytes = max(self.trained.peak_bytes, self._metrics.progress.memory_bytes or 0)
         self.trained.tokens, self.trained.computing_seconds = self._metrics.tokens, self._metrics.computing_seconds
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.training.presets import OWN, Preset, fit_accumulation
+from services.common.stage import Child
+from services.training.presets import OWN, Preset, fit_accumulation, load_preset
 from services.training.spec import DEFAULT_SEED, Spec
 
 PLUGIN = Path(__file__).parent / "swift_plugin.py"
@@ -86,6 +87,17 @@ _DEFAULTS: Mapping[str, Any] = {
     "dataloader_persistent_workers": False,  # draws from the random state at the first evaluation only: a resumed run
     # would see other dropout masks than one without a break
 }
+
+
+def plan_children(spec: Spec) -> list[Child]:
+    """The commands of all nodes as they follow from a spec alone, for people: paths and addresses are stand-ins."""
+    gpus, nodes = spec.resources.gpus, spec.resources.nodes
+    address = "NODE_0" if nodes > 1 else "127.0.0.1"
+    paths = Paths(Path("BASE_MODEL"), Path("WORK"), validation=True)
+    commands = [
+        plan_sft(spec, load_preset(spec.preset), paths, Hardware(gpus, nodes, rank, address)) for rank in range(nodes)
+    ]
+    return [Child(["python", *command.argv[1:]], command.env) for command in commands]
 
 
 def infer_family(config: Mapping[str, Any], chat_template: str) -> Family | None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import os
+import re
+import resource
 import signal
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ import torch.distributed as dist
 from swift.callbacks import callbacks_map
 from swift.callbacks.base import TrainerCallback
 from swift.dataset import AddLengthPreprocessor
+from swift.loss_scale import loss_scale_map
+from swift.loss_scale.base import LossScale
 from swift.template import MaxLengthError
 
 _PR_SET_PDEATHSIG = 1
@@ -39,9 +42,11 @@ def fingerprint(messages: list[dict[str, Any]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def _peak_bytes() -> int:
+    """Memory of this rank at most: what the GPU's allocator has taken, or resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Fabrictune(TrainerCallback):  # type: ignore[misc]  # ms-swift has no types
@@ -55,10 +60,10 @@ class Fabrictune(TrainerCallback):  # type: ignore[misc]  # ms-swift has no type
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Say how many rows and steps there are."""
         if state.is_world_process_zero:
-            evaluated = self.trainer.eval_dataset
-            rows = {"train": len(self.trainer.train_dataset), "validation": 0 if evaluated is None else len(evaluated)}
+            rows = {"train": _count_rows(self.trainer.train_dataset)}
+            rows["validation"] = _count_rows(self.trainer.eval_dataset)
             steps = {"max_steps": state.max_steps, "step": state.global_step}
-            (_WORK / "dataset.json").write_text(json.dumps({**rows, **steps}))
+            (_WORK / "dataset.json").write_text(json.dumps({**rows, **steps, "peak_bytes": _peak_bytes()}))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock of a step."""
@@ -75,8 +80,7 @@ class Fabrictune(TrainerCallback):  # type: ignore[misc]  # ms-swift has no type
         """Add what ms-swift does not log."""
         if logs is None:
             return
-        cuda = torch.cuda.is_available()
-        logs["memory_bytes"] = torch.cuda.max_memory_reserved() if cuda else _resident_bytes()
+        logs["memory_bytes"] = _peak_bytes()
         logs["tokens"] = int(state.num_input_tokens_seen)
         logs["computing_seconds"] = self._computing
 
@@ -93,6 +97,55 @@ class Fabrictune(TrainerCallback):  # type: ignore[misc]  # ms-swift has no type
         agreed = torch.tensor([int(asked)], device=args.device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
         return bool(agreed.item())
+
+
+def _count_rows(dataset: Any) -> int:
+    """Rows of a dataset; of a packed one, those in its packs."""
+    if dataset is None:
+        return 0
+    packs = getattr(dataset, "packed_idx", None)
+    return len(dataset) if packs is None else sum(len(pack) for pack in packs)
+
+
+_TURN = re.compile(
+    r"^(?:(?P<call>Action: [^\n]*\nAction Input:)"
+    r"|(?P<result>Observation: <result>.*?</result>|Observation:)"
+    r"|(?P<answer>(?:Final )?Answer:|Thought:))",
+    re.DOTALL | re.MULTILINE,
+)
+_NO_THOUGHT = "<think>\n\n</think>\n\n"
+"""Qwen3's template puts it before a turn without a thought; in serving it is part of the prompt."""
+
+
+def weigh_turn(text: str) -> tuple[list[str], list[float]]:
+    """An assistant's text in pieces, and the weight of each: a tool call 2, what was called 0, all else 1.
+
+    ms-swift's `react` splits at its words wherever they are, so that "Observation:" in an argument would end the call.
+    """
+    pieces, weights, start, weight = [], [], 0, 1.0
+    if text.startswith(_NO_THOUGHT):
+        pieces, weights, start = [_NO_THOUGHT], [0.0], len(_NO_THOUGHT)
+    for match in _TURN.finditer(text, start):
+        # A result follows a call, and an answer a result; elsewhere the words mean nothing.
+        after = {"call": 2.0, "result": 0.0 if weight == 2.0 else weight, "answer": weight or 1.0}[
+            match.lastgroup or ""
+        ]
+        if after != weight:
+            if match.start() > start:
+                pieces.append(text[start : match.start()])
+                weights.append(weight)
+            start, weight = match.start(), after
+    return [*pieces, text[start:]], [*weights, weight]
+
+
+class AgentFabricLossScale(LossScale):  # type: ignore[misc]
+    """`--loss_scale agentfabric`."""
+
+    is_binary = False
+
+    def get_loss_scale(self, context: Any, **_: Any) -> tuple[list[Any], list[float]]:
+        """Weights of one piece of a conversation that is trained."""
+        return weigh_turn(context) if isinstance(context, str) else ([context], [1.0])
 
 
 def _name_long_rows(preprocess: Any) -> Any:
@@ -112,3 +165,4 @@ def _name_long_rows(preprocess: Any) -> Any:
 ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # torchrun's workers, too, die with their parent
 AddLengthPreprocessor.preprocess = _name_long_rows(AddLengthPreprocessor.preprocess)
 callbacks_map["fabrictune"] = Fabrictune
+loss_scale_map["agentfabric"] = AgentFabricLossScale

@@ -7,40 +7,36 @@ child's own files stay in a folder that is gone when the stage ends.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.common.errors import Cancelled, FabrictuneError, FailedPrecondition, InvalidData, WorkerLost
+from services.common.errors import Cancelled, FabrictuneError, WorkerLost
 from services.common.reporter import Progress, Reporter
 from services.common.stage import Stage
-from services.training.checkpoints import check_resumable, choose, restore_best
+from services.training.admission import admit, all_too_long
+from services.training.checkpoints import (
+    check_resumable,
+    choose,
+    read_metrics_until,
+    read_state,
+    restore_best,
+    weight_files,
+    write_metrics,
+)
+from services.training.event_files import write_events
 from services.training.plot import plot_loss
 from services.training.presets import load_preset
-from services.training.rows import Row, certainly_too_long, read_rows
+from services.training.rows import Row
 from services.training.spec import Spec
 from services.training.supervise import Trained, run_child
-from services.training.swift import (
-    PLUGIN,
-    Command,
-    Family,
-    Hardware,
-    Paths,
-    infer_family,
-    plan_arguments,
-    plan_sft,
-    seed_of,
-)
+from services.training.swift import PLUGIN, Command, Paths, plan_children, plan_sft, seed_of
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "tokenizer.model", "qwen.tiktoken"),
 )
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken")
-"""A model has one of these."""
 _NAMED = 1000
 """Refused rows that are named in the metadata; beyond it they are counted only."""
 
@@ -52,21 +48,17 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     Cancelled once a last checkpoint is kept.
     """
     dataset, model, checkpoint = inputs["dataset"], inputs["base_model"], inputs.get("checkpoint")
-    preset, hardware = load_preset(spec.preset), hardware_here(spec)
-    family = check_model(model, trusted=bool(spec.arguments.get("trust_remote_code", False)))
-    reporter.progress(Progress(unit="rows", step=0, phase="checking the rows"))
-    train, validation = read_rows(dataset / "train.jsonl"), read_rows(dataset / "validation.jsonl")
-    max_length = plan_arguments(spec, preset, hardware).get("max_length")
-    check_rows(train, model, max_length, reporter)
-
+    admitted = admit(spec, dataset, model, reporter)
+    hardware, train, validation = admitted.hardware, admitted.train, bool(admitted.validation)
     work = (output / ".work").absolute()
     work.mkdir()
     try:
-        _lay_out(dataset, work, checkpoint, bool(validation))
-        paths = Paths(model.absolute(), work, checkpoint.absolute() if checkpoint else None, bool(validation))
-        command = plan_sft(spec, preset, paths, hardware, family)
+        _lay_out(dataset, work, checkpoint, validation)
+        before = read_metrics_until(checkpoint, read_state(checkpoint)["global_step"]) if checkpoint else []
+        paths = Paths(model.absolute(), work, checkpoint.absolute() if checkpoint else None, validation)
+        command = plan_sft(spec, load_preset(spec.preset), paths, hardware, admitted.family)
         reporter.progress(Progress(unit="steps", step=0, phase="loading"))
-        trained = _train(command, work, train, max_length, reporter)
+        trained = _train(command, work, train, admitted.max_length, reporter, before)
         if hardware.node_rank:
             return {}  # the first node has the adapter
         if hardware.nodes > 1 and (trained.newest_checkpoint or 0) < trained.rows["max_steps"]:
@@ -80,75 +72,6 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     finally:
         _keep_log(work, output)
         shutil.rmtree(work, ignore_errors=True)
-
-
-def hardware_here(spec: Spec) -> Hardware:
-    """What the spec asks for, and this process's place in it (an Indexed Job's environment, or torchrun's names).
-
-    Raises FailedPrecondition when fewer GPUs are here than asked for.
-    """
-    gpus, nodes = spec.resources.gpus, spec.resources.nodes
-    seen = count_gpus()
-    if gpus > seen:
-        raise FailedPrecondition(f"spec.resources.gpus asks for {gpus} GPUs on a node, and {seen} can be seen here")
-    rank = int(os.environ.get("NODE_RANK", os.environ.get("JOB_COMPLETION_INDEX", "0")))
-    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    port = int(os.environ.get("MASTER_PORT", "29500" if nodes > 1 else str(_free_port())))
-    threads = max(len(os.sched_getaffinity(0)) // max(gpus, 1), 1)
-    return Hardware(gpus, nodes, rank if nodes > 1 else 0, address, port, threads)
-
-
-def count_gpus() -> int:
-    """NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves, without loading CUDA."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = Path("/proc/driver/nvidia/gpus")
-    present = len(list(devices.iterdir())) if devices.is_dir() else 0
-    if visible is None:
-        return present
-    return min(len([device for device in visible.split(",") if device.strip() not in ("", "-1")]), present)
-
-
-def check_model(model: Path, trusted: bool) -> Family | None:
-    """What ms-swift has to be told about a model. Raises InvalidData for a folder that cannot be trained."""
-    try:
-        config = json.loads((model / "config.json").read_text())
-    except FileNotFoundError:
-        raise InvalidData(
-            f"the base model {model} has no config.json; import it with `fabrictune models import`"
-        ) from None
-    except ValueError as error:
-        raise InvalidData(f"the base model's config.json cannot be read: {error}") from None
-    if not any(model.glob("*.safetensors")):
-        raise InvalidData(
-            "the base model has no .safetensors file; other formats are not read, for pickles can run code"
-        )
-    if not any((model / name).exists() for name in _TOKENIZERS):
-        raise InvalidData(f"the base model has no tokenizer, none of {', '.join(_TOKENIZERS)}")
-    if "auto_map" in config and not trusted:
-        raise FailedPrecondition(
-            "the base model comes with Python code of its own (auto_map in config.json), which training would run; "
-            "set spec.arguments.trust_remote_code: true if you trust it"
-        )
-    return infer_family(config, _chat_template(model))
-
-
-def check_rows(train: Sequence[Row], model: Path, max_length: int | None, reporter: Reporter) -> None:
-    """Refuse a dataset with nothing to train on; warn of rows that will be left out."""
-    if not train:
-        raise InvalidData("train.jsonl has no row; conversion's rejects.jsonl and report.json say where they went")
-    if max_length is None:
-        return
-    long = certainly_too_long(train, model, max_length)
-    if len(long) == len(train):
-        raise _all_too_long(train, max_length)
-    if long:
-        ids = ", ".join(row.id for row in long[:3])
-        most = "most rows will" if 2 * len(long) > len(train) else "they will"
-        reporter.log(
-            f"{len(long)} of {len(train)} rows are longer than max_length {max_length} ({ids}, …): {most} be left out; "
-            "set spec.arguments.max_length higher to keep them",
-            "WARNING",
-        )
 
 
 def account_for_rows(rows: Sequence[Row], trained: int, work: Path, split: str, reporter: Reporter) -> list[str]:
@@ -173,21 +96,22 @@ def refused_ids(rows: Sequence[Row], work: Path) -> list[str]:
     return [row.id for row in rows if row.fingerprint in named]
 
 
-def _train(command: Command, work: Path, rows: Sequence[Row], max_length: int | None, reporter: Reporter) -> Trained:
+def _train(
+    command: Command,
+    work: Path,
+    rows: Sequence[Row],
+    max_length: int | None,
+    reporter: Reporter,
+    records: Sequence[Mapping[str, Any]],
+) -> Trained:
     try:
-        return run_child(command, work, reporter)
+        return run_child(command, work, reporter, records)
     except Cancelled:
         raise
     except FabrictuneError:
         if len(refused_ids(rows, work)) == len(rows):
-            raise _all_too_long(rows, max_length) from None
+            raise all_too_long(rows, max_length) from None
         raise
-
-
-def _all_too_long(rows: Sequence[Row], max_length: int | None) -> InvalidData:
-    return InvalidData(
-        f"all {len(rows)} rows are longer than max_length {max_length}; set spec.arguments.max_length higher"
-    )
 
 
 def _lay_out(dataset: Path, work: Path, checkpoint: Path | None, validation: bool) -> None:
@@ -204,15 +128,17 @@ def _leave_adapter(
     spec: Spec, model: Path, work: Path, checkpoint: Path | None, trained: Trained, output: Path, command: Command
 ) -> dict[str, Any]:
     step, folder = choose(work / "run", checkpoint, spec.checkpoint, trained.newest_checkpoint)
-    shutil.copyfile(folder / "adapter_model.safetensors", output / "adapter_model.safetensors")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = spec.base_model  # a path of this machine means nothing elsewhere
-    (output / "adapter_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    for name in weight_files(folder):
+        shutil.copyfile(folder / name, output / name)
+    if (output / "adapter_config.json").exists():
+        config = json.loads((output / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = spec.base_model  # a path of this machine means nothing elsewhere
+        (output / "adapter_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     for name in _TOKENIZER_FILES:
         if (model / name).exists():
             shutil.copyfile(model / name, output / name)
-    with (output / "metrics.jsonl").open("w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in trained.records)
+    write_metrics(output / "metrics.jsonl", trained.records)
+    write_events(trained.records, output / "tensorboard")
     plot_loss(trained.records, output / "loss.png", f"{spec.base_model} on {spec.dataset}, {spec.preset}")
     local = {str(model.absolute()): spec.base_model, str(PLUGIN): PLUGIN.name}
     if checkpoint:
@@ -234,30 +160,20 @@ def _metadata(spec: Spec, step: int, trained: Trained) -> dict[str, Any]:
         "total_steps": trained.rows["max_steps"],
         "tokens": trained.tokens,
         "computing_seconds": round(trained.computing_seconds, 3),
+        "peak_memory_bytes": trained.peak_bytes,
         **{name: value for name, value in figures.items() if value is not None},
     }
+
+
+def _count_kept(spec: Spec) -> int:
+    """As many as the trainer keeps in its folder; each carries the best adapter so far."""
+    arguments = {**load_preset(spec.preset).arguments, **spec.arguments}
+    return int(arguments.get("save_total_limit", 2))
 
 
 def _keep_log(work: Path, output: Path) -> None:
     if (work / "train.log").exists():
         shutil.copyfile(work / "train.log", output / "train.log")
-
-
-def _chat_template(model: Path) -> str:
-    if (model / "chat_template.jinja").exists():
-        return (model / "chat_template.jinja").read_text()
-    try:
-        config = json.loads((model / "tokenizer_config.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return ""
-    template = config.get("chat_template") or ""
-    return template if isinstance(template, str) else json.dumps(template, ensure_ascii=False)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 STAGE = Stage(
@@ -269,6 +185,9 @@ STAGE = Stage(
     inputs=lambda spec: {"dataset": spec.dataset, "base_model": spec.base_model},
     run=run,
     versions=("ms-swift", "torch", "transformers", "peft"),
+    output_of=lambda spec: spec.output,
+    children=plan_children,
+    checkpoints_kept=_count_kept,
 )
 
 if __name__ == "__main__":

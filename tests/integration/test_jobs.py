@@ -18,6 +18,7 @@ from grpc_status import rpc_status
 
 from fabrictune.v1 import job_pb2, merging_pb2, merging_pb2_grpc
 from services.common import jobs as jobs_module
+from services.common import metrics
 from services.common.artifacts import Artifacts
 from services.common.clusters import Workload
 from services.common.clusters.local import LocalCluster
@@ -106,6 +107,23 @@ async def test_a_job_runs_to_its_end_and_its_events_arrive_in_order(stack: Stack
     job = await stack.stub.GetMergeJob(merging_pb2.GetMergeJobRequest(name="mergeJobs/t1"))
     assert job.output == "models/t1"
     assert job.execution.attempt == 1
+
+
+async def test_prometheus_has_the_progress_of_running_jobs_only(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs_module, "EXPORT_SECONDS", 0.1)
+    exporting = asyncio.create_task(stack.jobs.export_progress())
+    labels = {"kind": "toy", "job": "t1"}
+    await stack.create("sleep")
+    async with asyncio.timeout(20):
+        while metrics.REGISTRY.get_sample_value("fabrictune_job_loss", labels) is None:
+            await asyncio.sleep(0.1)
+    assert metrics.REGISTRY.get_sample_value("fabrictune_job_loss", labels) == 0.5
+    assert metrics.REGISTRY.get_sample_value("fabrictune_job_total_steps", labels) == 2
+    await stack.stub.CancelMergeJob(merging_pb2.CancelMergeJobRequest(name="mergeJobs/t1"))
+    async with asyncio.timeout(20):
+        while metrics.REGISTRY.get_sample_value("fabrictune_job_loss", labels) is not None:
+            await asyncio.sleep(0.1)
+    exporting.cancel()
 
 
 async def test_a_watch_goes_on_after_a_resume_token(stack: Stack) -> None:

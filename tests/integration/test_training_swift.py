@@ -8,21 +8,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from services.common.errors import Cancelled, InvalidData
+from services.common.config import StoreConfig
+from services.common.errors import InvalidData
+from services.common.records import accept_record, plan_record
 from services.common.reporter import Progress
+from services.common.store import Store
 from services.training.presets import swift_argument_names
 from services.training.spec import Spec
-from services.training.worker import run
+from services.training.swift import PLUGIN
+from services.training.worker import STAGE, run
+from tests.faults import WorkerProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.heavy]
 
@@ -32,12 +38,12 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-STEPS = 6
+STEPS = 40
 ARGUMENTS = {
-    **{"max_steps": STEPS, "save_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "logging_steps": 1},
+    **{"max_steps": STEPS, "save_steps": 5, "eval_steps": 5, "eval_strategy": "steps", "logging_steps": 1},
     **{"max_length": 128, "lora_dropout": 0.1, "learning_rate": 1e-2, "lora_rank": 4, "save_total_limit": 10},
     # The preset's upper layers are not there in a model of two.
-    **{"target_regex": r".*_proj", "effective_batch_size": 2, "per_device_train_batch_size": 2},
+    **{"target_regex": r".*_proj", "effective_batch_size": 16, "per_device_train_batch_size": 2},
 }
 
 
@@ -142,7 +148,14 @@ def trained(tiny_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFa
 
 def test_training_leaves_an_adapter_that_says_nothing_of_this_machine(trained: Run, tiny_model: Path) -> None:
     names = {file.name for file in trained.output.iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "metrics.jsonl", "loss.png"} <= names
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "loss.png",
+        "tensorboard",
+    } <= names
     assert {"training_args.json", "train.log", "chat_template.jinja"} <= names
     assert ".work" not in names
     config = (trained.output / "adapter_config.json").read_text()
@@ -183,34 +196,76 @@ def test_the_best_checkpoint_is_the_output(trained: Run) -> None:
     assert losses[trained.metadata["step"]] == min(losses.values())
 
 
-def test_a_cancelled_run_keeps_a_checkpoint_and_resuming_it_equals_a_run_without_a_break(
-    trained: Run, tiny_model: Path, dataset: Path, tmp_path: Path
+@pytest.fixture
+def worker(
+    tiny_model: Path, dataset: Path, store: Store, object_store: StoreConfig, tmp_path: Path
+) -> Iterator[WorkerProcess]:
+    """A worker for the job that `trained` did, on a store of its own."""
+    made = WorkerProcess("training", "trainingJobs/t1", store, object_store, tmp_path / "data")
+    made.artifacts.publish(tiny_model, "models/tiny", "model", created_by={}, metadata={})
+    made.artifacts.publish(dataset, "datasets/d1", "dataset", created_by={}, metadata={})
+    accept_record(store, plan_record(STAGE, made.artifacts, _spec().model_dump(mode="json", exclude_unset=True), "t1"))
+    yield made
+    made.close()
+
+
+def test_a_run_that_was_told_to_stop_and_then_killed_ends_with_the_curve_of_one_without_a_break(
+    trained: Run, worker: WorkerProcess, store: Store, tmp_path: Path
 ) -> None:
-    def cancel_at_step_3(progress: Progress) -> None:
-        if progress.step == 3 and progress.loss is not None:
-            listener.on_progress = lambda progress: None
-            raise Cancelled("told to stop")
+    worker.start()
+    first = worker.wait_for_checkpoint(after=0)
+    assert worker.terminate() == 143
+    stopped_at = worker.checkpoints()[-1]
+    assert first <= stopped_at < STEPS, "it saves where it is told to stop"
+    assert store.get_json("trainingJobs/t1/outcome.json") is None
 
-    listener = Listener(tmp_path, on_progress=cancel_at_step_3)
-    (tmp_path / "cut").mkdir()
-    with pytest.raises(Cancelled):
-        run(_spec(), {"dataset": dataset, "base_model": tiny_model}, tmp_path / "cut", listener)
-    newest = max(listener.checkpoints)
-    assert newest >= 3
+    # What a worker that died while it uploaded leaves: files without a manifest.
+    store.put_bytes(f"checkpoints/trainingJobs-t1/step-{STEPS:08d}/0/optimizer.pt", b"half")
+    worker.start()
+    second = worker.wait_for_checkpoint(after=stopped_at)
+    assert worker.kill() == -signal.SIGKILL
+    worker.wait_until_all_are_gone()
+    assert second < STEPS, "the kill came in the middle of training"
 
-    rest = Listener(tmp_path / "rest")
-    (tmp_path / "resumed").mkdir()
-    metadata = run(
-        _spec(),
-        {"dataset": dataset, "base_model": tiny_model, "checkpoint": listener.checkpoints[2]},
-        tmp_path / "resumed",
-        rest,
-    )
-    assert metadata["total_steps"] == STEPS
-    resumed = Run(tmp_path / "resumed", metadata, rest)
-    assert set(resumed.losses) == set(range(3, STEPS + 1))
-    for step, loss in resumed.losses.items():
-        assert loss == pytest.approx(trained.losses[step], abs=1e-5)
+    worker.start()
+    assert worker.wait() == 0, worker.log[-3000:]
+    worker.artifacts.fetch("adapters/t1", tmp_path / "adapter")
+    records = [json.loads(line) for line in (tmp_path / "adapter" / "metrics.jsonl").read_text().splitlines()]
+    resumed = {r["step"]: r["loss"] for r in records if "eval_loss" not in r}
+    assert set(resumed) == set(range(1, STEPS + 1))
+    for step, loss in resumed.items():
+        assert loss == pytest.approx(trained.losses[step], abs=1e-5), f"step {step}"
+    evaluations = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
+    recorded = {e.step: e.eval_loss for e in trained.listener.events if e.eval_loss is not None}
+    # A run that is told to stop does not evaluate first.
+    assert set(recorded) - set(evaluations) <= {stopped_at}
+    assert evaluations == pytest.approx({step: recorded[step] for step in evaluations}, abs=1e-5)
+
+
+def test_full_training_leaves_a_whole_model_that_has_changed(tiny_model: Path, dataset: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    output = tmp_path / "model"
+    output.mkdir()
+    arguments = {"tuner_type": "full", "target_regex": None, "target_modules": None, "lora_rank": None}
+    left = {k: v for k, v in {**ARGUMENTS, **arguments}.items() if v is not None}
+    more = {
+        "max_steps": 2,
+        "save_steps": 2,
+        "eval_strategy": "no",
+        "group_by_length": True,
+        "use_logits_to_keep": False,
+    }
+    spec = _spec().model_copy(update={"arguments": {**left, **more}})
+    assert spec.output == ("model", "models")
+    metadata = run(spec, {"dataset": dataset, "base_model": tiny_model}, output, Listener(tmp_path))
+    assert (metadata["rows_trained"], metadata["rows_refused"]) == (12, ["r12/0"])
+    names = {file.name for file in output.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl"} <= names
+    assert not {name for name in names if name.startswith("adapter")}
+    before, after = load_file(tiny_model / "model.safetensors"), load_file(output / "model.safetensors")
+    assert set(before) == set(after)
+    assert all((before[name] != after[name]).any() for name in before if "proj" in name)
 
 
 def test_a_dataset_that_is_all_too_long_is_refused_before_ms_swift_starts(
@@ -224,14 +279,15 @@ def test_a_dataset_that_is_all_too_long_is_refused_before_ms_swift_starts(
 
 
 MASK = """
-import json, sys
+import dataclasses, json, sys
 from swift.arguments import SftArguments
 from swift.model import get_processor
 from swift.template import get_template
-import dataclasses
+sys.path.insert(0, sys.argv[2])
+import swift_plugin
 processor = get_processor(sys.argv[1], model_type="llama")
-def encode(loss_scale, rows):
-    template = get_template(processor, template_type="chatml", loss_scale=loss_scale, max_length=512)
+def encode(template, loss_scale, rows):
+    template = get_template(processor, template_type=template, loss_scale=loss_scale, max_length=4096)
     template.set_mode("train")
     return [weigh(template, row) for row in rows]
 def weigh(template, row):
@@ -244,49 +300,90 @@ def weigh(template, row):
         else: runs.append([weight, [token]])
     return [[weight, template.tokenizer.decode(tokens)] for weight, tokens in runs]
 rows = list(map(json.loads, sys.stdin))
-found = {scale: encode(scale, rows) for scale in ("react", "default")}
+wanted = [("chatml", "agentfabric"), ("qwen3", "agentfabric"), ("llama3", "agentfabric"), ("chatml", "default")]
+found = {f"{template} {scale}": encode(template, scale, rows) for template, scale in wanted}
 print("RESULT" + json.dumps({**found, "arguments": [f.name for f in dataclasses.fields(SftArguments)]}))
 """
+TWO_CALLS = (
+    "Action: get_weather\nAction Input: {'city': 'Paris', 'note': 'Observation: none, Thought: none'}\n"
+    "Observation: {'sky': 'sunny'}\n"
+    "Action: get_weather\nAction Input: {'city': 'Rome'}\nObservation: {'sky': 'Final Answer: rain'}\n"
+    "Thought: I now know the final answer\nFinal Answer: Sunny in Paris. Action: take no umbrella. Observation: done."
+)
+PROMPT = (
+    "Answer the following questions as best you can. You have access to the following APIs:\n"
+    "1. get_weather: Call this tool to interact with the get_weather API. What is the get_weather API useful for? "
+    'The weather. Parameters: [{"name": "city", "description": "a city", "required": "True"}, '
+    '{"name": "note", "description": "a note", "required": "False"}]\n\nUse the following format:\n\nThought: …\nBegin!'
+)
 
 
 @pytest.fixture(scope="session")
-def encoded(tiny_model: Path) -> dict[str, Any]:
-    """What ms-swift's own template makes of rows, and the arguments that it knows; in a process of its own."""
-    split_summary = _row(2, SUMMARY)
-    split_summary["messages"][1]["content"] += f"\n{CALL}Observation: <result>sunny</result>\nAnswer:"
-    inline = _row(3, "")
-    inline["messages"][2:] = [
-        {"role": "assistant", "content": CALL, "loss": True},
-        {"role": "assistant", "content": "Observation: <result>sunny</result>\nAnswer:", "loss": False},
-        {"role": "assistant", "content": f" {SUMMARY}", "loss": True},
-    ]
-    rows = [_row(0, CALL), _row(1, f"Let me look.\n{CALL}"), split_summary, inline]
+def converted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What conversion makes of two rounds, the first with two calls, in both layouts."""
+    from services.conversion.worker import STAGE as CONVERSION
+
+    folder = tmp_path_factory.mktemp("converted")
+    turns = [("system", PROMPT), ("user", "Paris and Rome?"), ("assistant", TWO_CALLS), ("user", "Thanks."),
+             ("assistant", "Thought: I now know the final answer\nFinal Answer: You are welcome.")]  # fmt: skip
+    row = {"id": "row-0", "conversations": [{"from": role, "value": text} for role, text in turns]}
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "out").mkdir()
+    spec = {"sources": [{"uri": "datasets/rows", "layout": "both"}], "split": {"validation": 0, "test": 0}}
+    inputs = {"sources/0": folder / "rows.jsonl"}
+    CONVERSION.run(CONVERSION.spec.model_validate(spec), inputs, folder / "out", Listener(folder))
+    return [json.loads(line) for line in (folder / "out" / "train.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def encoded(tiny_model: Path, converted: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ms-swift's own templates make of rows, and the arguments that it knows; in a process of its own."""
+    rows = [*converted, _row(0, f"Let me look.\n{CALL}"), _row(1, SUMMARY)]
     stdin = "\n".join(json.dumps(row) for row in rows)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "USE_HF": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", MASK, str(tiny_model)], input=stdin, capture_output=True, text=True, env=env, timeout=300
-    )
+    argv = [sys.executable, "-c", MASK, str(tiny_model), str(PLUGIN.parent)]
+    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     result: dict[str, Any] = json.loads(done.stdout.rsplit("RESULT", 1)[1])
-    return result
+    return {**result, "rows": rows}
 
 
-def test_tool_calls_count_double_answers_once_and_the_rest_nothing_token_by_token(encoded: dict[str, Any]) -> None:
-    call, prose, summary, inline = encoded["react"]
-    assert [w for w, _ in call] == [0.0, 2.0, 1.0] and call[1][1] == CALL and call[2][1].startswith("<|im_end|>")
-    assert [w for w, _ in prose] == [0.0, 1.0, 2.0, 1.0] and prose[1][1] == "Let me look.\n" and prose[2][1] == CALL
-    assert [w for w, _ in summary] == [0.0, 1.0] and summary[1][1].startswith(f"{SUMMARY}<|im_end|>")
-    assert [w for w, _ in inline] == [0.0, 2.0, 0.0, 1.0]
-    assert inline[1][1] == CALL and inline[3][1].startswith(f" {SUMMARY}<|im_end|>")
+def _trained_pieces(row: dict[str, Any], call_weight: float) -> list[tuple[float, str]]:
+    """What must be trained of a row: calls, and all else that the assistant says; where neighbours weigh alike, as one."""
+    pieces: list[tuple[float, str]] = []
+    for message in row["messages"]:
+        if message["role"] != "assistant" or message.get("loss") is False:
+            continue
+        start = message["content"].find("Action: get_weather\nAction Input: ")
+        prose, call = (
+            (message["content"], "") if start < 0 else (message["content"][:start], message["content"][start:])
+        )
+        pieces += [(weight, text) for weight, text in ((1.0, prose), (call_weight, call)) if text]
+    return pieces
 
 
-def test_with_the_default_scale_calls_and_answers_count_alike_and_results_nothing(encoded: dict[str, Any]) -> None:
-    call, prose, summary, inline = encoded["default"]
-    for row, text in ((call, CALL), (prose, f"Let me look.\n{CALL}"), (summary, SUMMARY)):
-        assert [w for w, _ in row] == [0.0, 1.0]
-        assert row[1][1].startswith(f"{text}<|im_end|>")
-    assert [w for w, _ in inline] == [0.0, 1.0, 0.0, 1.0]
-    assert inline[1][1] == CALL and inline[3][1].startswith(f" {SUMMARY}<|im_end|>")
+ENDS = {"chatml": "<|im_end|>", "qwen3": "<|im_end|>", "llama3": "<|eot_id|>"}
+
+
+@pytest.mark.parametrize(
+    ("case", "call_weight"),
+    [("chatml agentfabric", 2.0), ("qwen3 agentfabric", 2.0), ("llama3 agentfabric", 2.0), ("chatml default", 1.0)],
+)
+def test_calls_count_double_answers_once_and_results_and_prompts_nothing_to_the_token(
+    encoded: dict[str, Any], case: str, call_weight: float
+) -> None:
+    end = ENDS[case.split()[0]]
+    layouts = set()
+    for row, runs in zip(encoded["rows"], encoded[case], strict=True):
+        layouts.add(row.get("layout", len(row["messages"])))
+        found = [(weight, text) for weight, text in runs if weight]
+        wanted = _trained_pieces(row, call_weight)
+        assert "".join(text for _, text in found).replace(end, "").strip() == "".join(t for _, t in wanted).strip()
+        for weight, text in wanted:
+            assert any(w == weight and text.strip() in t for w, t in found), (case, weight, text, found)
+        doubled = "".join(text for weight, text in found if weight == 2.0)
+        assert doubled == "".join(text for weight, text in wanted if weight == 2.0)
+    assert len(encoded["rows"]) >= 5
 
 
 def test_the_list_of_arguments_is_that_of_the_installed_ms_swift(encoded: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import FabrictuneError, InvalidSpec, ResourceExhausted
+from services.training.event_files import write_events
 from services.training.plot import plot_loss, smooth
 from services.training.progress import LineReader, Metrics, as_record, explain_failure, news_of, read_metrics
 
@@ -112,6 +113,23 @@ def test_the_loss_curve_is_a_png_and_a_run_without_a_line_has_none(tmp_path: Pat
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not plot_loss([], tmp_path / "none.png", "")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_tensorboard_reads_the_event_file_and_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    records = [{"step": 1, "loss": 2.0, "learning_rate": 0.5}, {"step": 1, "eval_loss": 1.5, "token_accuracy": 0.25}]
+    assert write_events(records, tmp_path / "one") and write_events(records, tmp_path / "two")
+    (file,) = (tmp_path / "one").iterdir()
+    assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+    events = [
+        (e.step, v.tag, v.tensor.float_val[0]) for e in EventFileLoader(str(file)).Load() for v in e.summary.value
+    ]
+    assert events == [
+        *((1, "train/loss", 2.0), (1, "train/learning_rate", 0.5)),
+        *((1, "eval/loss", 1.5), (1, "eval/token_accuracy", 0.25)),
+    ]
+    assert not write_events([], tmp_path / "none") and not (tmp_path / "none").exists()
 
 
 def test_smoothing_keeps_a_constant() -> None:

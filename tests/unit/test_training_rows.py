@@ -10,10 +10,18 @@ import pytest
 
 from services.common.errors import DataLoss, FabrictuneError, FailedPrecondition, InvalidData, Unavailable
 from services.common.reporter import Silent
-from services.training.checkpoints import CheckpointKeeper, check_resumable, choose, restore_best
+from services.training.admission import check_model, hardware_here
+from services.training.checkpoints import (
+    CheckpointKeeper,
+    check_resumable,
+    choose,
+    read_metrics_until,
+    restore_best,
+    weight_files,
+)
 from services.training.rows import read_rows
 from services.training.spec import Spec
-from services.training.worker import account_for_rows, check_model, hardware_here
+from services.training.worker import account_for_rows
 
 GOOD = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
@@ -119,6 +127,34 @@ def test_a_kept_checkpoint_survives_its_deletion_by_training_and_carries_the_bes
     restore_best(kept / "4", again)
     assert (again / "checkpoint-2" / "adapter_model.safetensors").read_text() == "2"
     assert list(held.iterdir()) == []
+
+
+def test_a_kept_checkpoint_carries_the_metrics_up_to_its_step(tmp_path: Path) -> None:
+    run, held, kept = tmp_path / "run", tmp_path / "held", tmp_path / "kept"
+    for folder in (held, kept):
+        folder.mkdir()
+    _checkpoint(run, 2)
+    keeper = CheckpointKeeper(run, held, _Store(kept))
+    keeper.keep(2, None, [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 0.5}])
+    keeper.close()
+    assert read_metrics_until(kept / "2", 2) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    assert read_metrics_until(None, 2) == [] == read_metrics_until(_checkpoint(tmp_path / "old", 4), 4)
+
+
+def test_a_checkpoint_of_full_training_is_its_weights_and_config(tmp_path: Path) -> None:
+    folder = _checkpoint(tmp_path, 2)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).unlink()
+    with pytest.raises(InvalidData, match=r"adapter_model\.safetensors is missing"):
+        check_resumable(folder)
+    for name in ("config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        (folder / name).write_text("{}")
+    assert weight_files(folder) == [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    assert check_resumable(folder) == 2
 
 
 def test_a_store_that_is_down_does_not_end_the_training(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from services.common.errors import InvalidSpec
 from services.training.presets import CONTROLLED, fit_accumulation, load_preset, preset_names, swift_argument_names
 from services.training.spec import Spec
-from services.training.swift import PLUGIN, Command, Hardware, Paths, infer_family, plan_sft
+from services.training.swift import PLUGIN, Command, Hardware, Paths, infer_family, plan_children, plan_sft
 
 NAMES = {"dataset": "datasets/d1", "base_model": "models/m1"}
 WORK = Path("/work/j1")
@@ -27,54 +28,29 @@ def _flags(command: Command) -> dict[str, str]:
     return dict(zip(words[::2], words[1::2], strict=True))
 
 
-def _torchrun(flags: str) -> list[str]:
-    return ["-m", "torch.distributed.run", *flags.split(), "-m", "swift.cli.sft"]
-
-
-RECIPE = {
-    # the published command, flag by flag (formats.md 5.1)
-    **{"--tuner_type": "lora", "--lora_rank": "8", "--lora_alpha": "32", "--lora_dropout": "0.05"},
-    **{"--target_modules": "all-linear", "--num_train_epochs": "2", "--max_length": "1500"},
-    **{"--learning_rate": "5e-05", "--weight_decay": "0.1", "--max_grad_norm": "0.5", "--warmup_ratio": "0.03"},
-    **{"--per_device_train_batch_size": "2", "--gradient_checkpointing": "true", "--loss_scale": "react"},
-    **{"--eval_steps": "100", "--save_steps": "100", "--save_total_limit": "2"},
-}
+GOLDEN = Path(__file__).parents[1] / "data" / "argv"
 
 
 @pytest.mark.parametrize(
-    ("hardware", "launcher", "accumulation"),
-    [
-        (Hardware(), ["-m", "swift.cli.sft"], "32"),
-        (Hardware(gpus=1), ["-m", "swift.cli.sft"], "32"),
-        (
-            Hardware(gpus=8),
-            _torchrun("--nproc_per_node 8 --nnodes 1 --node_rank 0 --master_addr 127.0.0.1 --master_port 29500"),
-            "4",
-        ),
-        (
-            Hardware(gpus=8, nodes=2, node_rank=1, master_addr="train-0", master_port=29400),
-            _torchrun("--nproc_per_node 8 --nnodes 2 --node_rank 1 --master_addr train-0 --master_port 29400"),
-            "2",
-        ),
-    ],
-    ids=["cpu", "1-gpu", "8-gpus", "2-nodes-of-8"],
+    ("case", "resources"),
+    [("cpu", {}), ("1-gpu", {"gpus": 1}), ("8-gpus", {"gpus": 8}), ("2-nodes-of-8-gpus", {"gpus": 8, "nodes": 2})],
 )
 def test_the_published_recipe_is_reproduced_flag_by_flag_with_a_batch_of_64(
-    hardware: Hardware, launcher: list[str], accumulation: str
+    case: str, resources: dict[str, int]
 ) -> None:
-    command = _plan(hardware, preset="agentfabric-lora")
-    assert command.argv[1 : command.argv.index("--model")] == launcher
-    assert _flags(command) == {
-        **RECIPE,
-        "--gradient_accumulation_steps": accumulation,
-        **{"--model": "/models/m1", "--dataset": "train.jsonl", "--val_dataset": "validation.jsonl"},
-        **{"--eval_strategy": "steps", "--per_device_eval_batch_size": "2", "--logging_steps": "10"},
-        **{"--report_to": "none", "--dataloader_persistent_workers": "false"},
-        **{"--truncation_strategy": "delete", "--strict": "true", "--lazy_tokenize": "false"},
-        **{"--seed": "42", "--data_seed": "42", "--output_dir": "run", "--add_version": "false"},
-        **{"--check_model": "false", "--save_only_model": "false", "--disable_tqdm": "true"},
-        **{"--logging_nan_inf_filter": "false", "--external_plugins": str(PLUGIN), "--callbacks": "fabrictune"},
-    }
+    children = plan_children(Spec.model_validate({**NAMES, "resources": resources}))
+    lines = [" ".join(child.argv).replace(str(PLUGIN), PLUGIN.name).replace(" --", "\n  --") for child in children]
+    assert "\n".join(lines) + "\n" == (GOLDEN / f"{case}.txt").read_text()
+    gpus, nodes = resources.get("gpus", 1), resources.get("nodes", 1)
+    flags = dict(re.findall(r"--(\w+) (\S+)", lines[0]))
+    assert int(flags["per_device_train_batch_size"]) * int(flags["gradient_accumulation_steps"]) * gpus * nodes == 64
+
+
+def test_every_node_is_told_its_place_and_where_the_first_one_is() -> None:
+    hardware = Hardware(gpus=8, nodes=2, node_rank=1, master_addr="train-0", master_port=29400)
+    argv = _plan(hardware).argv
+    said = "--nproc_per_node 8 --nnodes 2 --node_rank 1 --master_addr train-0 --master_port 29400"
+    assert argv[1 : argv.index("--model")] == ["-m", "torch.distributed.run", *said.split(), "-m", "swift.cli.sft"]
 
 
 def test_the_child_asks_no_hub_and_sees_no_gpu_that_was_not_asked_for() -> None:
@@ -113,7 +89,7 @@ def test_every_accumulation_gives_the_batch_back(accumulation: int) -> None:
 
 
 def test_all_bad_arguments_are_named_at_once() -> None:
-    arguments = {"lora_rnak": 8, "output_dir": "/tmp", "tuner_type": "full", "effective_batch_size": 0}
+    arguments = {"lora_rnak": 8, "output_dir": "/tmp", "tuner_type": "adalora", "effective_batch_size": 0}
     with pytest.raises(ValidationError) as caught:
         Spec.model_validate({**NAMES, "arguments": arguments})
     said = str(caught.value)
@@ -123,8 +99,24 @@ def test_all_bad_arguments_are_named_at_once() -> None:
     assert "effective_batch_size: 0 is not a whole number" in said
 
 
+def test_packing_without_flash_attention_and_a_quantized_full_training_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"arguments\.packing: needs attn_impl: flash_attn"):
+        Spec.model_validate({**NAMES, "arguments": {"packing": True}})
+    with pytest.raises(ValidationError, match=r"arguments\.quant_method: tuner_type: full trains every weight"):
+        Spec.model_validate({**NAMES, "preset": "agentfabric-full", "arguments": {"quant_method": "bnb"}})
+
+
+def test_variants_of_lora_are_values_and_full_training_makes_a_model() -> None:
+    flags = {name: _flags(_plan(Hardware(gpus=1), preset=f"agentfabric-{name}")) for name in ("dora", "qlora", "full")}
+    assert flags["dora"]["--use_dora"] == "true"
+    assert (flags["qlora"]["--quant_method"], flags["qlora"]["--quant_bits"]) == ("bnb", "4")
+    assert flags["full"]["--tuner_type"] == "full" and "--lora_rank" not in flags["full"]
+    assert Spec.model_validate({**NAMES, "preset": "agentfabric-full"}).output == ("model", "models")
+    assert Spec.model_validate({**NAMES, "preset": "agentfabric-dora"}).output == ("adapter", "adapters")
+
+
 def test_an_unknown_preset_lists_those_that_exist() -> None:
-    with pytest.raises(ValidationError, match="no preset 'agentfabric'; there are agentfabric-lora, smollm2-cpu"):
+    with pytest.raises(ValidationError, match=r"no preset .agentfabric.; there are agentfabric-dora, .*smollm2-cpu"):
         Spec.model_validate({**NAMES, "preset": "agentfabric"})
 
 
