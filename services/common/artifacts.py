@@ -73,6 +73,11 @@ class Artifacts:
     def __init__(self, store: Store, cache: Path) -> None:
         self._store, self._cache = store, cache
 
+    @property
+    def store(self) -> Store:
+        """Where they lie."""
+        return self._store
+
     def get(self, name: str) -> Manifest:
         """The manifest. Raises NotFound, InvalidSpec (no artifact's name), DataLoss."""
         check_name(name)

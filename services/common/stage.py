@@ -13,9 +13,14 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
+from services.common.remote import RemoteArtifact, RemoteDraft
 from services.common.reporter import Reporter
 
 S = TypeVar("S", bound=BaseModel)
+
+
+Streamed = Callable[[S, Mapping[str, RemoteArtifact], RemoteDraft, Reporter], Mapping[str, Any]]
+"""(spec, {role: artifact}, the output that it writes, reporter) → the manifest's metadata; see `run`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Stage(Generic[S]):
 
     `run` then finds the nodes' folders among its inputs, as "shares/0", "shares/1", … None: nodes compute together in `run`.
     """
+    stream: Callable[[S], Streamed[S] | None] = lambda _: None
+    """spec → the function that works in the object store, where the spec asks for that; None: `run` works on folders."""
     versions: tuple[str, ...] = ()
     """Packages whose versions belong into the manifest, such as "ms-swift"."""
     verdict: Callable[[Mapping[str, Any]], None] | None = None

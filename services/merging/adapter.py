@@ -16,13 +16,15 @@ from services.merging.adapter_config import pattern_value, read_config
 from services.merging.blas import Array
 from services.merging.low_rank import LowRank
 from services.merging.rounding import is_finite
-from services.merging.tensors import FLOATS, Entry, TensorFile
+from services.merging.tensors import FLOATS, Entry, TensorFile, read_tensor
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 NAMED = 5
 """Violations of one kind that are named."""
-_MATRIX = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.default)?(\.weight)?")
+_MATRIX = re.compile(
+    r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.default)?(\.weight)?"
+)
 _SIDES = {
     **{"lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"},
     "lora_magnitude_vector": "magnitude",
@@ -58,18 +60,23 @@ class Adapter:
         """Whether the base's weights are (in, out), as a Conv1D's are."""
         return bool(self.config.get("fan_in_fan_out"))
 
+    def read(self, name: str) -> Array:
+        """One of its tensors, as it is stored."""
+        return read_tensor(self.folder / WEIGHTS, self.entries[name])
+
+    def read_part(self, entry: Entry) -> Array:
+        """Some rows of one of its tensors, as an entry of their own."""
+        return read_tensor(self.folder / WEIGHTS, entry)
+
     def matrices(self, module: str) -> tuple[Array, Array]:
         """A (rank, in) and B (out, rank) of a module, float32."""
         pair = self.pairs[module]
-        with TensorFile(self.folder / WEIGHTS) as tensors:
-            return tensors.read(pair.a).astype(np.float32), tensors.read(pair.b).astype(np.float32)
+        return self.read(pair.a).astype(np.float32), self.read(pair.b).astype(np.float32)
 
     def magnitude(self, module: str) -> Array | None:
         """DoRA's m of a module, float32."""
-        if not self.pairs[module].magnitude:
-            return None
-        with TensorFile(self.folder / WEIGHTS) as tensors:
-            return tensors.read(self.pairs[module].magnitude).astype(np.float32).reshape(-1)
+        name = self.pairs[module].magnitude
+        return self.read(name).astype(np.float32).reshape(-1) if name else None
 
     def low_rank(self, module: str) -> LowRank:
         """What it does to the module's weight."""
@@ -93,9 +100,7 @@ class Adapter:
         return made[::-1] if self.fan_in_fan_out or pair.is_embedding else made
 
 
-def orient(
-    adapter: Adapter, module: str, a: Array, b: Array, scale: float, magnitude: Array | None = None
-) -> LowRank:
+def orient(adapter: Adapter, module: str, a: Array, b: Array, scale: float, magnitude: Array | None = None) -> LowRank:
     """A and B of a module in the layout of its weight."""
     is_embedding = adapter.pairs[module].is_embedding
     if adapter.fan_in_fan_out or is_embedding:

@@ -14,7 +14,7 @@ from typing import Any
 
 from services.common.errors import InvalidData, Violation
 
-NOTHING = (False, None, [], {}, "")
+NOTHING: tuple[Any, ...] = (False, None, [], {}, "")
 # Settings that change what the weights mean, and the values with which we merge; the first one is named to the user.
 MERGED: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),

@@ -67,7 +67,7 @@ def multiply(b: Array, a: Array) -> Array:
 
 
 def add_product(x: Array, y: Array, total: Array) -> Array:
-    """x · y + total rounded once to float32: the product of two float32 is exact in float64."""
+    """X · y + total rounded once to float32: the product of two float32 is exact in float64."""
     exact = np.multiply(x, y, dtype=np.float64)
     exact += total
     return exact.astype(np.float32)

@@ -61,7 +61,7 @@ class Mixture:
             if len(shapes) > 1:
                 wrong.append(Violation(module, f"was made for different weights: {sorted(shapes)}"))
             elif len(ranks) > 1 and self.combination == "linear":
-                wrong.append(Violation(module, f"has ranks {sorted(ranks)}: use the combination \"cat\""))
+                wrong.append(Violation(module, f'has ranks {sorted(ranks)}: use the combination "cat"'))
             elif len({a.pairs[module].is_embedding for a in having}) > 1:
                 wrong.append(Violation(module, f"is an embedding in {first.folder.name} and none in another"))
         return wrong[:5]

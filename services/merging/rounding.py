@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
 from services.merging.blas import Array
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_EXPONENTS = {2: (np.uint16, 0x7F80), 4: (np.uint32, 0x7F800000), 8: (np.uint64, 0x7FF0000000000000)}
+_EXPONENTS: Mapping[int, tuple[Any, int]] = {
+    2: (np.uint16, 0x7F80),
+    4: (np.uint32, 0x7F800000),
+    8: (np.uint64, 0x7FF0000000000000),
+}
 """Bytes of a float → its unsigned twin, and the bits of its exponent; float16 has an own pattern."""
 _HALF_EXPONENT = 0x7C00
 
@@ -41,5 +48,5 @@ def is_finite(values: Array) -> bool:
     if values.dtype.kind not in "fV" or not values.size:
         return True
     unsigned, exponent = _EXPONENTS[values.dtype.itemsize]
-    mask = unsigned(_HALF_EXPONENT if values.dtype == np.float16 else exponent)
+    mask = np.array(_HALF_EXPONENT if values.dtype == np.float16 else exponent, unsigned)
     return bool(np.bitwise_and(values.view(unsigned), mask).max() != mask)

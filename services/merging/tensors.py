@@ -119,6 +119,13 @@ class TensorFile:
         return self.file.read(end - begin)
 
 
+def read_tensor(path: Path, entry: Entry) -> Array:
+    """A tensor of a file whose header has been read."""
+    with path.open("rb") as file:
+        file.seek(entry.begin)
+        return np.frombuffer(file.read(entry.end - entry.begin), dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+
+
 def read_header(file: str, size: int, read: Read) -> Header:
     """The header of a file of `size` bytes, checked against it. Raises InvalidData."""
     prefix = bytes(read(0, min(8, size)))

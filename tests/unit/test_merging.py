@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from services.common.errors import InvalidData, ResourceExhausted
 from services.merging.adapter import read_adapter
-from services.merging.merge import merge_folder
+from services.merging.folder import merge_folder
+from services.merging.mixture import Mixture
 from services.merging.worker import STAGE
 from tests.conftest import Recorder
 
@@ -54,7 +55,7 @@ def write_adapter(folder: Path, tensors: Tensors | None = None, **config: Any) -
 def merged(tmp_path: Path, base: Path, adapter: Path) -> Tensors:
     output = tmp_path / "out"
     output.mkdir()
-    merge_folder(base, read_adapter(adapter), output)
+    merge_folder(base, Mixture([read_adapter(adapter)]), output)
     return {k: v for f in sorted(output.glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
@@ -111,7 +112,7 @@ def test_the_stage_carries_the_tokenizer(tmp_path: Path, reporter: Recorder) -> 
 @pytest.mark.parametrize(
     ("config", "tensors", "named"),
     [
-        ({"use_dora": True}, None, "use_dora"),
+        ({"use_dora": True}, None, "no lora_magnitude_vector"),
         ({"bias": "all"}, None, "bias"),
         ({"peft_type": "IA3"}, None, "peft_type"),
         ({}, {"base_model.model.x.lora_A.weight": np.ones((2, 4), np.float32)}, "lora_A only"),
