@@ -65,6 +65,7 @@ class RemoteDraft:
         self._store, self._artifacts = store, artifacts
         self._name, self._kind, self._attempt = name, kind, new_attempt()
         self._files: dict[str, File] = {}
+        self._begun: list[str] = []
         self._is_sealed = False
 
     def __enter__(self) -> RemoteDraft:
@@ -72,7 +73,7 @@ class RemoteDraft:
 
     def __exit__(self, *_: object) -> None:
         if not self._is_sealed:
-            for path in self._files:
+            for path in self._begun:
                 self._store.delete(self._key(path))
 
     @property
@@ -82,6 +83,7 @@ class RemoteDraft:
 
     def write(self, path: str, size: int, chunks: Iterator[Any]) -> File:
         """Upload a file of `size` bytes from a stream. Raises what `chunks` raises, and errors of the store."""
+        self._begun.append(path)
         file = File(path, size, upload_chunks(self._store, self._key(path), size, chunks))
         self._files[path] = file
         return file

@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
-from services.common.remote import RemoteArtifact, RemoteDraft
 from services.common.reporter import Reporter
 
 S = TypeVar("S", bound=BaseModel)
 
 
-Streamed = Callable[[S, Mapping[str, RemoteArtifact], RemoteDraft, Reporter], Mapping[str, Any]]
-"""(spec, {role: artifact}, the output that it writes, reporter) → the manifest's metadata; see `run`."""
+if TYPE_CHECKING:  # a stage on plain folders shall not wait for a client of the object store
+    from services.common.remote import RemoteArtifact, RemoteDraft
+
+    Streamed = Callable[[S, Mapping[str, RemoteArtifact], RemoteDraft, Reporter], Mapping[str, Any]]
+    """(spec, {role: artifact}, the output that it writes, reporter) → the manifest's metadata; see `run`."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf import json_format
 from google.rpc import status_pb2
@@ -40,8 +40,11 @@ from services.common.records import accept_record, read_record, read_spec_file
 from services.common.remote import RemoteArtifact, RemoteDraft
 from services.common.reporter import Progress, Reporter, Silent
 from services.common.shares import Shares
-from services.common.stage import Stage, Streamed
+from services.common.stage import Stage
 from services.common.store import Store, open_store
+
+if TYPE_CHECKING:
+    from services.common.stage import Streamed
 
 CHECKPOINTS_KEPT = 2
 MAX_ATTEMPTS = 50

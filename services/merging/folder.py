@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from services.common.artifacts import File, digest_of_files
 from services.common.errors import InvalidData, ResourceExhausted
+from services.common.file_digests import File, digest_of_files
 from services.merging.merge import Merge
 from services.merging.mixture import Mixture
 from services.merging.plan import Plan, plan_merge

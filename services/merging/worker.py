@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from services.common.remote import RemoteArtifact, RemoteDraft
 from services.common.reporter import Progress, Reporter
 from services.common.stage import Stage
 from services.merging.adapter import Adapter, read_adapter
@@ -16,9 +15,11 @@ from services.merging.folder import merge_folder
 from services.merging.mixture import Mixture
 from services.merging.peft_engine import merge_with_peft
 from services.merging.plan import Plan
-from services.merging.remote import merge_remote
 from services.merging.spec import Spec
 from services.merging.swift_engine import merge_with_swift
+
+if TYPE_CHECKING:
+    from services.common.remote import RemoteArtifact, RemoteDraft
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter) -> dict[str, Any]:
@@ -46,6 +47,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
 
 def stream(spec: Spec, inputs: Mapping[str, RemoteArtifact], draft: RemoteDraft, reporter: Reporter) -> dict[str, Any]:
     """The same from the object store to the object store: of the base, no more than some pieces is ever here."""
+    from services.merging.remote import merge_remote  # here, for merges on folders need no client of the object store
+
     begin = time.monotonic()
     base, folders = inputs["base_model"], [inputs[role].fetch() for role in spec.adapter_roles]
     adapters = [read_adapter(folder) for folder in folders]
