@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from services.common.errors import InvalidData, Violation
-from services.merging.adapter_config import pattern_value, read_config
+from services.merging.adapter_config import WEIGHTS, pattern_value, read_config
 from services.merging.blas import Array
 from services.merging.low_rank import LowRank
 from services.merging.rounding import is_finite
 from services.merging.tensors import FLOATS, Entry, TensorFile, read_tensor
 
-WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 NAMED = 5
 """Violations of one kind that are named."""
@@ -112,10 +111,6 @@ def orient(adapter: Adapter, module: str, a: Array, b: Array, scale: float, magn
 def read_adapter(folder: Path) -> Adapter:
     """Read and check an adapter. Raises InvalidData naming all that is wrong."""
     config = read_config(folder)
-    if not (folder / WEIGHTS).is_file():
-        pickled = ", ".join(p.name for p in folder.glob("*.bin"))
-        text = f"is missing{f'; {pickled} is pickled and never read' if pickled else ''}"
-        raise InvalidData(f"the adapter {folder.name} cannot be merged", violations=[Violation(WEIGHTS, text)])
     with TensorFile(folder / WEIGHTS) as tensors:
         adapter = _sort(folder, config, tensors.entries)
         if wrong := _refuse(adapter):

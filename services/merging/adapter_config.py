@@ -14,6 +14,7 @@ from typing import Any
 
 from services.common.errors import InvalidData, Violation
 
+WEIGHTS = "adapter_model.safetensors"
 NOTHING: tuple[Any, ...] = (False, None, [], {}, "")
 # Settings that change what the weights mean, and the values with which we merge; the first one is named to the user.
 MERGED: Mapping[str, tuple[Any, ...]] = {
@@ -37,6 +38,14 @@ KNOWN = frozenset(
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of an adapter. Raises InvalidData naming all that cannot be merged."""
+    config = load_config(folder)
+    if wrong := [*_refuse_settings(config), *_refuse_numbers(config)]:
+        raise InvalidData(f"the adapter {folder.name} cannot be merged", violations=wrong)
+    return config
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """The same whatever it holds. Raises InvalidData when there is none, or no weights but pickled ones."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -45,8 +54,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InvalidData(f"adapter_config.json of {folder.name} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise InvalidData(f"adapter_config.json of {folder.name} must hold an object")
-    if wrong := [*_refuse_settings(config), *_refuse_numbers(config)]:
-        raise InvalidData(f"the adapter {folder.name} cannot be merged", violations=wrong)
+    if not (folder / WEIGHTS).is_file():
+        pickled = ", ".join(p.name for p in folder.glob("*.bin"))
+        text = f"is missing{f'; {pickled} is pickled and never read' if pickled else ''}"
+        raise InvalidData(f"the adapter {folder.name} cannot be merged", violations=[Violation(WEIGHTS, text)])
     return config
 
 

@@ -82,8 +82,9 @@ class Merge:
             return Chunk(data, piece, data)
         values = _rows(data, entry)
         if piece.is_touched:
-            for change in self._changes_of(entry, read):
-                values = change.apply(values, piece.first)
+            with np.errstate(all="ignore"):  # what is no number in the end is refused below, by name
+                for change in self._changes_of(entry, read):
+                    values = change.apply(values, piece.first)
         if not is_finite(values):
             what = "would have" if piece.is_touched and is_finite(_rows(data, entry)) else "has"
             raise InvalidData(f"{entry.name} {what} NaN or infinite values, so the merged model could not be used")
@@ -134,11 +135,10 @@ class _Change:
         if self.low_rank is not None:
             return self.low_rank.merge(values, first, self.norms)
         entry = self.step.adapter.entries[self.step.saved]
-        width = (entry.end - entry.begin) // max(1, entry.shape[0])
+        width = (entry.end - entry.begin) // (entry.shape[0] if entry.shape else 1)
         at = entry.begin + first * width
         part = replace(entry, begin=at, end=at + len(values) * width, shape=(len(values), *entry.shape[1:]))
-        with np.errstate(over="ignore"):
-            return self.step.adapter.read_part(part).reshape(values.shape).astype(values.dtype)
+        return self.step.adapter.read_part(part).reshape(values.shape).astype(values.dtype)
 
 
 def split_entry(entry: Entry, is_touched: bool, step: int = 0) -> Iterator[Piece]:

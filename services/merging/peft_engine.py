@@ -13,7 +13,7 @@ def merge_with_peft(
     import peft
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
     adapted = peft.PeftModel.from_pretrained(model, adapters[0], adapter_name="0", autocast_adapter_dtype=True)
     if weights is not None:
         names = [str(i) for i in range(len(adapters))]

@@ -39,8 +39,7 @@ def narrow(values: Array, dtype: np.dtype[np.generic]) -> Array:
         np.add(bits, carry, out=bits)
         np.right_shift(bits, 16, out=bits)
         return bits.astype(np.uint16).view(BFLOAT16)
-    with np.errstate(over="ignore"):  # what becomes infinite is refused by name
-        return values.astype(dtype)
+    return values.astype(dtype)
 
 
 def is_finite(values: Array) -> bool:

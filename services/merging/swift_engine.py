@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from services.common.errors import FabrictuneError, FailedPrecondition, ResourceExhausted
+from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, ResourceExhausted
 
 LAST_LINES = 15
 # ms-swift cannot tell some models by their config.json, since several of its types share an architecture. A merge needs no
@@ -53,9 +53,12 @@ def merge_with_swift(base: Path, adapter: Path, output: Path) -> None:
 
 
 def plan_swift(base: Path, adapter: Path, output: Path) -> list[str]:
-    """The command. output: an empty folder, which ms-swift must be told to write into."""
-    architecture = (json.loads((base / "config.json").read_text()).get("architectures") or [""])[0]
-    model_type = MODEL_TYPES.get(architecture)
+    """The command. output: an empty folder, which ms-swift must be told to write into. Raises InvalidData."""
+    try:
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidData(f"config.json of the base model {base.name} cannot be read: {error}") from None
+    model_type = MODEL_TYPES.get((config.get("architectures") or [""])[0])
     return [
         *(sys.executable, "-m", "swift.cli.export"),
         *("--model", str(base.absolute()), "--adapters", str(adapter.absolute())),

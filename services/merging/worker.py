@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from services.common.errors import InvalidData
 from services.common.reporter import Progress, Reporter
 from services.common.stage import Stage
-from services.merging.adapter import Adapter, read_adapter
+from services.merging.adapter import read_adapter
+from services.merging.adapter_config import load_config
 from services.merging.carried import Files, carry
 from services.merging.folder import merge_folder
 from services.merging.mixture import Mixture
@@ -26,14 +28,16 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     """Merge the adapters among the inputs into inputs["base_model"]."""
     begin = time.monotonic()
     base, folders = inputs["base_model"], [inputs[role] for role in spec.adapter_roles]
-    adapters = [read_adapter(folder) for folder in folders]
-    told = _describe(spec, adapters)
+    told = _describe(spec, [load_config(folder) for folder in folders])
+    if not any(base.glob("*.safetensors")):
+        raise InvalidData(f"{base} has no *.safetensors weights; pickled weights are never read")
     plan: Plan | None = None
     if spec.engine == "stream":
-        mixture = Mixture(adapters, spec.weights, spec.combination)
+        mixture = Mixture([read_adapter(folder) for folder in folders], spec.weights, spec.combination)
         merged = merge_folder(base, mixture, output, _progress(reporter))
         plan = merged.plan
-        told |= {"tensors": plan.tensors, "bytes": plan.size, "weights_digest": merged.digest}
+        told |= {"merged_tensors": len(plan.steps), "tensors": plan.tensors, "bytes": plan.size}
+        told["weights_digest"] = merged.digest
     elif spec.engine == "peft":
         merge_with_peft(base, folders, spec.weights, spec.combination, output)
     else:
@@ -51,22 +55,18 @@ def stream(spec: Spec, inputs: Mapping[str, RemoteArtifact], draft: RemoteDraft,
 
     begin = time.monotonic()
     base, folders = inputs["base_model"], [inputs[role].fetch() for role in spec.adapter_roles]
-    adapters = [read_adapter(folder) for folder in folders]
-    mixture = Mixture(adapters, spec.weights, spec.combination)
+    mixture = Mixture([read_adapter(folder) for folder in folders], spec.weights, spec.combination)
     plan = merge_remote(base, mixture, draft, _progress(reporter))
     carried = carry((base.sizes, base.read), _files(folders[0]), spec.chat_template, plan)
     for name, content in carried.items():
         draft.write(name, len(content), iter([content]))
-    told = {**_describe(spec, adapters), "tensors": plan.tensors, "bytes": plan.size, "streamed": True}
+    told = {**_describe(spec, [load_config(folder) for folder in folders]), "merged_tensors": len(plan.steps)}
+    told |= {"tensors": plan.tensors, "bytes": plan.size, "streamed": True}
     return _conclude(told, begin, reporter)
 
 
-def _describe(spec: Spec, adapters: Sequence[Adapter]) -> dict[str, Any]:
-    told = {
-        "engine": spec.engine,
-        "rank": adapters[0].config.get("r"),
-        "merged_tensors": len({module for adapter in adapters for module in adapter.pairs}),
-    }
+def _describe(spec: Spec, configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    told: dict[str, Any] = {"engine": spec.engine, "rank": configs[0].get("r")}
     if spec.adapters:
         told["combination"] = spec.combination
         told["adapters"] = [{"adapter": a.adapter, "weight": a.weight} for a in spec.adapters]
@@ -75,7 +75,7 @@ def _describe(spec: Spec, adapters: Sequence[Adapter]) -> dict[str, Any]:
 
 def _conclude(told: dict[str, Any], begin: float, reporter: Reporter) -> dict[str, Any]:
     told["seconds"] = round(time.monotonic() - begin, 2)
-    reporter.log(f"merged {told['merged_tensors']} weights in {told['seconds']} s ({told['engine']})")
+    reporter.log(f"merged in {told['seconds']} s ({told['engine']})")
     return told
 
 

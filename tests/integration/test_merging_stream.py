@@ -85,8 +85,8 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_written(
 
 
 def test_a_tensor_of_many_parts(tmp_path: Path, artifacts: Artifacts, reporter: Recorder) -> None:
-    base = write_base(tmp_path / "base", rows=600_000)  # 9.6 MB: more than a piece
-    publish(artifacts, base, write_adapter(tmp_path / "adapter", (tensors := lora(rows=600_000))))
+    base = write_base(tmp_path / "base", rows=300_000)  # 4.8 MB: more than a piece
+    publish(artifacts, base, write_adapter(tmp_path / "adapter", (tensors := lora(rows=300_000))))
     merge(artifacts, reporter)
     folder = artifacts.cached("models/merged")
     a, b = tensors.values()

@@ -225,7 +225,7 @@ def test_rounding_is_to_nearest_even(dtype: Any) -> None:
     values = values[np.isfinite(values)]
     with np.errstate(over="ignore"):
         wanted = values.astype(dtype)
-    found = rounding.narrow(values.copy(), np.dtype(dtype))
+        found = rounding.narrow(values.copy(), np.dtype(dtype))
     np.testing.assert_array_equal(found.view(np.uint8), wanted.view(np.uint8))
     np.testing.assert_array_equal(
         rounding.widen(found), wanted.astype(np.float64 if dtype is np.float64 else np.float32)
