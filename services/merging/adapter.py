@@ -56,7 +56,7 @@ class Adapter:
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether the base's weights are (in, out), as a Conv1D's are."""
+        """Whether it was made for weights that are (in, out), as a Conv1D's are; peft corrects what is told wrong."""
         return bool(self.config.get("fan_in_fan_out"))
 
     def read(self, name: str) -> Array:
@@ -77,10 +77,11 @@ class Adapter:
         name = self.pairs[module].magnitude
         return self.read(name).astype(np.float32).reshape(-1) if name else None
 
-    def low_rank(self, module: str) -> LowRank:
-        """What it does to the module's weight."""
+    def low_rank(self, module: str, is_transposed: bool) -> LowRank:
+        """What it does to the module's weight, which is (in, out) when it is transposed."""
         a, b = self.matrices(module)
-        return orient(self, module, a, b, self.scale_of(module), self.magnitude(module))
+        is_embedding = self.pairs[module].is_embedding
+        return orient(a, b, self.scale_of(module), is_transposed, is_embedding, self.magnitude(module))
 
     def rank_of(self, module: str) -> int:
         """Of its matrices."""
@@ -92,17 +93,18 @@ class Adapter:
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def shape_of(self, module: str) -> tuple[int, int]:
-        """Of the weight that the module's matrices were made for."""
+    def shape_of(self, module: str, is_transposed: bool = False) -> tuple[int, int]:
+        """Of the weight that the module's matrices were made for: (out, in), or (in, out)."""
         pair = self.pairs[module]
         made = self.entries[pair.b].shape[0], self.entries[pair.a].shape[1]
-        return made[::-1] if self.fan_in_fan_out or pair.is_embedding else made
+        return made[::-1] if is_transposed else made
 
 
-def orient(adapter: Adapter, module: str, a: Array, b: Array, scale: float, magnitude: Array | None = None) -> LowRank:
+def orient(
+    a: Array, b: Array, scale: float, is_transposed: bool, is_embedding: bool, magnitude: Array | None = None
+) -> LowRank:
     """A and B of a module in the layout of its weight."""
-    is_embedding = adapter.pairs[module].is_embedding
-    if adapter.fan_in_fan_out or is_embedding:
+    if is_transposed:
         left, right = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
         return LowRank(left, right, scale, is_embedding, magnitude, is_transposed=True)
     return LowRank(b, a, scale, magnitude=magnitude)

@@ -41,20 +41,18 @@ class Mixture:
         """LoRA module → the first adapter that has it."""
         return {m: adapter for adapter in reversed(self.adapters) for m in adapter.pairs}
 
-    def low_rank(self, module: str) -> LowRank:
-        """What is done to the module's weight."""
+    def low_rank(self, module: str, is_transposed: bool) -> LowRank:
+        """What is done to the module's weight, which is (in, out) when it is transposed."""
         if self.weights is None:
-            return self.adapters[0].low_rank(module)
+            return self.adapters[0].low_rank(module, is_transposed)
         parts = [(a, w) for a, w in zip(self.adapters, self.weights, strict=True) if module in a.pairs]
         # One adapter is always combined linearly, whatever was asked for.
         combine = _COMBINATIONS[self.combination if len(self.adapters) > 1 else "linear"]
         a, b = combine(module, parts)
-        return orient(parts[0][0], module, a, b, 1.0)
+        return orient(a, b, 1.0, is_transposed, parts[0][0].pairs[module].is_embedding)
 
     def _compare(self) -> list[Violation]:
         wrong = []
-        if len({adapter.fan_in_fan_out for adapter in self.adapters}) > 1:
-            wrong.append(Violation("adapter_config.json fan_in_fan_out", "differs among the adapters"))
         for module, first in self.modules.items():
             having = [a for a in self.adapters if module in a.pairs]
             shapes, ranks = {a.shape_of(module) for a in having}, {a.rank_of(module) for a in having}

@@ -30,6 +30,8 @@ class Step:
     adapter: Adapter
     module: str = ""
     saved: str = ""
+    is_transposed: bool = False
+    """The module's weight is (in, out): an embedding's or a Conv1D's."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,14 @@ def plan_merge(headers: Sequence[Header], mixture: Mixture, base: str) -> Plan:
     steps: dict[str, list[Step]] = {}
     wrong: list[Violation] = []
     untied = _find_untied(mixture, names)
+    transposed = _find_transposed(mixture, {m: entries.get(names.find(f"{m}.weight")) for m in mixture.modules})
     for adapter in mixture.adapters:
         for weight, saved in adapter.bases.items():
             steps.setdefault(names.find(weight, untied), []).append(Step(adapter, saved=saved))
     # peft walks through the modules in their order: the embedding comes before the head that shares its tensor.
     for module, adapter in sorted(mixture.modules.items(), key=lambda m: f"{m[0]}.weight" in HEADS):
-        steps.setdefault(names.find(f"{module}.weight", untied), []).append(Step(adapter, module=module))
+        step = Step(adapter, module=module, is_transposed=module in transposed)
+        steps.setdefault(names.find(f"{module}.weight", untied), []).append(step)
     for adapter in mixture.adapters:
         for weight, saved in adapter.saved.items():
             steps.setdefault(names.find(weight, untied), []).append(Step(adapter, saved=saved))
@@ -117,9 +121,28 @@ def _find_untied(mixture: Mixture, names: _Names) -> str:
     return HEADS[0] if any(weight.endswith(EMBEDDINGS) for weight in saved) else ""
 
 
+def _find_transposed(mixture: Mixture, there: Mapping[str, Entry | None]) -> set[str]:
+    """Modules whose weight is (in, out). fan_in_fan_out says it of all layers, and a model may have both kinds.
+
+    peft corrects it layer by layer; here shapes decide, and where they are square, what holds for the model's other layers.
+    """
+    found = {module for module, adapter in mixture.modules.items() if adapter.pairs[module].is_embedding}
+    layers = [m for m in mixture.modules if m not in found and f"{m}.weight" not in HEADS]
+    fits = {m: _is_turned(mixture.modules[m].shape_of(m), there[m]) for m in layers}
+    is_conv1d = any(a.fan_in_fan_out for a in mixture.adapters) or any(fit is True for fit in fits.values())
+    return found | {m for m in layers if fits[m] or (fits[m] is None and is_conv1d)}
+
+
+def _is_turned(made: tuple[int, int], there: Entry | None) -> bool | None:
+    """Whether (out, in) fits a weight only when it is transposed; None when that cannot be told."""
+    if there is None or made[0] == made[1] or there.shape not in (made, made[::-1]):
+        return None
+    return there.shape != made
+
+
 def _compare(weight: str, there: Entry | None, step: Step) -> Violation | None:
     if step.module:
-        made: tuple[int, ...] = step.adapter.shape_of(step.module)
+        made: tuple[int, ...] = step.adapter.shape_of(step.module, step.is_transposed)
     else:
         made = step.adapter.entries[step.saved].shape
     if there is None:
