@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from services.common.artifacts import Artifacts
+from services.common.config import StoreConfig
 from services.common.errors import DataLoss, InvalidData, NotFound
 from services.common.remote import RemoteArtifact, RemoteDraft
 from services.common.store import Store
 from services.merging.worker import STAGE
-from tests.conftest import Recorder
+from tests.conftest import ROOT, Recorder
 from tests.merging_files import Q, lora, write_adapter, write_base
 
 SPEC: Mapping[str, Any] = {"base_model": "models/base", "adapter": "adapters/a", "stream": True}
@@ -52,6 +57,28 @@ def test_it_is_the_merge_of_folders(tmp_path: Path, artifacts: Artifacts, report
     assert manifest.metadata["streamed"]
     cached = [folder.name for folder in (tmp_path / "cache").iterdir() if folder.is_dir()]
     assert cached == [artifacts.get("adapters/a").digest]  # the base was never here
+
+
+def test_a_worker_streams_when_it_is_asked_to(tmp_path: Path, artifacts: Artifacts, object_store: StoreConfig) -> None:
+    publish(artifacts, write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter"))
+    job = {"name": "mergeJobs/m1", "output": "models/merged", "spec": dict(SPEC)}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    settings = {
+        "FABRICTUNE_S3_ENDPOINT": object_store.endpoint,
+        "FABRICTUNE_S3_BUCKET": artifacts.store.bucket,
+        "FABRICTUNE_S3_ACCESS_KEY": object_store.access_key,
+        "FABRICTUNE_S3_SECRET_KEY": object_store.secret_key.get_secret_value(),
+        "FABRICTUNE_DATA_DIR": str(tmp_path / "data"),
+        "FABRICTUNE_SPEC_FILE": str(tmp_path / "job.yaml"),
+    }
+    argv = [sys.executable, "-m", "services.merging.worker"]
+    done = subprocess.run(argv, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    manifest = artifacts.get("models/merged")
+    assert manifest.metadata["streamed"]
+    assert [i["name"] for i in manifest.created_by["inputs"]] == ["models/base", "adapters/a"]
+    fetched = [folder.name for folder in (tmp_path / "data/cache").iterdir() if folder.is_dir()]
+    assert fetched == [artifacts.get("adapters/a").digest]
 
 
 def test_a_base_that_has_changed_in_the_store_makes_no_model(
