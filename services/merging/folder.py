@@ -43,12 +43,8 @@ def merge_folder(base: Path, mixture: Mixture, output: Path, on_tensor: OnTensor
         opened = {path.name: stack.enter_context(TensorFile(path)) for path in files}
         plan = plan_merge([tensors.header for tensors in opened.values()], mixture, base.name)
         _check_room(plan, output)
-        merge, done, written = Merge(plan, mixture), 0, []
-        for file, tensors in opened.items():
-            on_tensor(done, plan.tensors)
-            written.append(_write(merge, tensors, output / file))
-            done += len(tensors.entries) + len(plan.added.get(file, {}))
-        on_tensor(done, plan.tensors)
+        merge = Merge(plan, mixture)
+        written = [_write(merge, tensors, output / file, on_tensor) for file, tensors in opened.items()]
         sizes = {file.path: file.size for file in written}
         verify(
             plan, mixture, lambda f, b, e: bytes(opened[f].view(b, e)), lambda f, b, e: _read(output / f, b, e), sizes
@@ -64,7 +60,7 @@ def _check_room(plan: Plan, output: Path) -> None:
         )
 
 
-def _write(merge: Merge, tensors: TensorFile, target: Path) -> File:
+def _write(merge: Merge, tensors: TensorFile, target: Path, on_tensor: OnTensor) -> File:
     sha256 = hashlib.sha256()
     try:
         with target.open("wb", buffering=0) as out:
@@ -77,6 +73,8 @@ def _write(merge: Merge, tensors: TensorFile, target: Path) -> File:
                     _write_all(out, chunk.data)
                 if piece is not None:
                     tensors.forget(piece.begin, piece.end)
+                    if piece.end == piece.entry.end:
+                        on_tensor(merge.done, merge.plan.tensors)
             size = out.tell()
     except OSError as error:
         if error.errno in FULL:

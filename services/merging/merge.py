@@ -58,6 +58,12 @@ class Merge:
         self._workers = workers or len(os.sched_getaffinity(0))
         self._lock = threading.Lock()
         self._changes: dict[str, list[_Change]] = {}
+        self._done = 0
+
+    @property
+    def done(self) -> int:
+        """Tensors whose last bytes have been handed out."""
+        return self._done
 
     def chunks(self, header: Header, read: Read) -> Iterator[Chunk]:
         """The merged file, in order. read: of the base's file. Raises InvalidData (NaN or infinite values)."""
@@ -95,6 +101,7 @@ class Merge:
         piece, future = waiting.popleft()
         chunk = future.result()
         if piece.end == piece.entry.end:  # its matrices are not needed any more
+            self._done += 1
             with self._lock:
                 self._changes.pop(piece.entry.name, None)
         return chunk

@@ -29,15 +29,13 @@ def merge_remote(base: RemoteArtifact, mixture: Mixture, draft: RemoteDraft, on_
         raise InvalidData(f"{base.name} has no *.safetensors weights; pickled weights are never read")
     headers = [read_header(file, base.sizes[file], partial(base.read_range, file)) for file in files]
     plan = plan_merge(headers, mixture, base.name)
-    merge, done = Merge(plan, mixture), 0
+    merge = Merge(plan, mixture)
     for header in headers:
-        on_tensor(done, plan.tensors)
         added = plan.added.get(header.file, {})
         size = header.size - header.data + len(write_header(header, added))
         size += sum(entry.end - entry.begin for entry in added.values())
         draft.write(header.file, size, _merged(base, merge, header))
-        done += len(header.entries) + len(added)
-    on_tensor(done, plan.tensors)
+        on_tensor(merge.done, plan.tensors)
     verify(plan, mixture, base.read_range, draft.read_range, draft.sizes)
     return plan
 

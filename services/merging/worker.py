@@ -43,8 +43,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     else:
         merge_with_swift(base, folders[0], output)
     for name, content in carry(_files(base), _files(folders[0]), spec.chat_template, plan).items():
-        # transformers has written a config and an index of its own, which fit the files that it has made.
-        if spec.engine == "stream" or not (name.endswith((".index.json", "config.json")) and (output / name).exists()):
+        if spec.engine == "stream" or not _is_engines_own(name, output):
             (output / name).write_bytes(content)
     return _conclude(told, begin, reporter)
 
@@ -71,6 +70,13 @@ def _describe(spec: Spec, configs: Sequence[Mapping[str, Any]]) -> dict[str, Any
         told["combination"] = spec.combination
         told["adapters"] = [{"adapter": a.adapter, "weight": a.weight} for a in spec.adapters]
     return told
+
+
+def _is_engines_own(name: str, output: Path) -> bool:
+    """Transformers writes a config and an index that fit the files that it makes."""
+    return name.endswith(".index.json") or (
+        name in ("config.json", "generation_config.json") and (output / name).exists()
+    )
 
 
 def _conclude(told: dict[str, Any], begin: float, reporter: Reporter) -> dict[str, Any]:
