@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import struct
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from bench.measure import ROOT, Sample, command, show
 
@@ -63,7 +63,10 @@ def measure(size: str, engines: Sequence[str], rounds: int) -> bool:
     """Print one table. False when an engine failed."""
     with tempfile.TemporaryDirectory(prefix="fabrictune-bench-", dir=os.environ.get("BENCH_DIR")) as scratch:
         folder = Path(scratch)
-        total = make_model(SIZES[size], folder / "base", folder / "adapter")
+        # In a process of its own: one that is started by a large process begins with that one's peak memory (Linux).
+        make = f"from bench.merging import *; make_model(SIZES[{size!r}], Path({str(folder)!r}))"
+        subprocess.run([sys.executable, "-c", make], cwd=ROOT, check=True)
+        total = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
         found: dict[str, list[Sample]] = {engine: [] for engine in engines}
         failed: dict[str, str] = {}
         for _ in range(rounds):
@@ -102,11 +105,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, **told}
 
 
-def make_model(size: Size, base: Path, adapter: Path) -> int:
-    """A base model in shards and an adapter for it, of random numbers; returns the weights' bytes."""
+def make_model(size: Size, folder: Path) -> None:
+    """A base model in shards and an adapter for it, of random numbers: folder/base and folder/adapter."""
     import ml_dtypes
+    import numpy as np
     from safetensors.numpy import save_file
 
+    base, adapter = folder / "base", folder / "adapter"
     base.mkdir()
     adapter.mkdir()
     rng = np.random.default_rng(0)
@@ -114,7 +119,7 @@ def make_model(size: Size, base: Path, adapter: Path) -> int:
     shapes = dict(weights_of(size))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in shapes.items():
-        if sum(2 * int(np.prod(s)) for s in shards[-1].values()) > SHARD:
+        if sum(2 * math.prod(s) for s in shards[-1].values()) > SHARD:
             shards.append({})
         shards[-1][name] = shape
     for number, shard in enumerate(shards, 1):
@@ -132,7 +137,6 @@ def make_model(size: Size, base: Path, adapter: Path) -> int:
     told["target_modules"] = sorted({n.split(".")[-2] for n in shapes if n.endswith("_proj.weight")})
     (adapter / "adapter_config.json").write_text(json.dumps(told))
     write_rest(size, base)
-    return sum(file.stat().st_size for file in base.glob("*.safetensors"))
 
 
 def weights_of(size: Size) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -158,7 +162,7 @@ def write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], pool: Any) ->
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape in shapes.items():
-        end = at + 2 * int(np.prod(shape))
+        end = at + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, end]}
         at = end
     raw = json.dumps(header).encode()
