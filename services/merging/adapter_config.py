@@ -21,7 +21,7 @@ MERGED: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", *NOTHING),
     # The others change the base when an adapter is made, so that it fits another base than the one that is stored.
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 # Settings that say how it was trained or where it comes from, or that are read below.
 KNOWN = frozenset(
