@@ -101,13 +101,13 @@ class Adapter:
 
 
 def orient(
-    a: Array, b: Array, scale: float, is_transposed: bool, is_embedding: bool, magnitude: Array | None = None
+    a: Array, b: Array, scale: float, is_transposed: bool, is_rounded: bool, magnitude: Array | None = None
 ) -> LowRank:
     """A and B of a module in the layout of its weight."""
     if is_transposed:
         left, right = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
-        return LowRank(left, right, scale, is_embedding, magnitude, is_transposed=True)
-    return LowRank(b, a, scale, magnitude=magnitude)
+        return LowRank(left, right, scale, is_rounded, magnitude, is_transposed=True)
+    return LowRank(b, a, scale, is_rounded, magnitude)
 
 
 def read_adapter(folder: Path) -> Adapter:

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from services.merging.blas import Array, add_product, has_avx512, multiply
+from services.merging.blas import Array, multiply
 from services.merging.rounding import narrow, widen
 
 BLOCK = 1 << 16
 """Elements that are computed at once: all steps find them in a core's cache."""
 DORA_BLOCK = 1 << 19
 """With norms of rows more at once pays: they are summed in as many steps as a row has vectors."""
+
+LANES = 8
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class LowRank:
     left: Array
     right: Array
     scale: float
-    is_embedding: bool = False
-    """peft rounds an embedding's difference to the weight's dtype before it adds it."""
+    is_rounded: bool = False
+    """peft rounds the difference to the weight's dtype before it adds it: an embedding's, and that of a concatenation."""
     magnitude: Array | None = None
     """DoRA's m, float32, one for each output."""
     is_transposed: bool = False
@@ -65,13 +67,13 @@ class LowRank:
         for first, weight in blocks:
             for begin, end in _blocks(weight, DORA_BLOCK):
                 for row in self._add(weight[begin:end], first + begin):
-                    squares = add_product(row, row, squares)
+                    squares += row * row
         return np.sqrt(squares)
 
     def _add(self, weight: Array, first: int) -> Array:
         delta = multiply(self.left[first : first + len(weight)], self.right)
         delta *= np.float32(self.scale)
-        if self.is_embedding and self.magnitude is None:
+        if self.is_rounded and self.magnitude is None:
             delta = widen(narrow(delta, weight.dtype))
         total = widen(weight)
         total += delta
@@ -79,21 +81,20 @@ class LowRank:
 
 
 def row_norms(values: Array) -> Array:
-    """The 2-norm of each row, float32, summed as torch does on this CPU: vector by vector, then the lanes, then the rest.
+    """The 2-norm of each row, float32, summed as torch does: vector by vector, then the lanes, then what is left.
 
-    Source: ATen/native/cpu/ReduceOpsKernel.cpp, norm_kernel_tensor_iterator_impl (torch 2.13).
+    Source: ATen/native/cpu/ReduceOpsKernel.cpp, norm_kernel_tensor_iterator_impl, which torch 2.13 has for vectors of 8 only.
     """
-    lanes = 16 if has_avx512() else 8
-    whole = values.shape[1] - values.shape[1] % lanes
-    sums = np.zeros((len(values), lanes), np.float32)
-    for at in range(0, whole, lanes):
-        part = values[:, at : at + lanes]
-        sums = add_product(part, part, sums)
+    squares = values * values
+    whole = values.shape[1] - values.shape[1] % LANES
+    sums = np.zeros((len(values), LANES), np.float32)
+    for at in range(0, whole, LANES):
+        sums += squares[:, at : at + LANES]
     total = sums[:, 0].copy()
-    for lane in range(1, lanes):
+    for lane in range(1, LANES):
         total += sums[:, lane]
     for at in range(whole, values.shape[1]):
-        total = add_product(values[:, at], values[:, at], total)
+        total += squares[:, at]
     norms: Array = np.sqrt(total)
     return norms
 

@@ -121,10 +121,13 @@ class Merge:
                 self._changes[entry.name] = self._prepare(entry, read)
             return self._changes[entry.name]
 
+    def _low_rank(self, step: Step, entry: Entry) -> LowRank:
+        return self._mixture.low_rank(step.module, step.is_transposed, DTYPES[entry.dtype])
+
     def _prepare(self, entry: Entry, read: Read) -> list[_Change]:
         made: list[_Change] = []
         for step in self.plan.steps.get(entry.name, ()):
-            change = _Change(step, self._mixture.low_rank(step.module, step.is_transposed) if step.module else None)
+            change = _Change(step, self._low_rank(step, entry) if step.module else None)
             if change.low_rank and change.low_rank.magnitude is not None and change.low_rank.is_transposed:
                 before = _before(entry, read, list(made))
                 change = replace(change, norms=change.low_rank.column_norms(before))

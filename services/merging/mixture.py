@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import numpy as np
 
@@ -41,15 +42,18 @@ class Mixture:
         """LoRA module → the first adapter that has it."""
         return {m: adapter for adapter in reversed(self.adapters) for m in adapter.pairs}
 
-    def low_rank(self, module: str, is_transposed: bool) -> LowRank:
-        """What is done to the module's weight, which is (in, out) when it is transposed."""
+    def low_rank(self, module: str, is_transposed: bool, dtype: np.dtype[Any]) -> LowRank:
+        """What is done to the module's weight, of this dtype, and (in, out) when it is transposed."""
         if self.weights is None:
             return self.adapters[0].low_rank(module, is_transposed)
         parts = [(a, w) for a, w in zip(self.adapters, self.weights, strict=True) if module in a.pairs]
         # One adapter is always combined linearly, whatever was asked for.
-        combine = _COMBINATIONS[self.combination if len(self.adapters) > 1 else "linear"]
-        a, b = combine(module, parts)
-        return orient(a, b, 1.0, is_transposed, parts[0][0].pairs[module].is_embedding)
+        combination = self.combination if len(self.adapters) > 1 else "linear"
+        a, b = _COMBINATIONS[combination](module, parts)
+        is_rounded = parts[0][0].pairs[module].is_embedding
+        if combination == "cat" and dtype.itemsize < 4:  # peft copies them into an adapter of the base's dtype
+            a, b, is_rounded = a.astype(dtype).astype(np.float32), b.astype(dtype).astype(np.float32), True
+        return orient(a, b, 1.0, is_transposed, is_rounded)
 
     def _compare(self) -> list[Violation]:
         wrong = []

@@ -68,7 +68,7 @@ def _check_rows(steps: Sequence[Step], mixture: Mixture, piece: Piece, before: A
             wanted = stored.astype(np.float64)
             size = np.abs(wanted)
             continue
-        change = mixture.low_rank(step.module, step.is_transposed)
+        change = mixture.low_rank(step.module, step.is_transposed, after.dtype)
         if change.magnitude is not None and change.is_transposed:
             return  # its norms need the whole tensor
         left, right = change.left.astype(np.float64), change.right.astype(np.float64)
