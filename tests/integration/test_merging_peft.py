@@ -196,6 +196,9 @@ EXPLICIT = {
     ),
     "two, linear": Case("llama", "bfloat16", {"target_modules": "all-linear"}, (0.7, -0.3), ranks=(8, 8)),
     "three, concatenated": Case("llama", "float32", {"target_modules": ["q_proj"]}, (1.0, 0.5, -2.0), "cat", (2, 5, 8)),
+    "two, concatenated, as peft rounds them": Case(
+        "llama", "bfloat16", {"target_modules": ["up_proj"]}, (1.0, 0.3), "cat", (5, 6)
+    ),
     "one with a weight": Case("llama", "bfloat16", {"target_modules": ["q_proj"]}, (0.5,)),
 }
 
