@@ -1,79 +1,207 @@
-"""A LoRA merge, streamed, beside peft's merge_and_unload on the same folders. Limit: the disk."""
+"""A LoRA merge, streamed, beside peft's merge_and_unload, `swift export --merge_lora` and a plain `cp` of the same folder.
+
+`python -m bench.merging 0.27 3 14 [--only ours,cp] [--rounds N]`; `make bench` takes the first size. Each command is timed whole,
+with the start of its Python, as somebody who types it waits for it. Limit: `cp`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
+import os
 import shutil
+import struct
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from bench.measure import ROOT, Sample, command, show
 
-from bench.measure import Sample, call, show
+RANK, SHARD, POOL = 8, 2 << 30, 1 << 24
+"""Of the adapter; bytes of a file; random numbers that weights are made of, over and over."""
 
-LAYERS, WIDTH, RANK, ROUNDS = 24, 1024, 16, 3
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama's dimensions."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_values: int
+    vocabulary: int
+    is_tied: bool = False
+
+
+SIZES: Mapping[str, Size] = {
+    "0.27": Size(576, 1536, 30, 9, 3, 49152, is_tied=True),  # SmolLM2-135M
+    "3": Size(2048, 8192, 24, 16, 4, 32000),
+    "14": Size(4096, 11008, 32, 32, 32, 64000),  # Llama 2 7B with a larger vocabulary
+}
+PEFT = """
+import sys, torch, transformers, peft
+base, adapter, output = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+merged = peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=True).merge_and_unload(safe_merge=False)
+merged.save_pretrained(output)
+transformers.AutoTokenizer.from_pretrained(base).save_pretrained(output)
+"""
 
 
 def run() -> bool:
-    """Measure both engines on a Llama of random weights."""
-    with tempfile.TemporaryDirectory(prefix="fabrictune-bench-") as scratch:
+    """The smallest model, all engines."""
+    return measure("0.27", ("ours", "peft", "swift", "cp"), 3)
+
+
+def measure(size: str, engines: Sequence[str], rounds: int) -> bool:
+    """Print one table. False when an engine failed."""
+    with tempfile.TemporaryDirectory(prefix="fabrictune-bench-", dir=os.environ.get("BENCH_DIR")) as scratch:
         folder = Path(scratch)
-        size = make_model(folder / "base", folder / "adapter")
-        found: dict[str, list[Sample]] = {"stream": [], "peft": []}
-        for _ in range(ROUNDS):
-            for engine, samples in found.items():
-                output = folder / "out"
-                samples.append(call("bench.merging", "merge", str(folder), engine, str(output)))
-                shutil.rmtree(output)
-    note = "peft's figures hold the loading of transformers' model, not Python's imports of torch"
-    show(f"merge of {size / 1e6:.0f} MB (bfloat16), median of {ROUNDS}", found, "peft", size / 1e6, note)
-    return True
+        # In a process of its own: one that is started by a large process begins with that one's peak memory (Linux).
+        make = f"from bench.merging import *; make_model(SIZES[{size!r}], Path({str(folder)!r}))"
+        subprocess.run([sys.executable, "-c", make], cwd=ROOT, check=True)
+        total = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
+        found: dict[str, list[Sample]] = {engine: [] for engine in engines}
+        failed: dict[str, str] = {}
+        for _ in range(rounds):
+            for engine in [e for e in engines if e not in failed]:
+                os.sync()  # nobody pays for what another one has left to be written
+                try:
+                    found[engine].append(command(argv_of(engine, folder), environment()))
+                except RuntimeError as error:
+                    failed[engine] = str(error)
+                shutil.rmtree(folder / "out", ignore_errors=True)
+    note = f"rank {RANK} on all linear layers, bfloat16, {len(os.sched_getaffinity(0))} cores; process starts included"
+    measured = {engine: samples for engine, samples in found.items() if engine not in failed}
+    show(f"merge of {total / 1e9:.2f} GB, median of {rounds}", measured, engines[-1], total / 1e6, note)
+    for engine, text in failed.items():
+        print(f"{engine} failed: {text}")
+    return not failed
 
 
-def make_model(base: Path, adapter: Path) -> int:
-    """A base model and an adapter for it; returns the weights' bytes."""
+def argv_of(engine: str, folder: Path) -> list[str]:
+    """What somebody would type."""
+    base, adapter, output = (str(folder / name) for name in ("base", "adapter", "out"))
+    if engine == "cp":
+        return ["cp", "-r", base, output]
+    if engine == "peft":
+        return [sys.executable, "-c", PEFT, base, adapter, output]
+    if engine == "swift":
+        from services.merging.swift_engine import plan_swift
+
+        return plan_swift(Path(base), Path(adapter), Path(output))
+    return [sys.executable, "-m", "fabrictune", "merge", "--model", base, "--adapter", adapter, "--output", output]
+
+
+def environment() -> dict[str, str]:
+    """Without a network and without a GPU."""
+    told = {"HF_HUB_OFFLINE": "1", "USE_HF": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **told}
+
+
+def make_model(size: Size, folder: Path) -> None:
+    """A base model in shards and an adapter for it, of random numbers: folder/base and folder/adapter."""
     import ml_dtypes
+    import numpy as np
     from safetensors.numpy import save_file
 
-    rng = np.random.default_rng(0)
+    base, adapter = folder / "base", folder / "adapter"
     base.mkdir()
     adapter.mkdir()
-    shapes = {"q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH), "v": (WIDTH, WIDTH), "o": (WIDTH, WIDTH)}
-    mlp = {"gate": (3 * WIDTH, WIDTH), "up": (3 * WIDTH, WIDTH), "down": (WIDTH, 3 * WIDTH)}
-    weights: dict[str, Any] = {}
+    rng = np.random.default_rng(0)
+    pool = rng.normal(0, 0.02, POOL).astype(ml_dtypes.bfloat16).view(np.uint16)
+    shapes = dict(weights_of(size))
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in shapes.items():
+        if sum(2 * math.prod(s) for s in shards[-1].values()) > SHARD:
+            shards.append({})
+        shards[-1][name] = shape
+    for number, shard in enumerate(shards, 1):
+        write_shard(base / f"model-{number:05d}-of-{len(shards):05d}.safetensors", shard, pool)
+    weight_map = {n: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, s in enumerate(shards, 1) for n in s}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     pairs: dict[str, Any] = {}
-    for layer in range(LAYERS):
-        for part, names in (("self_attn", shapes), ("mlp", mlp)):
-            for name, shape in names.items():
-                key = f"model.layers.{layer}.{part}.{name}_proj"
-                weights[f"{key}.weight"] = rng.normal(0, 0.02, shape).astype(ml_dtypes.bfloat16)
-                pairs[f"base_model.model.{key}.lora_A.weight"] = rng.normal(0, 0.02, (RANK, shape[1])).astype("f4")
-                pairs[f"base_model.model.{key}.lora_B.weight"] = rng.normal(0, 0.02, (shape[0], RANK)).astype("f4")
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            weights[f"model.layers.{layer}.{norm}.weight"] = np.ones(WIDTH, ml_dtypes.bfloat16)
-    weights["model.norm.weight"] = np.ones(WIDTH, ml_dtypes.bfloat16)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = rng.normal(0, 0.02, (8192, WIDTH)).astype(ml_dtypes.bfloat16)
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "vocab_size": 8192,
-        "intermediate_size": 3 * WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 16,
-        "num_key_value_heads": 16, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
-    }  # fmt: skip
-    (base / "config.json").write_text(json.dumps(config))
+    for name, shape in shapes.items():
+        if name.endswith("_proj.weight"):
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            pairs[f"{key}.lora_A.weight"] = rng.normal(0, 0.02, (RANK, shape[1])).astype("f4")
+            pairs[f"{key}.lora_B.weight"] = rng.normal(0, 0.02, (shape[0], RANK)).astype("f4")
     save_file(pairs, adapter / "adapter_model.safetensors")
     told = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 32, "bias": "none"}
-    told["target_modules"] = [f"{n}_proj" for n in (*shapes, *mlp)]
+    told["target_modules"] = sorted({n.split(".")[-2] for n in shapes if n.endswith("_proj.weight")})
     (adapter / "adapter_config.json").write_text(json.dumps(told))
-    return (base / "model.safetensors").stat().st_size
+    write_rest(size, base)
 
 
-def merge(folder: str, engine: str, output: str) -> None:
-    """One merge as the worker does it."""
-    from services.common.reporter import Silent
-    from services.merging.worker import STAGE
+def weights_of(size: Size) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes, in the order of a checkpoint."""
+    narrow = size.hidden // size.heads * size.key_values
+    yield "model.embed_tokens.weight", (size.vocabulary, size.hidden)
+    for layer in range(size.layers):
+        key = f"model.layers.{layer}"
+        for name, rows in (("q", size.hidden), ("k", narrow), ("v", narrow), ("o", size.hidden)):
+            yield f"{key}.self_attn.{name}_proj.weight", (rows, size.hidden)
+        yield f"{key}.mlp.gate_proj.weight", (size.intermediate, size.hidden)
+        yield f"{key}.mlp.up_proj.weight", (size.intermediate, size.hidden)
+        yield f"{key}.mlp.down_proj.weight", (size.hidden, size.intermediate)
+        yield f"{key}.input_layernorm.weight", (size.hidden,)
+        yield f"{key}.post_attention_layernorm.weight", (size.hidden,)
+    yield "model.norm.weight", (size.hidden,)
+    if not size.is_tied:
+        yield "lm_head.weight", (size.vocabulary, size.hidden)
 
-    Path(output).mkdir()
-    spec = STAGE.spec.model_validate({"base_model": "models/b", "adapter": "adapters/a", "engine": engine})
-    STAGE.run(spec, {"base_model": Path(folder) / "base", "adapter": Path(folder) / "adapter"}, Path(output), Silent())
+
+def write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], pool: Any) -> None:
+    """One file, never held in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in shapes.items():
+        end = at + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as out:
+        out.write(struct.pack("<Q", len(raw)) + raw)
+        left = at // 2
+        while left:
+            out.write(pool[: min(left, POOL)])
+            left -= min(left, POOL)
+
+
+def write_rest(size: Size, base: Path) -> None:
+    """config.json, and a tokenizer, which ms-swift wants."""
+    import tokenizers
+
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": size.hidden,
+        "vocab_size": size.vocabulary, "intermediate_size": size.intermediate, "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads, "num_key_value_heads": size.key_values, "torch_dtype": "bfloat16",
+        "tie_word_embeddings": size.is_tied,
+    }  # fmt: skip
+    (base / "config.json").write_text(json.dumps(config))
+    words = {"<s>": 0, "</s>": 1, "<unk>": 2}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>")).save(str(base / "tokenizer.json"))
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (base / "tokenizer_config.json").write_text(json.dumps({**told, "pad_token": "</s>"}))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sizes", nargs="+", choices=SIZES, help="GB")
+    parser.add_argument("--only", default="ours,peft,swift,cp", help="the last one is the baseline")
+    parser.add_argument("--rounds", type=int, default=3)
+    told = parser.parse_args()
+    for size in told.sizes:
+        measure(size, told.only.split(","), told.rounds)
+
+
+if __name__ == "__main__":
+    main()

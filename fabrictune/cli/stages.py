@@ -124,21 +124,48 @@ def train(
 
 def merge(
     model: Annotated[str, typer.Option("--model", help="The base model: models/ID, or a folder.")],
-    adapter: Annotated[str, typer.Option("--adapter", help="adapters/ID, or a folder.")],
-    engine: Annotated[str, typer.Option(help="stream (no torch, bounded memory) or peft.")] = "",
+    adapter: Annotated[
+        list[str], typer.Option("--adapter", help="adapters/ID, or a folder. Give several to merge them as one.")
+    ],
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", help="Of each adapter, in their order; may be negative.")
+    ] = None,
+    combination: Annotated[
+        str, typer.Option("--combine", help="How several become one: linear (equal ranks), or cat (any ranks).")
+    ] = "",
+    engine: Annotated[str, typer.Option(help="stream (no torch, bounded memory), peft or swift.")] = "",
+    chat_template: Annotated[
+        str, typer.Option(help="Of the merged model: base, chatml, or a Jinja file; the adapter's when absent.")
+    ] = "",
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Merge from store to store, without a copy of the model on a worker's disk."),
+    ] = False,
     output: Output = None,
     job_id: JobId = "",
     dry_run: DryRun = False,
     detach: Detach = False,
 ) -> None:
-    """Merge an adapter into its base model."""
-    spec: dict[str, Any] = {"engine": engine} if engine else {}
+    """Merge an adapter, or several with weights, into their base model."""
+    weights = weight or []
+    if weights and len(weights) != len(adapter):
+        raise ApiError(
+            f"{len(adapter)} --adapter need as many --weight, not {len(weights)}, or none", "INVALID_ARGUMENT"
+        )
+    told = {"engine": engine, "combination": combination, "chat_template": _read_template(chat_template)}
+    spec: dict[str, Any] = {key: value for key, value in told.items() if value}
     if output is not None:
-        spec |= {"base_model": "models/local", "adapter": "adapters/local"}
-        _run_here("merging", spec, {"base_model": Path(model), "adapter": Path(adapter)}, output, dry_run)
+        if stream:
+            raise ApiError("--stream is from store to store; --output writes a folder here", "INVALID_ARGUMENT")
+        local = _name_adapters([f"adapters/local-{i}" for i in range(len(adapter))], weights)
+        roles = ["adapter"] if "adapter" in local else [f"adapters/{i}" for i in range(len(adapter))]
+        folders = {role: Path(folder) for role, folder in zip(roles, adapter, strict=True)}
+        inputs = {"base_model": Path(model), **folders}
+        _run_here("merging", spec | {"base_model": "models/local", **local}, inputs, output, dry_run)
         return
+    spec |= {"base_model": model, **_name_adapters(adapter, weights), **({"stream": True} if stream else {})}
     with settings().connect() as client:
-        _start(client.merging, spec | {"base_model": model, "adapter": adapter}, job_id, dry_run, detach)
+        _start(client.merging, spec, job_id, dry_run, detach)
 
 
 def evaluate(
@@ -224,6 +251,24 @@ def _name_sources(named: Sequence[str], options: Mapping[str, str], spec: Mappin
             "name the rows to convert, or give a --spec with `sources` and their options", "INVALID_ARGUMENT"
         )
     return [resolve_alias(source) for source in read_sources(spec)]
+
+
+def _name_adapters(names: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:
+    """A spec's adapter, or its adapters when there are several or weights."""
+    if len(names) == 1 and not weights:
+        return {"adapter": names[0]}
+    return {
+        "adapters": [{"adapter": n, "weight": w} for n, w in zip(names, weights or [1.0] * len(names), strict=True)]
+    }
+
+
+def _read_template(told: str) -> str:
+    """A spec's chat_template: the text of the file, where there is one of this name."""
+    file = Path(told)
+    try:
+        return file.read_text(encoding="utf-8") if told and file.is_file() else told
+    except (OSError, UnicodeDecodeError) as error:
+        raise ApiError(f"{file} cannot be read: {error}", "INVALID_ARGUMENT") from None
 
 
 def _find_here(uri: str, folder: Path) -> Path:

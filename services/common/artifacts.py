@@ -11,7 +11,6 @@ from __future__ import annotations
 import builtins
 import fcntl
 import hashlib
-import json
 import re
 import secrets
 import shutil
@@ -23,6 +22,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from services.common.errors import AlreadyExists, DataLoss, InvalidData, InvalidSpec, NotFound, ResourceExhausted
+from services.common.file_digests import File as File
+from services.common.file_digests import digest_of_files as digest_of_files
 from services.common.resources import ID_PATTERN
 from services.common.store import Store
 from services.common.transfer import download, upload
@@ -34,15 +35,6 @@ NAME = re.compile(
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OnBytes = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class File:
-    """One file of an artifact."""
-
-    path: str
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -72,6 +64,11 @@ class Artifacts:
 
     def __init__(self, store: Store, cache: Path) -> None:
         self._store, self._cache = store, cache
+
+    @property
+    def store(self) -> Store:
+        """Where they lie."""
+        return self._store
 
     def get(self, name: str) -> Manifest:
         """The manifest. Raises NotFound, InvalidSpec (no artifact's name), DataLoss."""
@@ -262,12 +259,6 @@ def check_files(name: str, kind: str, paths: Sequence[str]) -> None:
 def list_files(folder: Path) -> builtins.list[Path]:
     """All files below a folder, in order."""
     return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
-
-
-def digest_of_files(files: Sequence[File]) -> str:
-    """sha256 of the sorted file list, lower-case hex."""
-    listed = sorted([f.path, f.size, f.sha256] for f in files)
-    return hashlib.sha256(json.dumps(listed, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
 
 
 def new_attempt() -> str:

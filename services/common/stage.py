@@ -9,13 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
 from services.common.reporter import Reporter
 
 S = TypeVar("S", bound=BaseModel)
+
+
+if TYPE_CHECKING:  # a stage on plain folders shall not wait for a client of the object store
+    from services.common.remote import RemoteArtifact, RemoteDraft
+
+    Streamed = Callable[[S, Mapping[str, RemoteArtifact], RemoteDraft, Reporter], Mapping[str, Any]]
+    """(spec, {role: artifact}, the output that it writes, reporter) → the manifest's metadata; see `run`."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class Stage(Generic[S]):
 
     `run` then finds the nodes' folders among its inputs, as "shares/0", "shares/1", … None: nodes compute together in `run`.
     """
+    stream: Callable[[S], Streamed[S] | None] = lambda _: None
+    """spec → the function that works in the object store, where the spec asks for that; None: `run` works on folders."""
     versions: tuple[str, ...] = ()
     """Packages whose versions belong into the manifest, such as "ms-swift"."""
     verdict: Callable[[Mapping[str, Any], str], None] | None = None

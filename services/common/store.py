@@ -88,6 +88,10 @@ class Store:
         """The first `size` bytes of an object, or all of it when it is smaller. Raises NotFound."""
         return self._ask(key, lambda: self._read(key, size))
 
+    def get_range(self, key: str, begin: int, end: int) -> bytes:
+        """Bytes begin..end of an object, or fewer when it ends before. Raises NotFound."""
+        return self._ask(key, lambda: self._read(key, end - begin, begin)) if end > begin else b""
+
     def put_json(self, key: str, value: Any, only_if_absent: bool = False) -> bool:
         """Write a document; with only_if_absent, False when the key is taken (If-None-Match: *)."""
         data = json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
@@ -135,8 +139,8 @@ class Store:
         """Bytes of an object. Raises NotFound."""
         return self._ask(key, lambda: int(self.client.stat_object(self.bucket, key).size or 0))
 
-    def _read(self, key: str, size: int = 0) -> bytes:
-        answer = self.client.get_object(self.bucket, key, length=size)
+    def _read(self, key: str, size: int = 0, offset: int = 0) -> bytes:
+        answer = self.client.get_object(self.bucket, key, offset=offset, length=size)
         try:
             return bytes(answer.read())
         finally:

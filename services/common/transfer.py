@@ -6,14 +6,14 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import urllib3
 
-from services.common.errors import DataLoss, Unavailable
+from services.common.errors import DataLoss, FabrictuneError, Unavailable
 from services.common.store import Store
 
 PART = 16 << 20
@@ -26,11 +26,11 @@ OnBytes = Callable[[int], None]
 class _Hashed(io.RawIOBase):
     """A file that hashes what is read from it."""
 
-    def __init__(self, data: BinaryIO, on_bytes: OnBytes) -> None:
+    def __init__(self, data: BinaryIO | io.RawIOBase, on_bytes: OnBytes) -> None:
         self._data, self._on_bytes, self.sha256 = data, on_bytes, hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
-        chunk = self._data.read(size)
+        chunk = self._data.read(size) or b""
         self.sha256.update(chunk)
         self._on_bytes(len(chunk))
         return chunk
@@ -43,6 +43,59 @@ def upload(store: Store, file: Path, key: str, on_bytes: OnBytes) -> str:
         hashed = _Hashed(data, on_bytes)
         store.put_stream(key, hashed, size, PART, THREADS)
         return hashed.sha256.hexdigest()
+
+
+def upload_chunks(store: Store, key: str, size: int, chunks: Iterator[Any]) -> str:
+    """Send `size` bytes as they are made; returns their sha256, lower-case hex. chunks: buffers.
+
+    Raises what `chunks` raises, DataLoss when they are fewer or more than `size`, errors of the store.
+    """
+    stream = _Chunked(chunks)
+    hashed = _Hashed(stream, lambda _: None)
+    try:
+        store.put_stream(key, hashed, size, PART, THREADS)
+        if stream.raised is None and stream.read(1):
+            raise DataLoss(f"{key} was to have {size} bytes, and there are more")
+    except FabrictuneError:
+        # minio turns what its stream raises into an error of its own kind; the first cause is the one to tell.
+        if stream.raised is None:
+            raise
+    finally:
+        stream.close()
+    if stream.raised is not None:
+        raise stream.raised
+    return hashed.sha256.hexdigest()
+
+
+class _Chunked(io.RawIOBase):
+    """A stream over buffers. raised: what the iterator raised, if it did."""
+
+    def __init__(self, chunks: Iterator[Any]) -> None:
+        self._chunks, self._rest = chunks, memoryview(b"")
+        self.raised: BaseException | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        parts, missing = [], size
+        while missing:
+            if not self._rest:
+                try:
+                    self._rest = memoryview(next(self._chunks)).cast("B")
+                except StopIteration:
+                    break
+                except BaseException as error:
+                    self.raised = error
+                    raise
+                continue
+            parts.append(self._rest[:missing])
+            self._rest = self._rest[missing:]
+            missing -= len(parts[-1])
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """End the iterator, wherever it is."""
+        if close := getattr(self._chunks, "close", None):
+            close()
+        super().close()
 
 
 def download(store: Store, key: str, file: Path, size: int, sha256: str, on_bytes: OnBytes) -> None:

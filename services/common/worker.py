@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf import json_format
 from google.rpc import status_pb2
@@ -37,10 +37,14 @@ from services.common.errors import (
 from services.common.events import EventWriter
 from services.common.job_state import JobRecord
 from services.common.records import accept_record, read_record, read_spec_file
+from services.common.remote import RemoteArtifact, RemoteDraft
 from services.common.reporter import Progress, Reporter, Silent
 from services.common.shares import Shares
 from services.common.stage import Stage
 from services.common.store import Store, open_store
+
+if TYPE_CHECKING:
+    from services.common.stage import Streamed
 
 MAX_ATTEMPTS = 50
 """Of one job, whatever ended them."""
@@ -129,6 +133,8 @@ def _run_stage(
         spec = stage.spec.model_validate(record.spec)
     except ValidationError as error:
         raise InvalidSpec(f"{record.name} was accepted by another version of fabrictune: {error}") from None
+    if (streamed := stage.stream(spec)) is not None:
+        return _stream_stage(stage, streamed, spec, record, artifacts, events)
     if stage.checkpoints_kept:
         events.kept = max(stage.checkpoints_kept(spec), 1)
     events.progress(Progress(unit="inputs", step=0, total_steps=len(record.inputs), phase="downloading"))
@@ -151,6 +157,22 @@ def _run_stage(
     if shares is not None:
         shares.forget()
     return sealed
+
+
+def _stream_stage(
+    stage: Stage[Any],
+    streamed: Streamed[Any],
+    spec: Any,
+    record: JobRecord,
+    artifacts: Artifacts,
+    events: EventWriter,
+) -> Manifest:
+    """Work in the object store: inputs are read there piece by piece, the output is written there."""
+    store = artifacts.store
+    inputs = {i["role"]: RemoteArtifact(store, artifacts, i["name"], i["digest"]) for i in record.inputs}
+    with RemoteDraft(store, artifacts, record.output, stage.output_kind) as draft:
+        metadata = streamed(spec, inputs, draft, events)
+        return draft.seal(provenance(stage, record), dict(metadata))
 
 
 def _follow(

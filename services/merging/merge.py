@@ -1,152 +1,177 @@
-"""Streamed LoRA merge: base shards in, shards of the same names, order and dtypes out; one tensor in memory at a time.
+"""Streamed merge: a file of the base in, one of the same name, order and dtypes out, piece by piece in the order of the bytes.
 
 W' = round(W + scale · B @ A), summed in float32 and rounded once to the base's dtype, as peft's `merge_and_unload` does
-(peft 0.20, tuners/lora/layer.py). Headers are kept byte for byte, so tensors stay where they were; untouched bytes are
-copied by the kernel.
+(peft 0.20, tuners/lora/layer.py). Several workers compute ahead of the one that writes; memory is a few pieces each.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import struct
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from services.common.errors import DataLoss, InvalidData, ResourceExhausted, Violation
-from services.merging.adapter import WEIGHTS, Adapter
-from services.merging.tensors import DTYPES, Array, TensorFile, open_all
+from services.common.errors import InvalidData
+from services.merging.blas import Array
+from services.merging.low_rank import LowRank
+from services.merging.mixture import Mixture
+from services.merging.plan import Plan, Step
+from services.merging.rounding import is_finite
+from services.merging.tensors import DTYPES, FLOATS, Entry, Header, Read, write_header
 
-CHUNK = 64 << 20
-CHECKED = 8
-"""Merged tensors that are read back and compared after writing."""
-FLOATS = ("F64", "F32", "F16", "BF16")
-OnTensor = Callable[[int, int], None]
+PIECE = 4 << 20
+"""Bytes of a piece, about: some rows of a tensor."""
+AHEAD = 2
+"""Pieces that each worker may be ahead of the writer."""
 
 
 @dataclass(frozen=True)
-class Merged:
-    """What a merge has done."""
+class Piece:
+    """Whole rows of one tensor. begin, end: their bytes in the base's file; first: the first row."""
 
-    tensors: int
-    merged: int
-    replaced: int
-    bytes: int
-
-
-def merge_folder(base: Path, adapter: Adapter, output: Path, on_tensor: OnTensor = lambda done, total: None) -> Merged:
-    """Write base + adapter into `output`. Raises InvalidData before a byte is written when they do not fit together."""
-    where = open_all(base)
-    check_fit(base, adapter, where)
-    files = sorted(set(where.values()))
-    needed, free = sum(f.stat().st_size for f in files), shutil.disk_usage(output).free
-    if needed > free:
-        raise ResourceExhausted(
-            f"the merged model needs {needed / 1e9:.1f} GB at {output}; {free / 1e9:.1f} GB are free"
-        )
-    done = 0
-    with TensorFile(adapter.folder / WEIGHTS) as deltas:
-        for path in files:
-            with TensorFile(path) as tensors:
-                try:
-                    done = _merge_file(tensors, deltas, adapter, output / path.name, done, len(where), on_tensor)
-                except OSError as error:
-                    raise ResourceExhausted(
-                        f"writing {path.name} failed: {error.strerror}; is the disk full?"
-                    ) from None
-        verify(base, adapter, output, deltas)
-    return Merged(len(where), len(adapter.pairs), len(adapter.saved), needed)
+    entry: Entry
+    begin: int
+    end: int
+    first: int
+    is_touched: bool
 
 
-def merge_tensor(weight: Array, adapter: Adapter, deltas: TensorFile, name: str) -> Array:
-    """One merged tensor, in the base's dtype. weight: (out, in), or (in, out) with fan_in_fan_out."""
-    if name in adapter.saved:
-        return deltas.read(adapter.saved[name]).astype(weight.dtype)
-    return (weight.astype(np.float32) + adapter.delta(deltas, name).weight()).astype(weight.dtype)
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes of the merged file that come next. piece: where they come from; None for the header. source: as they were."""
+
+    data: Any
+    piece: Piece | None = None
+    source: Any = b""
 
 
-def check_fit(base: Path, adapter: Adapter, where: dict[str, Path]) -> None:
-    """Raises InvalidData naming the tensors of the adapter that the base does not have, or has in another shape."""
-    wrong: list[Violation] = []
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(set(where.values())):
-        with TensorFile(path) as tensors:
-            shapes |= {name: e.shape for name, e in tensors.entries.items()}
-    flip = bool(adapter.config.get("fan_in_fan_out"))
-    for weight, (name_a, name_b) in adapter.pairs.items():
-        made = (adapter.entries[name_b].shape[0], adapter.entries[name_a].shape[-1])
-        made = made[::-1] if flip else made
-        if shapes.get(weight) != made:
-            wrong.append(
-                Violation(weight, f"is {shapes.get(weight, 'not there')} in the base model, {made} in the adapter")
-            )
-    for weight, name in adapter.saved.items():
-        if shapes.get(weight) != adapter.entries[name].shape:
-            there = shapes.get(weight, "not there (tied?)")
-            wrong.append(
-                Violation(weight, f"is {there} in the base model, {adapter.entries[name].shape} in modules_to_save")
-            )
-    if wrong:
-        raise InvalidData(f"the adapter was made for another base model than {base.name}", violations=wrong[:5])
+class Merge:
+    """A planned merge, file by file. Threads may share it."""
+
+    def __init__(self, plan: Plan, mixture: Mixture, workers: int = 0) -> None:
+        self.plan, self._mixture = plan, mixture
+        self._workers = workers or len(os.sched_getaffinity(0))
+        self._lock = threading.Lock()
+        self._changes: dict[str, list[_Change]] = {}
+        self._done = 0
+
+    @property
+    def done(self) -> int:
+        """Tensors whose last bytes have been handed out."""
+        return self._done
+
+    def chunks(self, header: Header, read: Read) -> Iterator[Chunk]:
+        """The merged file, in order. read: of the base's file. Raises InvalidData (NaN or infinite values)."""
+        yield Chunk(write_header(header, self.plan.added.get(header.file, {})))
+        waiting: deque[tuple[Piece, Future[Chunk]]] = deque()
+        with ThreadPoolExecutor(self._workers) as pool:
+            try:
+                for piece in self._pieces(header):
+                    waiting.append((piece, pool.submit(self.compute, piece, read)))
+                    if len(waiting) > AHEAD * self._workers:
+                        yield self._next(waiting)
+                while waiting:
+                    yield self._next(waiting)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def compute(self, piece: Piece, read: Read) -> Chunk:
+        """A piece, merged. Raises InvalidData."""
+        data = read(piece.begin, piece.end)
+        entry = piece.entry
+        if entry.dtype not in FLOATS:
+            return Chunk(data, piece, data)
+        values = _rows(data, entry)
+        if piece.is_touched:
+            with np.errstate(all="ignore"):  # what is no number in the end is refused below, by name
+                for change in self._changes_of(entry, read):
+                    values = change.apply(values, piece.first)
+        if not is_finite(values):
+            what = "would have" if piece.is_touched and is_finite(_rows(data, entry)) else "has"
+            raise InvalidData(f"{entry.name} {what} NaN or infinite values, so the merged model could not be used")
+        merged = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data if piece.is_touched else data
+        return Chunk(merged, piece, data)
+
+    def _next(self, waiting: deque[tuple[Piece, Future[Chunk]]]) -> Chunk:
+        piece, future = waiting.popleft()
+        chunk = future.result()
+        if piece.end == piece.entry.end:  # its matrices are not needed any more
+            self._done += 1
+            with self._lock:
+                self._changes.pop(piece.entry.name, None)
+        return chunk
+
+    def _pieces(self, header: Header) -> Iterator[Piece]:
+        for entry in header.entries.values():
+            yield from split_entry(entry, entry.name in self.plan.steps)
+        for name, entry in self.plan.added.get(header.file, {}).items():
+            source = header.entries[self.plan.copied[name]]
+            for piece in split_entry(source, is_touched=True):
+                yield replace(piece, entry=replace(entry, begin=source.begin, end=source.end))
+
+    def _changes_of(self, entry: Entry, read: Read) -> list[_Change]:
+        """Made once for all pieces of a tensor, by the worker that comes first."""
+        with self._lock:
+            if entry.name not in self._changes:
+                self._changes[entry.name] = self._prepare(entry, read)
+            return self._changes[entry.name]
+
+    def _low_rank(self, step: Step, entry: Entry) -> LowRank:
+        return self._mixture.low_rank(step.module, step.is_transposed, DTYPES[entry.dtype])
+
+    def _prepare(self, entry: Entry, read: Read) -> list[_Change]:
+        made: list[_Change] = []
+        for step in self.plan.steps.get(entry.name, ()):
+            change = _Change(step, self._low_rank(step, entry) if step.module else None)
+            if change.low_rank and change.low_rank.magnitude is not None and change.low_rank.is_transposed:
+                before = _before(entry, read, list(made))
+                change = replace(change, norms=change.low_rank.column_norms(before))
+            made.append(change)
+        return made
 
 
-def verify(base: Path, adapter: Adapter, output: Path, deltas: TensorFile) -> None:
-    """Read some merged tensors back and compare them with the definition. Raises DataLoss."""
-    names = sorted([*adapter.pairs, *adapter.saved])
-    where = open_all(base)
-    for name in names[:: max(1, len(names) // CHECKED)]:
-        with TensorFile(where[name]) as before, TensorFile(output / where[name].name) as after:
-            found = after.read(name)
-            if not np.array_equal(found, merge_tensor(before.read(name), adapter, deltas, name)):
-                raise DataLoss(f"{name} was not written as it should be")
+@dataclass(frozen=True)
+class _Change:
+    step: Step
+    low_rank: LowRank | None
+    norms: Array | None = None
+
+    def apply(self, values: Array, first: int) -> Array:
+        if self.low_rank is not None:
+            return self.low_rank.merge(values, first, self.norms)
+        entry = self.step.adapter.entries[self.step.saved]
+        width = (entry.end - entry.begin) // (entry.shape[0] if entry.shape else 1)
+        at = entry.begin + first * width
+        part = replace(entry, begin=at, end=at + len(values) * width, shape=(len(values), *entry.shape[1:]))
+        return self.step.adapter.read_part(part).reshape(values.shape).astype(values.dtype)
 
 
-def _merge_file(
-    tensors: TensorFile, deltas: TensorFile, adapter: Adapter, target: Path, done: int, total: int, on_tensor: OnTensor
-) -> int:
-    touched = adapter.pairs.keys() | adapter.saved.keys()
-    with tensors.path.open("rb") as source, target.open("wb") as out:
-        out.write(struct.pack("<Q", len(tensors.header)) + tensors.header)
-        at = 8 + len(tensors.header)
-        for entry in sorted(tensors.entries.values(), key=lambda e: e.begin):
-            if entry.name in touched:
-                _copy(source, out, at, entry.begin)
-                if entry.dtype not in FLOATS:
-                    raise InvalidData(
-                        f"{entry.name} is {entry.dtype}; only {', '.join(FLOATS)} can be merged (quantized base?)"
-                    )
-                merged = merge_tensor(tensors.read(entry.name), adapter, deltas, entry.name)
-                if not np.isfinite(merged.astype(np.float32)).all():
-                    raise InvalidData(f"{entry.name} would have NaN or infinite values")
-                out.write(np.ascontiguousarray(merged, dtype=DTYPES[entry.dtype]).tobytes())
-                at = entry.end
-            done += 1
-            on_tensor(done, total)
-        _copy(source, out, at, tensors.path.stat().st_size)
-    return done
+def split_entry(entry: Entry, is_touched: bool, step: int = 0) -> Iterator[Piece]:
+    """A tensor in pieces of whole rows; one that has no rows is one piece. step: rows; those of about PIECE bytes when 0."""
+    rows = entry.shape[0] if entry.shape else 1
+    size = entry.end - entry.begin
+    if not size:
+        return
+    width = size // rows
+    step = step or max(1, PIECE // width)
+    step -= step % 16 if step > 16 else 0
+    for first in range(0, rows, step):
+        end = min(first + step, rows)
+        yield Piece(entry, entry.begin + first * width, entry.begin + end * width, first, is_touched)
 
 
-def _copy(source: BinaryIO, out: BinaryIO, begin: int, end: int) -> None:
-    """Copy bytes begin..end within the kernel (reflinked where the file system can)."""
-    out.flush()
-    source.seek(begin)
-    out.seek(begin)
-    left = end - begin
-    while left > 0:
-        try:
-            count = os.copy_file_range(source.fileno(), out.fileno(), min(left, CHUNK))
-        except OSError:
-            count = 0  # another file system, or one that cannot: through user space then
-        if not count:
-            source.seek(end - left)
-            out.seek(end - left)
-            while data := source.read(min(left, CHUNK)):
-                left -= out.write(data)
-            out.flush()
-            break
-        left -= count
-    out.seek(end)
+def _before(entry: Entry, read: Read, changes: Sequence[_Change]) -> Iterator[tuple[int, Array]]:
+    for piece in split_entry(entry, is_touched=True):
+        values = _rows(read(piece.begin, piece.end), entry)
+        for change in changes:
+            values = change.apply(values, piece.first)
+        yield piece.first, values
+
+
+def _rows(data: Any, entry: Entry) -> Array:
+    return np.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(-1, *entry.shape[1:])

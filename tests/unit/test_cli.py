@@ -20,6 +20,7 @@ from fabrictune.cli.progress import new_progress, show_progress
 from fabrictune.cli.serving import read_tools
 from fabrictune.errors import ApiError
 from fabrictune.v1 import job_pb2
+from tests.merging_files import write_adapter, write_base
 
 COMMANDS = [
     [], ["up"], ["down"], ["doctor"], ["run"], ["convert"], ["train"], ["merge"], ["evaluate"], ["deploy"], ["undeploy"],
@@ -170,6 +171,22 @@ def test_a_base_model_without_safetensors(tmp_path: Path) -> None:
     done = call("merge", "--model", "base", "--adapter", "adapter", "--output", "out", folder=tmp_path)
     assert done.returncode == 65, done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_merging_several_adapters_and_what_is_said_of_their_weights(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    names = [write_adapter(tmp_path / name).name for name in ("one", "two")]
+    merge = ("merge", "--model", "base", *(word for name in names for word in ("--adapter", name)))
+    done = call(*merge, "--weight", "0.5", "--output", "out", folder=tmp_path)
+    assert done.returncode == 64
+    assert "2 --adapter need as many --weight, not 1" in done.stderr
+    done = call(*merge, "--stream", "--output", "out", folder=tmp_path)
+    assert "--stream is from store to store" in done.stderr
+    weights = ("--weight", "0.5", "--weight", "-1", "--combine", "cat", "--chat-template", "chatml")
+    done = call(*merge, *weights, "--output", "out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/a.safetensors").stat().st_size == (tmp_path / "base/a.safetensors").stat().st_size
+    assert "<|im_start|>" in (tmp_path / "out/chat_template.jinja").read_text()
 
 
 def test_up_with_bad_settings_says_all_of_them(tmp_path: Path) -> None:

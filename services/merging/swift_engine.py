@@ -1,0 +1,68 @@
+"""The engine swift: `swift export --merge_lora` as a child process, with the whole model in its memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, ResourceExhausted
+
+LAST_LINES = 15
+# ms-swift cannot tell some models by their config.json, since several of its types share an architecture. A merge needs no
+# template, so any will do.
+MODEL_TYPES: Mapping[str, str] = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+
+
+def merge_with_swift(base: Path, adapter: Path, output: Path) -> None:
+    """Write base + adapter into `output` with `swift export --merge_lora`, as a child that ends with this process's stage.
+
+    Raises FailedPrecondition (ms-swift is not installed), ResourceExhausted (it was killed), FabrictuneError with its last words.
+    """
+    argv = plan_swift(base, adapter, output)
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "USE_HF": "1",  # ModelScope's hub knows no offline mode
+        "PYTHONSAFEPATH": "1",
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+    }
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory(prefix="fabrictune-swift-") as work:
+        environment["MODELSCOPE_CACHE"] = str(Path(work) / "cache")
+        child = subprocess.Popen(
+            argv, cwd=work, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+        try:
+            code = child.wait()
+        finally:
+            child.kill()
+            child.wait()
+        log.seek(0)
+        said = log.read().decode(errors="replace").splitlines()
+    if code == 0 and any(output.glob("*.safetensors")):
+        return
+    last = "\n".join(said[-LAST_LINES:])
+    if "No module named" in last and "swift" in last:
+        raise FailedPrecondition("ms-swift is not installed here: run `make setup`, or use the engine stream")
+    if code < 0:
+        raise ResourceExhausted(f"swift export was killed by signal {-code}; is there memory for the whole model?")
+    raise FabrictuneError(f"swift export ended with {code}:\n{last}")
+
+
+def plan_swift(base: Path, adapter: Path, output: Path) -> list[str]:
+    """The command. output: an empty folder, which ms-swift must be told to write into. Raises InvalidData."""
+    try:
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidData(f"config.json of the base model {base.name} cannot be read: {error}") from None
+    model_type = MODEL_TYPES.get((config.get("architectures") or [""])[0])
+    return [
+        *(sys.executable, "-m", "swift.cli.export"),
+        *("--model", str(base.absolute()), "--adapters", str(adapter.absolute())),
+        *("--merge_lora", "true", "--output_dir", str(output.absolute()), "--exist_ok", "true"),
+        *("--check_model", "false", "--load_args", "false"),
+        *(("--model_type", model_type, "--template", "dummy") if model_type else ()),
+    ]
