@@ -20,6 +20,7 @@ from prometheus_client import Counter
 from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, Unauthenticated, Unavailable
 from services.common.logs import get_logger
 from services.common.metrics import REGISTRY
+from services.inference.recorder import WHOLE, Recorder, Recording
 from services.inference.routes import RouteTable, Target
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
@@ -54,12 +55,13 @@ class Gateway:
 
     def __init__(
         self, routes: RouteTable, authorize: Authorize | None = None, wait_seconds: float = WAIT_SECONDS,
-        max_body_bytes: int = MAX_BODY_BYTES,
+        max_body_bytes: int = MAX_BODY_BYTES, recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         self._routes = routes
         self._authorize = authorize
         self._wait_seconds = wait_seconds
         self._max_body_bytes = max_body_bytes
+        self._recorder = recorder
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.AppRunner | None = None
         self._log = get_logger("gateway")
@@ -124,10 +126,14 @@ class Gateway:
         if request_id := request.headers.get("X-Request-Id"):
             headers["X-Request-Id"] = request_id
         response: web.StreamResponse | None = None
+        recording = Recording(self._recorder, target.deployment, target.revision, request.path, sent)
         try:
             async with self._session.post(target.address + request.path, data=sent, headers=headers) as upstream:
                 if not _is_stream(upstream):
                     whole = await upstream.read()
+                    if upstream.status == 200:
+                        recording.add(whole)
+                        recording.end(WHOLE)
                     return web.Response(
                         body=_rename(whole, target.served_name, rename) if rename else whole,
                         status=upstream.status, headers=_response_headers(upstream, target),
@@ -140,7 +146,10 @@ class Gateway:
                         whole_lines, newline, rest = (rest + chunk).rpartition(b"\n")
                         chunk = _rename(whole_lines + newline, target.served_name, rename)
                     if chunk:
+                        recording.add(chunk)
                         await response.write(chunk)
+                recording.add(rest)
+                recording.end()
                 await response.write_eof(_rename(rest, target.served_name, rename) if rest else b"")
                 return response
         except aiohttp.ClientConnectorError:
@@ -160,6 +169,8 @@ class Gateway:
             await response.write(b"data: " + orjson.dumps(error_body(lost)) + b"\n\n")
             await response.write_eof()
             return response
+        finally:
+            recording.close()
 
     async def _check_token(self, request: web.Request) -> None:
         if self._authorize is not None:

@@ -13,6 +13,7 @@ import aiohttp
 import orjson
 
 from services.common.errors import InvalidData, ResourceExhausted, Unavailable, WorkerLost
+from services.inference.recorder import Recorder, Recording
 from services.inference.routes import RouteTable
 
 
@@ -28,7 +29,7 @@ class Piece:
 
 async def generate(
     routes: RouteTable, session: aiohttp.ClientSession, model: str, messages: Sequence[Mapping[str, Any]],
-    sampling: Mapping[str, Any], wait_seconds: float = 120.0,
+    sampling: Mapping[str, Any], wait_seconds: float = 120.0, recorder: Recorder | None = None,
 ) -> AsyncGenerator[Piece, None]:  # fmt: skip
     """Stream an answer. model: as the gateway takes it; sampling: OpenAI's names.
 
@@ -40,6 +41,8 @@ async def generate(
         body = {**sampling, "model": target.served_name, "messages": list(messages), "stream": True}
         body["stream_options"] = {"include_usage": True}
         reason, ended = "", False
+        sent = orjson.dumps(body) if recorder else b""
+        recording = Recording(recorder, target.deployment, target.revision, "Generate", sent)
         try:
             async with session.post(f"{target.address}/v1/chat/completions", json=body) as response:
                 if response.status != 200:
@@ -48,8 +51,10 @@ async def generate(
                     data = line.strip().removeprefix(b"data:").strip()
                     if not data or data.startswith(b":"):
                         continue
+                    recording.add(line)
                     if data == b"[DONE]":
                         ended = True
+                        recording.end()
                         break
                     event = orjson.loads(data)
                     if "error" in event:
@@ -66,6 +71,8 @@ async def generate(
             ) from None
         except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError):
             ended = False
+        finally:
+            recording.close()
         if not ended:
             raise WorkerLost(f"the engine of revision {target.revision} ended in the middle of the answer; ask again")
 
