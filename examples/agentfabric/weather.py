@@ -145,7 +145,7 @@ def main() -> int:
     checks = {
         "the tool was called": "</result>" in said and "failed to call" not in said,
         "for the place that was asked for": replay is None or replay.asked == [ADCODES["朝阳区"]],
-        "its result was told": bool(told.strip()) and (replay is None or "晴" in told and "25" in told),
+        "its result was told": bool(told.strip()) and (replay is None or ("晴" in told and "25" in told)),
         "and the model stopped": "Action:" not in told and "Observation" not in told,
     }
     for check, passed in checks.items():
