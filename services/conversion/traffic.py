@@ -55,7 +55,7 @@ class LeftOut(NamedTuple):
 
     id: str
     time: str
-    reason: str
+    reason: str = ""
     detail: str = ""
 
 
@@ -70,46 +70,35 @@ class Selection(NamedTuple):
 
 def write_rows(files: Sequence[Path], since: datetime | None, rows: Path, left_out: Path) -> Selection:
     """Read records (.jsonl.gz), and write rows and what was left out as JSON lines. Raises InvalidData: a broken file."""
-    counts: Counter[str] = Counter()
-    written, seen, continued = 0, set[bytes](), set[bytes]()
-    pending: list[tuple[LeftOut, bytes]] = []
-    with tempfile.TemporaryFile() as spilled, left_out.open("wb") as refused:
-        total = 0
-        for record in read_records(files, since):
-            total += 1
-            told = LeftOut(str(record.get("id", "")), str(record.get("time", "")), "")
+    continued, seen = set[bytes](), set[bytes]()
+    total = written = 0
+    with tempfile.TemporaryFile() as spilled, left_out.open("wb") as refused, rows.open("wb") as kept:
+        refusals = _Refusals(refused)
+        for total, record in enumerate(read_records(files, since), 1):  # noqa: B007 - it is counted here
+            told = LeftOut(str(record.get("id", "")), str(record.get("time", "")))
             try:
-                conversation = read_conversation(record)
-                marks = mark_steps(conversation)
-                check_conversation(conversation)
-                row = make_row(record, conversation, marks[-1])
+                row, marks = _understand(record)
+            except _Unanswered as error:
+                # The first step of every conversation is one: whether there was more of it is known at the end.
+                _write(spilled, [told.id, told.time, NO_RESULT, error.detail, error.mark.hex(), None])
             except Refused as error:
-                # A call without a result is the first step of every conversation: told apart when all have been read.
-                if error.code == NO_RESULT:
-                    pending.append((told._replace(reason=NO_RESULT, detail=error.detail), marks[-1]))
-                else:
-                    counts[error.code] += 1
-                    _write(refused, told._replace(reason=error.code, detail=error.detail)._asdict())
-                continue
-            continued.update(marks[:-1])
-            _write(spilled, {"told": told, "mark": marks[-1].hex(), "row": row})
+                refusals.add(told._replace(reason=error.code, detail=error.detail))
+            else:
+                continued.update(marks[:-1])
+                _write(spilled, [told.id, told.time, "", "", marks[-1].hex(), row])
         spilled.seek(0)
-        with rows.open("wb") as kept:
-            for entry in map(orjson.loads, spilled):
-                told, mark = LeftOut(*entry["told"]), bytes.fromhex(entry["mark"])
-                reason = CONTINUED if mark in continued else DUPLICATE if mark in seen else ""
-                seen.add(mark)
-                if reason:
-                    counts[reason] += 1
-                    _write(refused, told._replace(reason=reason)._asdict())
-                    continue
-                written += 1
-                _write(kept, entry["row"])
-        for unanswered, mark in pending:
-            reason = CONTINUED if mark in continued else NO_RESULT
-            counts[reason] += 1
-            _write(refused, unanswered._replace(reason=reason)._asdict())
-    return Selection(total, written, dict(counts.most_common()))
+        for number, time, reason, detail, digest, row in map(orjson.loads, spilled):
+            mark = bytes.fromhex(digest)
+            told = LeftOut(
+                number, time, CONTINUED if mark in continued else reason or DUPLICATE * (mark in seen), detail
+            )
+            if told.reason:
+                refusals.add(told)
+                continue
+            seen.add(mark)
+            written += 1
+            _write(kept, row)
+    return Selection(total, written, dict(refusals.counts.most_common()))
 
 
 def read_records(files: Iterable[Path], since: datetime | None = None) -> Iterator[dict[str, Any]]:
@@ -192,6 +181,35 @@ def make_row(record: Mapping[str, Any], conversation: Conversation, mark: bytes)
     row = {"id": f"traffic-{mark.hex()[:12]}", "conversations": turns, "meta": told}
     agentfabric.read(row)  # what conversion would refuse later is refused here, by name
     return row
+
+
+def _understand(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
+    """(row, the marks of its steps). Raises Refused; _Unanswered when the conversation stops at a call."""
+    conversation = read_conversation(record)
+    marks = mark_steps(conversation)
+    try:
+        check_conversation(conversation)
+    except Refused as error:
+        raise _Unanswered(error.detail, marks[-1]) if error.code == NO_RESULT else error from None
+    return make_row(record, conversation, marks[-1]), marks
+
+
+class _Unanswered(Exception):
+    def __init__(self, detail: str, mark: bytes) -> None:
+        super().__init__(detail)
+        self.detail, self.mark = detail, mark
+
+
+class _Refusals:
+    """Writes what is left out, and counts it by reason."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.counts = file, Counter[str]()
+
+    def add(self, told: LeftOut) -> None:
+        """One more."""
+        self.counts[told.reason] += 1
+        _write(self._file, {key: value for key, value in told._asdict().items() if value})
 
 
 def _write(file: IO[bytes], value: Any) -> None:
