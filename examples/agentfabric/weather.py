@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -75,6 +76,9 @@ def import_role_play() -> Any:
     memory.__path__ = [str(Path(found.origin).parent / "memory")]
     sys.modules[memory.__name__] = memory
     memory.Memory = import_module("modelscope_agent.memory.base").Memory
+    # It tells each token at INFO, and the key for the model's address, too; into a file as well.
+    import_module("modelscope_agent.utils.logger")
+    logging.getLogger("modelscope-agent").setLevel(logging.WARNING)
     return import_module("modelscope_agent.agents.role_play").RolePlay
 
 
