@@ -51,12 +51,14 @@ def make_rows(
         told = local.rows_from_traffic(files, begin, here / "rows", here / "left-out")
         if told["rows"]:
             (here / "rows").rename(output)
-        (here / "left-out").rename(left_out)
+        if told["left_out"]:
+            (here / "left-out").rename(left_out)
     if told["rows"] and push:
         with settings().connect() as client:
             description = f"conversations of {deployment or folder}" + (f" since {since}" if since else "")
             push_with_bar(client, output, push, "rows", {"description": description})
-    _show({"output": str(output) if told["rows"] else "", "left_out_file": str(left_out), "pushed": push, **told})
+    names = {"output": str(output) * bool(told["rows"]), "left_out_file": str(left_out) * bool(told["left_out"])}
+    _show({**names, "pushed": push, **told})
     if not told["rows"]:
         hint = "is anything recorded? `fabrictune up --record`" if not told["records"] else f"see {left_out}"
         raise ApiError(f"no record is a row to train on; {hint}", "DATA_LOSS", "INVALID_DATA")

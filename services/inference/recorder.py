@@ -91,7 +91,7 @@ class _Exchange:
 
 
 class Recorder:
-    """Takes exchanges and keeps them in a sink. One for a process; `begin_recording` is the way in."""
+    """Takes exchanges and keeps them in a sink. One for a process; each answer is a Recording."""
 
     def __init__(
         self, sink: Sink, redaction: Redaction, memory_bytes: int = 64 << 20, flush_seconds: float = 5.0
