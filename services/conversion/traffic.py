@@ -1,7 +1,8 @@
 """Recorded traffic becomes rows in AgentFabric's form: conversations in which a tool was called, answered, and told of.
 
 AgentFabric asks the model once for each step, each time with all that was said before. So most records are the beginning of
-a later one: only the last is a row. Two passes: what a record holds is read first and kept on disk, then what another
+a later one: only the last is a row. The first one is needed to tell where the question ends, since RolePlay writes what the
+model has said right behind it. So the files are read twice, what each record holds is kept on disk, and at last what another
 record goes on with is left out. In memory there are hashes only.
 """
 
@@ -48,6 +49,8 @@ REASONS: Mapping[str, str] = {
 FAILED = ("Tool api ", " failed to call. Args: ")
 """How RolePlay tells the model that a tool raised. Source: modelscope-agent 0.7.1, agent.py, _call_tool."""
 ENDS = frozenset({"stop", "tool_calls"})
+RESULT = "\nObservation: <result>"
+"""How RolePlay goes on after what the model has said (fabric.render_result)."""
 
 
 class LeftOut(NamedTuple):
@@ -70,6 +73,7 @@ class Selection(NamedTuple):
 
 def write_rows(files: Sequence[Path], since: datetime | None, rows: Path, left_out: Path) -> Selection:
     """Read records (.jsonl.gz), and write rows and what was left out as JSON lines. Raises InvalidData: a broken file."""
+    questions = find_questions(read_records(files, since))
     continued, seen = set[bytes](), set[bytes]()
     total = written = 0
     with tempfile.TemporaryFile() as spilled, left_out.open("wb") as refused, rows.open("wb") as kept:
@@ -77,7 +81,7 @@ def write_rows(files: Sequence[Path], since: datetime | None, rows: Path, left_o
         for total, record in enumerate(read_records(files, since), 1):  # noqa: B007 - it is counted here
             told = LeftOut(str(record.get("id", "")), str(record.get("time", "")))
             try:
-                row, marks = _understand(record)
+                row, marks = _understand(record, questions)
             except _Unanswered as error:
                 # The first step of every conversation is one: whether there was more of it is known at the end.
                 _write(spilled, [told.id, told.time, NO_RESULT, error.detail, error.mark.hex(), None])
@@ -117,8 +121,29 @@ def read_records(files: Iterable[Path], since: datetime | None = None) -> Iterat
             raise InvalidData(f"{file} is no file of records: {error}") from None
 
 
-def read_conversation(record: Mapping[str, Any]) -> Conversation:
-    """What a record holds: the request's messages and the answer. Raises Refused."""
+def find_questions(records: Iterable[Mapping[str, Any]]) -> dict[bytes, int]:
+    """Where questions end: (hash of the talk up to a question and what was first answered → characters of the question)."""
+    found: dict[bytes, int] = {}
+    for record in records:
+        messages, said = _messages(record), (record.get("answer") or {}).get("content")
+        asked = _last_text(messages)
+        if asked and isinstance(said, str) and RESULT not in asked:
+            found[_digest(messages[:-1], asked + said)] = len(asked)
+    return found
+
+
+def split_question(messages: list[Any], questions: Mapping[bytes, int]) -> tuple[list[Any], str]:
+    """(the messages up to the bare question, what was done since), where the first step of this talk is known."""
+    asked = _last_text(messages)
+    at = asked.find(RESULT)
+    length = questions.get(_digest(messages[:-1], asked[:at])) if at >= 0 else None
+    if length is None:
+        return messages, ""
+    return [*messages[:-1], {**messages[-1], "content": asked[:length]}], asked[length:]
+
+
+def read_conversation(record: Mapping[str, Any], questions: Mapping[bytes, int]) -> Conversation:
+    """What a record holds: the request's messages and the answer. questions: see find_questions. Raises Refused."""
     request, answer = record.get("request") or {}, record.get("answer") or {}
     messages = request.get("messages")
     if not isinstance(messages, list) or not (answer.get("content") or answer.get("tool_calls")):
@@ -128,7 +153,8 @@ def read_conversation(record: Mapping[str, Any]) -> Conversation:
     said = {"role": "assistant", **{k: answer[k] for k in ("content", "tool_calls") if answer.get(k)}}
     if request.get("tools"):
         return openai_tools.read({"tools": request["tools"], "messages": [*messages, said]})
-    return agentfabric.read({"messages": [*messages, said]})
+    messages, done = split_question(messages, questions)
+    return agentfabric.read({"messages": [*messages, {**said, "content": done + (answer.get("content") or "")}]})
 
 
 def check_conversation(conversation: Conversation) -> None:
@@ -183,9 +209,25 @@ def make_row(record: Mapping[str, Any], conversation: Conversation, mark: bytes)
     return row
 
 
-def _understand(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
+def _messages(record: Mapping[str, Any]) -> list[Any]:
+    found = (record.get("request") or {}).get("messages")
+    return found if isinstance(found, list) else []
+
+
+def _last_text(messages: Sequence[Any]) -> str:
+    """What the user said last, as text; "" where it is not the user's turn, or no text."""
+    last = messages[-1] if messages else None
+    text = last.get("content") if isinstance(last, dict) and last.get("role") == "user" else ""
+    return text if isinstance(text, str) else ""
+
+
+def _digest(before: Sequence[Any], text: str) -> bytes:
+    return hashlib.sha256(orjson.dumps([before, text])).digest()[:16]
+
+
+def _understand(record: Mapping[str, Any], questions: Mapping[bytes, int]) -> tuple[dict[str, Any], list[bytes]]:
     """(row, the marks of its steps). Raises Refused; _Unanswered when the conversation stops at a call."""
-    conversation = read_conversation(record)
+    conversation = read_conversation(record, questions)
     marks = mark_steps(conversation)
     try:
         check_conversation(conversation)

@@ -72,7 +72,7 @@ def say(asked):
         return "{}现在的天气是{}，气温{}度。".format(*result.groups())
     if "</result>" in asked or not place:
         return "很抱歉，我现在查不到。"
-    return 'Action: amap_weather\nAction Input: {"location": "%s"}\n' % place[1]
+    return '我来查询一下。\nAction: amap_weather\nAction Input: {"location": "%s"}\n' % place[1]
 async def chat(request):
     body = await request.json()
     text = say(body["messages"][-1]["content"])
@@ -196,7 +196,9 @@ async def test_what_was_said_becomes_a_row_that_trains_what_role_play_asks(house
     assert house.lines("dataset/rejects.jsonl") == []
     call, summary = house.lines("dataset/train.jsonl")
     assert call["messages"][-2]["content"] == "(。你可以使用工具：[amap_weather])朝阳区天气怎样？"
-    assert call["messages"][-1]["content"] == 'Action: amap_weather\nAction Input: {"location": "朝阳区"}\n'
+    assert call["messages"][-1]["content"] == (
+        '我来查询一下。\nAction: amap_weather\nAction Input: {"location": "朝阳区"}\n'
+    )
     assert summary["messages"][-2]["content"].endswith(
         "\nObservation: <result>朝阳区的天气是晴温度是25度。</result>\nAnswer:"
     )

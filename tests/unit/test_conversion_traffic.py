@@ -84,6 +84,21 @@ def test_of_a_longer_talk_only_the_last_record_is_a_row(tmp_path: Path) -> None:
     assert [each.turn.answer for each in READERS["agentfabric"](rows[0]).rounds] == [TOLD, "明天也是。"]
 
 
+def test_what_the_model_says_before_its_call_is_told_from_the_question(tmp_path: Path) -> None:
+    """RolePlay writes it right behind the question; only the record of the first step tells where that ended."""
+    said = f"我来查询一下。\n{CALL}"
+    more = f"是晴天。\n\n{CALL}"
+    two = ASKED + said + render_result(RESULT)
+    three = two + more + render_result(RESULT)
+    rows, _, selection = select(tmp_path, record([ASKED], said), record([two], more), record([three], TOLD))
+    assert selection == Selection(3, 1, {"CONTINUED": 2})
+    [told] = READERS["agentfabric"](rows[0]).rounds
+    assert told.query == "朝阳区天气怎样？"
+    assert [call.lead for call in told.turn.calls] == ["我来查询一下。", "是晴天。"]
+    _, _, alone = select(tmp_path, record([two], TOLD))
+    assert alone.left_out == {"INCOMPLETE_TURN": 1}
+
+
 def test_what_goes_wrong_later_does_not_cost_what_went_well(tmp_path: Path) -> None:
     later = ["朝阳区天气怎样？", DONE, ASKED]
     _, _, selection = select(tmp_path, record([AFTER], TOLD), record(later, f"{CALL}Action Input: {{"))
