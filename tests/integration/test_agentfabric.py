@@ -2,8 +2,7 @@
 
 The deployment, its gateway, the recorder, the object store, the command, modelscope-agent 0.7.1 and its tool amap_weather
 are the real ones. What is scripted is the engine: a small server where vLLM stands, which answers as a model would that was
-trained on such rows: this tests the wire. The last test trains a model, a tiny one that learns this conversation and
-nothing else, and asks it in vLLM: examples/agentfabric/weather.yaml does the same with a real one, and takes minutes.
+trained on such rows. So this tests the wire, not a model: examples/agentfabric/weather.yaml trains one, and takes minutes.
 """
 
 from __future__ import annotations
@@ -24,15 +23,11 @@ import pytest
 import pytest_asyncio
 
 from services.common.artifacts import Artifacts
-from services.common.base_models import CHATML
 from services.common.clusters import Workload, WorkloadStatus
 from services.common.clusters.local import LocalCluster
 from services.common.config import ServerConfig, StoreConfig
 from services.common.server import Server
 from services.common.store import open_store
-from services.conversion.fabric import render_rows, render_system
-from services.conversion.rows import Round, Turn, make_call, make_tool
-from services.conversion.schemas import make_schema
 from services.inference.engine import describe_model, detect_hardware, reference_dtype
 from services.inference.host import open_inference
 from services.inference.reference import PROMPTS_VERSION, ForcedText, Reference, reference_key, reference_to_json
@@ -45,18 +40,6 @@ pytestmark = [
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 WEATHER = ROOT / "examples/agentfabric/weather.py"
-PARAMETERS = [
-    {
-        "name": "location",
-        "type": "string",
-        "description": "城市/区具体名称，如`北京市海淀区`请描述为`海淀区`",
-        "required": True,
-    }
-]
-TOOL = make_tool("amap_weather", "获取对应城市的天气数据", make_schema(PARAMETERS, "amap_weather"))
-"""As modelscope-agent 0.7.1 has it, tools/amap_weather.py."""
-ROLE = "你扮演一个天气预报助手，你需要查询相应地区的天气，并调用给你的画图工具绘制一张城市的图。"
-QUESTION, RESULT = "朝阳区天气怎样？", "朝阳区的天气是晴温度是25度。"
 TOLD = "朝阳区现在的天气是晴，气温25度。"
 ENGINE = r"""
 import asyncio, json, re, sys
@@ -134,22 +117,19 @@ async def house(object_store: StoreConfig, tmp_path_factory: pytest.TempPathFact
     (folder / "model").mkdir()
     (folder / "model/config.json").write_text("{}")
     (folder / "model/model.safetensors").write_bytes(b"")
-    async with open_house(folder, object_store, ScriptedEngines(folder / "cluster"), {}, scripted=True) as house:
+    async with open_house(folder, object_store, ScriptedEngines(folder / "cluster")) as house:
         yield house
 
 
 @asynccontextmanager
-async def open_house(
-    folder: Path, object_store: StoreConfig, cluster: LocalCluster, spec: dict[str, Any], scripted: bool = False
-) -> AsyncIterator[House]:
-    """Serve `folder/model` as the deployment "weather", recording. scripted: the engine repeats REFERENCE."""
+async def open_house(folder: Path, object_store: StoreConfig, cluster: LocalCluster) -> AsyncIterator[House]:
+    """Serve `folder/model` as the deployment "weather", recording; its engine repeats REFERENCE."""
     store = open_store(object_store.model_copy(update={"bucket": f"test-{secrets.token_hex(6)}"}))
     artifacts = Artifacts(store, folder / "cache")
     digest = (await asyncio.to_thread(artifacts.publish, folder / "model", "models/m", "model")).digest
-    if scripted:
-        dtype = reference_dtype(describe_model("models/m", digest, folder / "model"), detect_hardware())
-        reference = replace(REFERENCE, model_digest=digest, dtype=dtype)
-        store.put_json(reference_key(digest, dtype), reference_to_json(reference))
+    dtype = reference_dtype(describe_model("models/m", digest, folder / "model"), detect_hardware())
+    reference = replace(REFERENCE, model_digest=digest, dtype=dtype)
+    store.put_json(reference_key(digest, dtype), reference_to_json(reference))
     async with AsyncExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("FABRICTUNE_RECORD", "true")
@@ -161,7 +141,7 @@ async def open_house(
         server = Server([inference.service], config, None)
         await server.start()
         stack.push_async_callback(server.close)
-        wanted = parse_spec({"model": "models/m", **spec})
+        wanted = parse_spec({"model": "models/m"})
         await inference.rollout.create_revision("weather", "r-1", wanted, take_traffic=True)
         made = await inference.rollout.wait("weather", "r-1")
         assert made.state is State.READY, made.message
@@ -209,70 +189,3 @@ async def test_traffic_that_there_is_none_of_says_how_it_is_recorded(house: Hous
     argv = ("datasets", "from-traffic", "--deployment", "deployments/other", "-o", "none.jsonl")
     assert "`fabrictune up --record`" in await house.fabrictune(*argv, status=65)
     assert not list(house.folder.glob("none*"))
-
-
-@pytest.mark.heavy
-async def test_a_trained_model_in_vllm_passes_the_recipes_acceptance(
-    object_store: StoreConfig, role_play_python: Path, tmp_path: Path
-) -> None:
-    await asyncio.to_thread(train_tiny_model, tmp_path / "model")
-    # RolePlay names no temperature; what the model has learnt by heart it also says at 1, but a test should not throw dice.
-    greedy = ["--override-generation-config", '{"temperature": 0}']
-    spec = {"dtype": "float32", "max_model_len": 1024, "max_concurrency": 2, "engine_args": greedy}
-    async with open_house(tmp_path, object_store, LocalCluster(tmp_path / "cluster"), spec) as house:
-        api = ("--api-base", f"{house.gateway}/v1", "--model", "weather")
-        said = await house.call(str(role_play_python), str(WEATHER), *api)
-        assert f"<result>{RESULT}</result>\nAnswer:{TOLD}" in said and "✗" not in said
-        told = await house.fabrictune("--json", "datasets", "from-traffic", "-o", "rows.jsonl")
-        assert json.loads(told)["rows"] == 1
-
-
-def train_tiny_model(folder: Path) -> None:
-    """A Llama of 128 dimensions and the acceptance's two rows, learnt by heart: a call, and what its result says."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    call = make_call(TOOL.name, {"location": "朝阳区"}, RESULT)
-    rounds = [Round(QUESTION, Turn((call,), TOLD))]
-    examples = render_rows("split", render_system([TOOL], ROLE, "zh"), [TOOL], rounds, "zh")
-    rows = [[dict(message) for message in example.messages] for example in examples]
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=640, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([message["content"] for row in rows for message in row], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML)
-    fast.save_pretrained(folder)
-
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(fast), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, head_dim=32, max_position_embeddings=1024, bos_token_id=None, eos_token_id=1,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    batches = []
-    for row in rows:
-        asked = fast.apply_chat_template(row[:-1], tokenize=False, add_generation_prompt=True)
-        prompt = fast.encode(asked, add_special_tokens=False)
-        ids = torch.tensor([prompt + fast.encode(f"{row[-1]['content']}<|im_end|>", add_special_tokens=False)])
-        labels = ids.clone()
-        labels[:, : len(prompt)] = -100
-        batches.append((ids, labels))
-    worst = 1.0
-    for _ in range(400):
-        losses = [model(input_ids=ids, labels=labels).loss for ids, labels in batches]
-        worst = max(float(loss.detach()) for loss in losses)
-        if worst < 0.002:
-            break
-        sum(losses).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert worst < 0.002, f"it has not learnt its rows: loss {worst}"
-    model.save_pretrained(folder)
