@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -319,6 +320,18 @@ class Inference:
         request = inference_pb2.UpdateTrafficRequest(name=name, traffic=traffic)
         deployment: inference_pb2.Deployment = self._client.call(self._stub.UpdateTraffic, request)
         return deployment
+
+    def export_traffic(self, name: str, since: datetime | None = None) -> Iterator[inference_pb2.TrafficFile]:
+        """The files of what was recorded of a deployment since a day, page by page."""
+        request = inference_pb2.ExportTrafficRequest(name=name)
+        if since is not None:
+            request.start_time.FromDatetime(since)
+        while True:
+            page = self._client.call(self._stub.ExportTraffic, request)
+            yield from page.files
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return
 
     def watch(self, name: str) -> Iterator[inference_pb2.Deployment]:
         """The deployment now, and at every change."""

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -176,6 +177,14 @@ def fetch_hub_rows(
 ) -> Any:
     """The rows files of a hub's data set, fetched: (folder, paths, revision, size)."""
     return _services("services.common.hub_rows").fetch_rows(hub, name, subset, revision, folder, names_rows, max_bytes)
+
+
+def rows_from_traffic(files: Sequence[Path], since: datetime | None, rows: Path, left_out: Path) -> dict[str, Any]:
+    """Recorded traffic as rows: {records, rows, left_out: {reason: {count, meaning}}}."""
+    traffic = _services("services.conversion.traffic")
+    found = traffic.write_rows(files, since, rows, left_out)
+    reasons = {code: {"count": n, "meaning": traffic.REASONS.get(code, "")} for code, n in found.left_out.items()}
+    return {"records": found.records, "rows": found.rows, "left_out": reasons}
 
 
 def check_publishing(hub: str) -> None:

@@ -34,7 +34,7 @@ def pull(client: Client, name: str, folder: Path, on_bytes: OnBytes = lambda _: 
             f"{name} is {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free at {folder}", "RESOURCE_EXHAUSTED"
         )
     draft = folder.with_name(f".{folder.name}.part")
-    with _open_http(60) as http:
+    with open_http(60) as http:
         for file in download.artifact.files:
             target = (draft / file.path).resolve()
             if not target.is_relative_to(draft.resolve()):
@@ -66,7 +66,7 @@ def push(
     upload = client.artifacts.begin_upload(request)
     if upload.HasField("existing"):
         return upload.existing
-    with _open_http(None) as http:
+    with open_http(None) as http:
         for path, file in files.items():
             headers = {"content-length": str(file.stat().st_size)}
             try:
@@ -145,7 +145,8 @@ class _Forwarded(httpx.BaseTransport):
         self._inner.close()
 
 
-def _open_http(timeout: float | None) -> httpx.Client:
+def open_http(timeout: float | None) -> httpx.Client:
+    """A client for the object store's signed addresses, through the ports of `fabrictune connect` where there are some."""
     said = read_connection()
     if not said.get("s3"):
         return httpx.Client(timeout=timeout)

@@ -20,7 +20,7 @@ from services.common.artifacts import Artifacts
 from services.common.auth import load_authenticator
 from services.common.clusters.local import LocalCluster, leftovers
 from services.common.clusters.processes import start_ticks
-from services.common.config import ServerConfig, StoreConfig, load_server, load_store
+from services.common.config import ServerConfig, StoreConfig, load_record, load_server, load_store
 from services.common.jobs import Jobs
 from services.common.logs import configure
 from services.common.main import run_until_stopped, settle
@@ -89,10 +89,12 @@ async def _serve(config: ServerConfig, store: Store, data_dir: Path, announce: b
         await inference.restore()
         said = _write_up_file(config, data_dir, server, inference.url, store.endpoint)
         if announce:
+            record = load_record()
+            kept = f"  records   prompts and answers are kept, redacted, for {record.record_days} days\n"
             print(
                 f"fabrictune is up\n  gRPC      {said['endpoint']}\n  OpenAI    {inference.url}/v1\n"
                 f"  metrics   http://{config.host}:{server.metrics_port}/metrics\n  S3        {store.endpoint}\n"
-                f"  data      {data_dir}\nCtrl-C ends it.",
+                f"  data      {data_dir}\n{kept if record.record else ''}Ctrl-C ends it.",
                 flush=True,
             )
         await wait_for_stop()

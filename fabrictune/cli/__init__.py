@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fabrictune.cli import artifacts, connect, doctor, jobs, run, serving, stages, up
+from fabrictune.cli import artifacts, connect, doctor, jobs, run, serving, stages, traffic, up
 from fabrictune.cli.context import EXIT_INTERRUPTED, Settings, exit_code, report_error
 from fabrictune.errors import ApiError
 
@@ -38,6 +38,7 @@ app.add_typer(serving.agentfabric, rich_help_panel="Serving")
 app.add_typer(jobs.app, rich_help_panel="Jobs and artifacts")
 app.add_typer(artifacts.models, rich_help_panel="Jobs and artifacts")
 app.add_typer(artifacts.datasets, rich_help_panel="Jobs and artifacts")
+artifacts.datasets.command("from-traffic")(traffic.make_rows)
 app.add_typer(artifacts.app, rich_help_panel="Jobs and artifacts")
 app.command("lineage", rich_help_panel="Jobs and artifacts")(artifacts.lineage)
 app.add_typer(up.tokens, rich_help_panel="On this machine")

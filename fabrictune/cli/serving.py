@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from fabrictune.cli.context import console, print_json, print_message, print_rows, settings, to_dict
+from fabrictune.cli.context import console, print_json, print_message, print_rows, say, settings, to_dict
 from fabrictune.cli.stages import read_spec
 from fabrictune.client import Client
 from fabrictune.errors import ApiError, from_status
@@ -99,7 +100,7 @@ def chat(
     """Talk to a deployment. Ctrl-D ends the conversation."""
     listed = read_tools(tools) if tools else []
     with settings().connect() as client:
-        deployment = name or _only(client)
+        deployment = name or only_deployment(client)
         messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
         if message:
             messages.append({"role": "user", "content": message})
@@ -124,11 +125,22 @@ def chat(
 
 
 @agentfabric.command("config")
-def print_model_config(name: Name = "") -> None:
-    """Print the entry for AgentFabric's config/model_config.json."""
+def print_model_config(
+    name: Name = "",
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Put it into this file, AgentFabric's config/model_config.json.")
+    ] = None,
+) -> None:
+    """Print the entry for AgentFabric's config/model_config.json, or write it there."""
     with settings().connect() as client:
-        deployment = client.inference.get(name or _only(client))
-    print_json(model_config(deployment))
+        deployment = client.inference.get(name or only_deployment(client))
+    entry = model_config(deployment)
+    if write is None:
+        print_json(entry)
+        return
+    changed = write_model_config(write, entry)
+    done = f"{write} {'has' if changed else 'already has'} the model {deployment.served_model!r}"
+    say({"file": str(write), "changed": changed, "entry": entry}, done)
 
 
 def model_config(deployment: inference_pb2.Deployment) -> dict[str, Any]:
@@ -143,6 +155,34 @@ def model_config(deployment: inference_pb2.Deployment) -> dict[str, Any]:
             "support_stream": True,
         }
     }
+
+
+def write_model_config(file: Path, entry: Mapping[str, Any]) -> bool:
+    """Put an entry into a model_config.json, which is made when it is not there; False when all of it is there already.
+
+    Other models stay, and so does what a user has added to this one (`api_key`, `generate_cfg`). Raises ApiError.
+    """
+    target = file.resolve()  # a link stays one
+    try:
+        text = target.read_text(encoding="utf-8") if target.exists() else "{}"
+        there = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ApiError(f"{file} cannot be read as JSON, and was left as it is: {error}", "INVALID_ARGUMENT") from None
+    if not isinstance(there, dict) or not all(isinstance(there.get(name, {}), dict) for name in entry):
+        raise ApiError(f"{file} must hold a JSON object of models, as AgentFabric's own does", "INVALID_ARGUMENT")
+    merged = there | {name: there.get(name, {}) | told for name, told in entry.items()}
+    if merged == there:
+        return False
+    draft = target.with_name(f".{target.name}.part")
+    try:
+        draft.write_text(json.dumps(merged, ensure_ascii=False, indent=4) + "\n", encoding="utf-8")
+        if target.exists():
+            draft.chmod(target.stat().st_mode & 0o777)
+        draft.replace(target)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise ApiError(f"{file} cannot be written: {error.strerror}", "NOT_FOUND") from None
+    return True
 
 
 def _wait_ready(client: Client, name: str) -> inference_pb2.Deployment:
@@ -196,7 +236,8 @@ def _answer(
     return {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
 
 
-def _only(client: Client) -> str:
+def only_deployment(client: Client) -> str:
+    """The name of the one deployment that there is. Raises ApiError when there are none, or several."""
     found = [d.name for d in client.inference.list()]
     if len(found) != 1:
         what = "nothing is deployed" if not found else f"there are {', '.join(found)}; name one"

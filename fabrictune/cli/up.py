@@ -46,6 +46,12 @@ def up(
             help="Use this S3 instead of the embedded one; keys from FABRICTUNE_S3_ACCESS_KEY and _SECRET_KEY.",
         ),
     ] = "",
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record", envvar="FABRICTUNE_RECORD", help="Keep prompts and answers, redacted (docs/agentfabric.md)."
+        ),
+    ] = False,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Run in the background; `fabrictune down` ends it.")
     ] = False,
@@ -58,6 +64,7 @@ def up(
         "FABRICTUNE_GATEWAY_PORT": str(gateway_port),
         "FABRICTUNE_METRICS_PORT": str(metrics_port),
         "FABRICTUNE_S3_ENDPOINT": s3_endpoint,
+        "FABRICTUNE_RECORD": "true" if record else "",
     }
     os.environ.update({key: value for key, value in flags.items() if value})
     running = find_running(data_dir)

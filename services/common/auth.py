@@ -38,6 +38,8 @@ RULES: Sequence[tuple[re.Pattern[str], Role]] = (
     (re.compile(r"/grpc\.reflection\.v1(alpha)?\.ServerReflection/.*"), Role.VIEWER),
     (re.compile(r"/fabrictune\.v1\.\w+/(Get|List|Watch|Preview|Estimate|CreateDownload)\w*"), Role.VIEWER),
     (re.compile(r"/fabrictune\.v1\.\w+/(Create|Seal|Cancel|Resume|Update|Generate)\w*"), Role.OPERATOR),
+    # What people asked and were told.
+    (re.compile(r"/fabrictune\.v1\.\w+/ExportTraffic"), Role.ADMIN),
     # What an operator has started, an operator may forget; artifacts and deployments are an admin's.
     (re.compile(r"/fabrictune\.v1\.\w+/Delete(\w+Job|PipelineRun|Revision)"), Role.OPERATOR),
     (re.compile(r"/fabrictune\.v1\.\w+/Delete\w*"), Role.ADMIN),

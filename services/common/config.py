@@ -64,6 +64,23 @@ class ServerConfig(BaseSettings):
     engine_hardware: str = Field("", description="Kubernetes: what an engine's node has, as JSON; see inference.engine")
 
 
+class RecordConfig(BaseSettings):
+    """What the gateway keeps of its traffic, off by default: FABRICTUNE_RECORD…"""
+
+    model_config = SettingsConfigDict(env_prefix="FABRICTUNE_", frozen=True)
+
+    record: bool = Field(False, description="keep prompts and answers, redacted")
+    record_folder: Path | None = Field(None, description="keep them in files here instead of the object store")
+    record_days: int = Field(
+        30, ge=1, le=3650, description="how long they are kept; what is older is deleted every hour"
+    )
+    record_rules: Path | None = Field(
+        None, description="YAML, {name: regular expression}: redacted beside the defaults"
+    )
+    record_memory_bytes: int = Field(64 << 20, ge=1 << 20, description="the most held in memory; more is not recorded")
+    record_flush_seconds: float = Field(5, gt=0, le=600, description="how long a record may wait to be written")
+
+
 def load(kind: type[BaseSettings]) -> BaseSettings:
     """Settings of one kind. Raises InvalidSpec naming every variable that is wrong."""
     try:
@@ -89,4 +106,11 @@ def load_server() -> ServerConfig:
     """The server's settings. Raises InvalidSpec."""
     config = load(ServerConfig)
     assert isinstance(config, ServerConfig)
+    return config
+
+
+def load_record() -> RecordConfig:
+    """The recorder's settings. Raises InvalidSpec."""
+    config = load(RecordConfig)
+    assert isinstance(config, RecordConfig)
     return config

@@ -168,6 +168,14 @@ def render_result(observation: str | None) -> str:
     return f"\nObservation: <result>{observation or ''}</result>\nAnswer:"
 
 
+def render_transcript(turn: Turn) -> str:
+    """A whole turn in one text, results inside: what AgentFabric keeps of it as history."""
+    if not turn.calls:
+        return turn.answer
+    calls = "".join(_go_on(call, first=not n) + render_result(call.observation) for n, call in enumerate(turn.calls))
+    return f"{calls} {turn.answer}"
+
+
 def render_rows(
     layout: str, system: str | orjson.Fragment, tools: Sequence[Tool], rounds: Sequence[Round], language: str
 ) -> Iterator[Example]:
@@ -181,7 +189,7 @@ def render_rows(
         if number < last:
             # For later rounds this one is history: without the prefix, as one finished text, and not trained again.
             history.append({"role": "user", "content": query})
-            history.append({"role": "assistant", "content": _transcript(turn), "loss": False})
+            history.append({"role": "assistant", "content": render_transcript(turn), "loss": False})
 
 
 def render_request(system: str, tools: Sequence[Tool], rounds: Sequence[Round], language: str) -> list[dict[str, Any]]:
@@ -200,7 +208,7 @@ def render_request(system: str, tools: Sequence[Tool], rounds: Sequence[Round], 
             continue
         messages.append({"role": "user", "content": asked})
         if turn.calls or turn.answer:
-            messages.append({"role": "assistant", "content": _transcript(turn)})
+            messages.append({"role": "assistant", "content": render_transcript(turn)})
     return messages
 
 
@@ -242,13 +250,6 @@ def _inline_rows(history: Sequence[Mapping[str, Any]], asked: str, turn: Turn) -
         pieces.append({"role": "assistant", "content": f" {turn.answer}" if turn.calls else turn.answer, "loss": True})
     if pieces:
         yield Example([*history, {"role": "user", "content": asked}, *pieces], turn.calls[:1])
-
-
-def _transcript(turn: Turn) -> str:
-    if not turn.calls:
-        return turn.answer
-    calls = "".join(_go_on(call, first=not n) + render_result(call.observation) for n, call in enumerate(turn.calls))
-    return f"{calls} {turn.answer}"
 
 
 def _say(call: Call, first: bool) -> str:

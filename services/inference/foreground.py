@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from services.common.clusters.local import LocalCluster
+from services.common.config import load_record
 from services.common.errors import FailedPrecondition
 from services.common.logs import configure
 from services.common.resources import check_id
@@ -16,6 +17,7 @@ from services.common.server import wait_for_stop
 from services.inference.engine import Model, describe_model, detect_hardware, read_model_config
 from services.inference.gateway import Gateway
 from services.inference.launch import Artifacts
+from services.inference.recorder import open_recorder
 from services.inference.reference import Reference
 from services.inference.revisions import Deployment, State
 from services.inference.rollout import Rollout
@@ -40,7 +42,7 @@ async def _serve(folder: Path, port: int) -> None:
         routes = RouteTable()
         rollout = Rollout(cluster, routes, _folder_artifacts(folder.resolve()), detect_hardware())
         stack.push_async_callback(rollout.close)
-        gateway = Gateway(routes, None)
+        gateway = Gateway(routes, None, recorder=open_recorder(stack, load_record(), None))
         port = await gateway.start("127.0.0.1", port)
         stack.push_async_callback(gateway.close)
         print(f"starting vLLM on {folder} and comparing it with the reference …", flush=True)

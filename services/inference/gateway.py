@@ -20,6 +20,7 @@ from prometheus_client import Counter
 from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, Unauthenticated, Unavailable
 from services.common.logs import get_logger
 from services.common.metrics import REGISTRY
+from services.inference.recorder import WHOLE, Recorder, Recording
 from services.inference.routes import RouteTable, Target
 from services.inference.tools import render_tools
 
@@ -56,12 +57,13 @@ class Gateway:
 
     def __init__(
         self, routes: RouteTable, authorize: Authorize | None = None, wait_seconds: float = WAIT_SECONDS,
-        max_body_bytes: int = MAX_BODY_BYTES,
+        max_body_bytes: int = MAX_BODY_BYTES, recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         self._routes = routes
         self._authorize = authorize
         self._wait_seconds = wait_seconds
         self._max_body_bytes = max_body_bytes
+        self._recorder = recorder
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.AppRunner | None = None
         self._log = get_logger("gateway")
@@ -120,18 +122,25 @@ class Gateway:
             renamed = model != target.served_name
             changed = renamed or asked is not body
             sent = orjson.dumps({**asked, "model": target.served_name}) if changed else raw
-            return await self._forward(request, target, sent, model if renamed else "")
+            return await self._forward(request, target, sent, model if renamed else "", raw)
 
-    async def _forward(self, request: web.Request, target: Target, sent: bytes, rename: str) -> web.StreamResponse:
+    async def _forward(
+        self, request: web.Request, target: Target, sent: bytes, rename: str, said: bytes
+    ) -> web.StreamResponse:
+        """sent: to the engine; said: by the client, which is what is recorded."""
         assert self._session is not None
         headers = {"Content-Type": "application/json", "Accept": request.headers.get("Accept", "*/*")}
         if request_id := request.headers.get("X-Request-Id"):
             headers["X-Request-Id"] = request_id
         response: web.StreamResponse | None = None
+        recording = Recording(self._recorder, target.deployment, target.revision, request.path, said)
         try:
             async with self._session.post(target.address + request.path, data=sent, headers=headers) as upstream:
                 if not _is_stream(upstream):
                     whole = await upstream.read()
+                    if upstream.status == 200:
+                        recording.add(whole)
+                        recording.end(WHOLE)
                     return web.Response(
                         body=_rename(whole, target.served_name, rename) if rename else whole,
                         status=upstream.status, headers=_response_headers(upstream, target),
@@ -144,7 +153,10 @@ class Gateway:
                         whole_lines, newline, rest = (rest + chunk).rpartition(b"\n")
                         chunk = _rename(whole_lines + newline, target.served_name, rename)
                     if chunk:
+                        recording.add(chunk)
                         await response.write(chunk)
+                recording.add(rest)
+                recording.end()
                 await response.write_eof(_rename(rest, target.served_name, rename) if rest else b"")
                 return response
         except aiohttp.ClientConnectorError:
@@ -164,6 +176,8 @@ class Gateway:
             await response.write(b"data: " + orjson.dumps(error_body(lost)) + b"\n\n")
             await response.write_eof()
             return response
+        finally:
+            recording.close()
 
     async def _check_token(self, request: web.Request) -> None:
         if self._authorize is not None:

@@ -13,6 +13,7 @@ import aiohttp
 import orjson
 
 from services.common.errors import InvalidData, ResourceExhausted, Unavailable, WorkerLost
+from services.inference.recorder import Recorder, Recording
 from services.inference.routes import RouteTable
 from services.inference.tools import render_tools
 
@@ -39,7 +40,7 @@ class Piece:
 
 async def generate(
     routes: RouteTable, session: aiohttp.ClientSession, model: str, messages: Sequence[Mapping[str, Any]],
-    sampling: Mapping[str, Any], wait_seconds: float = 120.0,
+    sampling: Mapping[str, Any], wait_seconds: float = 120.0, recorder: Recorder | None = None,
 ) -> AsyncGenerator[Piece, None]:  # fmt: skip
     """Stream an answer. model: as the gateway takes it; sampling: OpenAI's names, tools and what belongs to them among them.
 
@@ -55,6 +56,9 @@ async def generate(
         body = {**asked, "model": target.served_name, "stream": True, "stream_options": {"include_usage": True}}
         reason, ended = "", False
         calls: dict[int, ToolCall] = {}
+        # As the client said it, like the gateway's: without the prompt that its tools became.
+        said = orjson.dumps({**sampling, "messages": list(messages), "model": model}) if recorder else b""
+        recording = Recording(recorder, target.deployment, target.revision, "Generate", said)
         try:
             async with session.post(f"{target.address}/v1/chat/completions", json=body) as response:
                 if response.status != 200:
@@ -63,8 +67,10 @@ async def generate(
                     data = line.strip().removeprefix(b"data:").strip()
                     if not data or data.startswith(b":"):
                         continue
+                    recording.add(line)
                     if data == b"[DONE]":
                         ended = True
+                        recording.end()
                         break
                     event = orjson.loads(data)
                     if "error" in event:
@@ -83,6 +89,8 @@ async def generate(
             ) from None
         except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError):
             ended = False
+        finally:
+            recording.close()
         if not ended:
             raise WorkerLost(f"the engine of revision {target.revision} ended in the middle of the answer; ask again")
 

@@ -12,15 +12,16 @@ from fabrictune.v1 import inference_pb2_grpc
 from services.common.artifacts import Artifacts
 from services.common.auth import Authenticator
 from services.common.clusters import Cluster
-from services.common.config import ServerConfig
+from services.common.config import ServerConfig, load_record
 from services.common.errors import FailedPrecondition
 from services.common.server import Service, service
 from services.common.store import Store
 from services.inference.engine import detect_hardware, read_hardware
 from services.inference.gateway import Gateway
+from services.inference.recorder import open_recorder
 from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
-from services.inference.service import InferenceService, stored_artifacts, stored_deployments
+from services.inference.service import InferenceService, Traffic, stored_artifacts, stored_deployments
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,15 @@ async def open_inference(
     hardware = read_hardware(config.engine_hardware) if remote else detect_hardware()
     rollout = Rollout(cluster, routes, stored_artifacts(store, artifacts, remote), hardware)
     stack.push_async_callback(rollout.close)
-    gateway = Gateway(routes, _authorize(authenticator))
+    record = load_record()
+    recorder = open_recorder(stack, record, store)
+    gateway = Gateway(routes, _authorize(authenticator), recorder=recorder)
     port = await gateway.start(config.host, config.gateway_port, _tls(config))
     stack.push_async_callback(gateway.close)
     # In a cluster the gateway listens everywhere, and is reached under its Service's name.
     url = config.gateway_url or f"{'https' if config.tls_certificate else 'http'}://{config.host}:{port}"
-    servicer = InferenceService(rollout, routes, artifacts, f"{url}/v1")
+    traffic = Traffic(None if record.record_folder else store, recorder)
+    servicer = InferenceService(rollout, routes, artifacts, f"{url}/v1", traffic)
     return Inference(service(servicer, inference_pb2_grpc.add_InferenceServiceServicer_to_server), url, rollout, store)
 
 

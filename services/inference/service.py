@@ -7,14 +7,15 @@ import hashlib
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from google.protobuf import empty_pb2, json_format
 
 from fabrictune.v1 import inference_pb2, inference_pb2_grpc
 from services.common.artifacts import Artifacts as StoredArtifacts
-from services.common.errors import InvalidSpec
+from services.common.errors import FailedPrecondition, InvalidSpec
 from services.common.job_api import spec_dict
 from services.common.resources import check_id, split_name
 from services.common.store import Store
@@ -23,20 +24,36 @@ from services.inference.engine import Model, describe_model, parse_model_config
 from services.inference.generate import generate
 from services.inference.launch import Artifacts
 from services.inference.prepare import MODEL_FOLDER
+from services.inference.recorder import Recorder
 from services.inference.reference import Reference, reference_from_json, reference_key, reference_to_json
 from services.inference.revisions import Deployment, Revision, from_json, to_json
 from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
 from services.inference.spec import RevisionSpec, parse_spec
+from services.inference.traffic import list_records
 
 SUFFIX = "/deployment.json"
+FLUSH_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Where recorded traffic is, and who records it now."""
+
+    store: Store | None = None
+    """None: the recorder writes into a folder."""
+    recorder: Recorder | None = None
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Serves fabrictune.v1.InferenceService. address: the gateway's OpenAI base address."""
 
-    def __init__(self, rollout: Rollout, routes: RouteTable, artifacts: StoredArtifacts, address: str) -> None:
+    def __init__(
+        self, rollout: Rollout, routes: RouteTable, artifacts: StoredArtifacts, address: str,
+        traffic: Traffic = Traffic(),
+    ) -> None:  # fmt: skip
         self._rollout, self._routes, self._artifacts, self._address = rollout, routes, artifacts, address
+        self._traffic = traffic
 
     async def CreateDeployment(
         self, request: inference_pb2.CreateDeploymentRequest, context: Any
@@ -125,7 +142,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Answer a conversation in pieces; a client that goes away stops the engine's work on it."""
         model = request.deployment.removeprefix("deployments/")
         messages, rest = read_chat(request)
-        async for piece in generate(self._routes, self._rollout.session, model, messages, rest):
+        recorder = self._traffic.recorder
+        async for piece in generate(self._routes, self._rollout.session, model, messages, rest, recorder=recorder):
             calls = [inference_pb2.ToolCall(**asdict(call)) for call in piece.tool_calls]
             answer = inference_pb2.GenerateResponse(
                 text=piece.text, finish_reason=piece.finish_reason, tool_calls=calls
@@ -134,6 +152,31 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 answer.usage.prompt_tokens = piece.prompt_tokens
                 answer.usage.completion_tokens = piece.completion_tokens
             yield answer
+
+    async def ExportTraffic(
+        self, request: inference_pb2.ExportTrafficRequest, context: Any
+    ) -> inference_pb2.ExportTrafficResponse:
+        """A page of what was recorded; what is not written yet is written first."""
+        store, recorder = self._traffic.store, self._traffic.recorder
+        if store is None:
+            raise FailedPrecondition(
+                "traffic is recorded into files on this server (FABRICTUNE_RECORD_FOLDER); read them there: "
+                "`fabrictune datasets from-traffic --folder …`"
+            )
+        deployment_id = _deployment_id(request.name)
+        since = request.start_time.ToDatetime().date() if request.HasField("start_time") else None
+        if recorder is not None and not request.page_token:
+            await asyncio.to_thread(recorder.flush, FLUSH_SECONDS)
+
+        def list_page() -> inference_pb2.ExportTrafficResponse:
+            size = min(request.page_size or 500, 1000)
+            keys = list(islice(list_records(store, deployment_id, since, request.page_token), size))
+            files = [inference_pb2.TrafficFile(key=key, address=store.presign("GET", key)) for key in keys]
+            return inference_pb2.ExportTrafficResponse(
+                files=files, next_page_token=keys[-1] if len(keys) == size else ""
+            )
+
+        return await asyncio.to_thread(list_page)
 
     async def _check(self, spec: inference_pb2.RevisionSpec) -> RevisionSpec:
         parsed = parse_spec(spec_dict(spec))

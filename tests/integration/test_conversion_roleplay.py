@@ -1,18 +1,13 @@
 """What we train on is what modelscope-agent 0.7.1's RolePlay sends, byte for byte: asked of the real package.
 
-It gets a venv of its own (228 MB, about a minute), since its dependencies are no concern of ours.
-FABRICTUNE_ROLEPLAY_VENV names a folder where that venv is kept, or is found again.
+It runs in a venv of its own: see conftest.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,15 +32,6 @@ from tests.conftest import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("roleplay")]
 SCRIPT = Path(__file__).with_name("roleplay_script.py")
-PACKAGE = "modelscope-agent==0.7.1"
-NEEDED = (
-    "requests==2.34.2", "json5==0.17.3", "jsonref==1.1.0", "openai==3.54.0", "pydantic==2.14.3", "jieba==0.42.1",
-    "tiktoken==0.14.0", "dashscope==2.0.2",
-)  # fmt: skip
-"""What RolePlay imports; the package itself asks for 2 GB."""
-NO_NETWORK = re.compile(
-    "NewConnectionError|NameResolutionError|ConnectTimeoutError|Network is unreachable|Temporary failure in name"
-)
 
 
 class Offered(NamedTuple):
@@ -160,35 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="session")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The interpreter of a venv that has the package."""
-    kept = os.environ.get("FABRICTUNE_ROLEPLAY_VENV")
-    folder = Path(kept) if kept else tmp_path_factory.mktemp("roleplay") / "venv"
-    found, complete = folder / "bin/python", folder / "complete"
-    if not complete.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        install(found, "--no-deps", PACKAGE)
-        install(found, *NEEDED)
-        complete.touch()
-    yield found
-    if not kept:
-        shutil.rmtree(folder)  # pytest would keep those of the last three sessions
-
-
-def install(python: Path, *packages: str) -> None:
-    """Let pip install packages. Fails with pip's own words; skips where there is no network."""
-    argv = [str(python), "-m", "pip", "install", "--quiet", "--no-input", *packages]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip()[-2000:]
-        if NO_NETWORK.search(done.stderr):
-            print(f"pip cannot reach a package index, so {' '.join(packages)} cannot be asked:\n{said}")
-            pytest.skip(f"no network for {' '.join(packages)}")
-        pytest.fail(f"pip install {' '.join(packages)} failed, so what RolePlay sends is not known:\n{said}")
-
-
-@pytest.fixture(scope="session")
-def requests(python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def requests(role_play_python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Case → the requests that RolePlay makes."""
     steps = {name: [row[-1] for row in rows(case)] for name, case in CASES.items()}
     told = [
@@ -197,7 +155,7 @@ def requests(python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     home = tmp_path_factory.mktemp("home")  # it writes into ~/.modelscope-agent and ./tmp
     env = {"HOME": str(home), "PATH": os.environ["PATH"], "NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": "EMPTY"}
     with Recorder([step["content"] for all_steps in steps.values() for step in all_steps]) as server:
-        argv = [str(python), str(SCRIPT), f"http://127.0.0.1:{server.server_port}/v1"]
+        argv = [str(role_play_python), str(SCRIPT), f"http://127.0.0.1:{server.server_port}/v1"]
         with serving(server):
             done = subprocess.run(
                 argv,

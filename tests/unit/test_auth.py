@@ -46,6 +46,14 @@ def test_roles(name: str, allowed: set[str] | None) -> None:
                 AUTHENTICATOR.allow(f"key of {name}", method)
 
 
+def test_what_people_asked_and_were_told_is_for_admins() -> None:
+    method = "/fabrictune.v1.InferenceService/ExportTraffic"
+    assert AUTHENTICATOR.allow("key of cy", method).name == "cy"
+    for name in ("ann", "bob"):
+        with pytest.raises(PermissionDenied, match="needs admin"):
+            AUTHENTICATOR.allow(f"key of {name}", method)
+
+
 def test_unknown_keys_and_unknown_methods_are_denied() -> None:
     for token in ("", "wrong", "a.b.c"):
         with pytest.raises(Unauthenticated):

@@ -26,8 +26,8 @@ COMMANDS = [
     [], ["up"], ["down"], ["doctor"], ["run"], ["convert"], ["train"], ["merge"], ["evaluate"], ["deploy"], ["undeploy"],
     ["deployments"], ["chat"], ["agentfabric", "config"], ["jobs", "list"], ["jobs", "get"], ["jobs", "watch"],
     ["jobs", "cancel"], ["jobs", "logs"], ["jobs", "resume"], ["jobs", "delete"], ["models", "list"], ["models", "import"],
-    ["datasets", "list"], ["artifacts", "ls"], ["artifacts", "get"], ["artifacts", "pull"], ["artifacts", "push"],
-    ["artifacts", "rm"], ["lineage"], ["tokens", "new"], ["connect"],
+    ["datasets", "list"], ["datasets", "from-traffic"], ["artifacts", "ls"], ["artifacts", "get"], ["artifacts", "pull"],
+    ["artifacts", "push"], ["artifacts", "rm"], ["lineage"], ["tokens", "new"], ["connect"],
 ]  # fmt: skip
 NOBODY = "127.0.0.1:9"
 

@@ -28,7 +28,7 @@ import pytest
 from fabrictune.connection import find_endpoint, read_connection, start_ticks
 from fabrictune.errors import ApiError
 from fabrictune.kubectl import read_release
-from fabrictune.transfer import _open_http, push
+from fabrictune.transfer import open_http, push
 from fabrictune.v1 import artifact_pb2, artifact_pb2_grpc
 from services.common.auth import Authenticator, TokenEntry
 from services.common.config import ServerConfig, StoreConfig
@@ -382,7 +382,7 @@ def test_a_connection_of_a_dead_process_is_not_used(folder: Path) -> None:
 
 def test_a_forwarded_store_is_asked_under_its_own_name(folder: Path, bucket: Bucket) -> None:
     write_connection(folder, s3={"ft-store.ns.svc:9000": f"127.0.0.1:{bucket.server_port}"})
-    with _open_http(5) as http:
+    with open_http(5) as http:
         assert http.get("http://ft-store.ns.svc:9000/b/key?X-Amz-Signature=0").text == "ft-store.ns.svc:9000"
         assert http.get(f"http://127.0.0.1:{bucket.server_port}/b").text == f"127.0.0.1:{bucket.server_port}"
 
@@ -397,7 +397,7 @@ def test_a_forwarded_store_with_tls_must_show_a_certificate_of_its_own_name(fold
     bucket.socket = context.wrap_socket(bucket.socket, server_side=True)
     port = f"127.0.0.1:{bucket.server_port}"
     write_connection(folder, s3={"ft-store.ns.svc:443": port, "other.ns.svc:443": port}, ca_file=str(folder / "ca"))
-    with _open_http(5) as http:
+    with open_http(5) as http:
         assert http.get("https://ft-store.ns.svc/b").text == "ft-store.ns.svc"
         with pytest.raises(httpx.ConnectError, match=r"other\.ns\.svc"):
             http.get("https://other.ns.svc/b")
@@ -412,7 +412,7 @@ def test_signed_addresses_of_a_real_store_hold_through_the_forward(
         secret_key=object_store.secret_key.get_secret_value(), secure=False, region=object_store.region,
     )  # fmt: skip
     write_connection(folder, s3={"ft-store.ns.svc:9000": object_store.endpoint.removeprefix("http://")})
-    with _open_http(10) as http:
+    with open_http(10) as http:
         put = http.put(inside.get_presigned_url("PUT", store.bucket, "a/b.bin"), content=b"rows")
         assert put.status_code == 200, put.text
         assert http.get(inside.get_presigned_url("GET", store.bucket, "a/b.bin")).content == b"rows"
