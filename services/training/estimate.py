@@ -24,7 +24,7 @@ GIB = 1 << 30
 SAMPLE_BYTES = 4 << 20
 """Read of train.jsonl where no report says how long its rows are."""
 MARGIN = 0.15
-"""Measured peaks lie this near the estimate (docs/training.md); what is off by more certainly does not fit, or does."""
+"""How far an estimate may be off (docs/training.md): what is too large by more certainly does not fit."""
 UTILISATION = 0.35
 """Part of a GPU's dense peak that LoRA training is assumed to reach; not measured here."""
 CPU_CORE_TFLOPS = 0.03
@@ -234,7 +234,7 @@ def to_plain(estimate: Estimate, dataset: DatasetSize) -> dict[str, Any]:
 def describe(estimate: Estimate, exact: bool) -> list[str]:
     """What the figures rest on, in words."""
     said = [
-        "memory is counted part by part; measured peaks on CPUs lie within 15 % of it, those of GPUs were not measured"
+        "memory is counted part by part (docs/training.md has measured peaks of CPUs; those of GPUs were not measured)"
     ]
     if not exact:
         said.append("row lengths are guessed from letters: convert with a tokenizer for exact ones")

@@ -29,7 +29,7 @@ _OPTIMIZER: tuple[tuple[re.Pattern[str], float], ...] = (
 OVERHEAD: Mapping[str, int] = {
     # Python, torch, ms-swift, tokenizer and allocator: resident memory before the first step without the weights,
     # measured with ms-swift 4.6.0 and torch 2.13.0+cpu
-    "cpu": 700 << 20,
+    "cpu": 540 << 20,
     # the CUDA context, cuBLAS' workspace and what the caching allocator cannot hand out; not measured here
     "gpu": 1200 << 20,
 }
