@@ -5,6 +5,7 @@ Closing the generator (or cancelling the task that runs it) closes the connectio
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import aiohttp
 import orjson
 
 from services.common.errors import InvalidData, ResourceExhausted, Unavailable, WorkerLost
+from services.inference.gateway import check_prompt
 from services.inference.routes import RouteTable
 
 
@@ -36,15 +38,20 @@ async def generate(
     """
     if not messages:
         raise InvalidData("there are no messages to answer")
+    note = routes.outcomes.note
     async with routes.hold(model, wait_seconds) as target:
+        check_prompt({"messages": list(messages)}, target)
         body = {**sampling, "model": target.served_name, "messages": list(messages), "stream": True}
         body["stream_options"] = {"include_usage": True}
-        reason, ended = "", False
+        reason, ended, begin, first = "", False, time.perf_counter(), 0.0
         try:
             async with session.post(f"{target.address}/v1/chat/completions", json=body) as response:
                 if response.status != 200:
+                    if response.status >= 500:
+                        note(target.deployment, target.revision, time.perf_counter() - begin, True)
                     raise _refusal(response.status, await response.text())
                 async for line in response.content:
+                    first = first or time.perf_counter() - begin
                     data = line.strip().removeprefix(b"data:").strip()
                     if not data or data.startswith(b":"):
                         continue
@@ -61,11 +68,13 @@ async def generate(
                     if usage := event.get("usage"):
                         yield Piece("", reason, int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
         except aiohttp.ClientConnectorError:
+            note(target.deployment, target.revision, time.perf_counter() - begin, True)
             raise Unavailable(
                 f"the engine of revision {target.revision} does not answer; it is started again"
             ) from None
         except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError):
             ended = False
+        note(target.deployment, target.revision, first, not ended)
         if not ended:
             raise WorkerLost(f"the engine of revision {target.revision} ended in the middle of the answer; ask again")
 

@@ -150,7 +150,6 @@ class RevisionSpec(BaseModel):
     adapters: Annotated[tuple[str, ...], AfterValidator(_check_adapters)] = ()
     lora: Lora = Field(default_factory=lambda: Lora.model_validate({}))
     limits: RequestLimits = Field(default_factory=lambda: RequestLimits.model_validate({}))
-    engine: Literal["vllm", "swift"] = Field(default="vllm", description="swift: ms-swift's own server, `swift deploy`")
 
     @property
     def max_adapters(self) -> int:
@@ -166,15 +165,13 @@ class RevisionSpec(BaseModel):
     def _fits(self) -> RevisionSpec:
         if len(self.adapters) > self.max_adapters:
             raise ValueError(f"{len(self.adapters)} adapters, but lora.max_adapters is {self.max_adapters}")
-        if self.engine == "swift" and self.max_adapters:
-            raise ValueError("the engine swift takes no adapters here: merge them, or use the engine vllm")
         return self
 
 
 def parse_spec(plain: dict[str, Any]) -> RevisionSpec:
     """A spec from a proto's JSON form (names preserved). Raises InvalidSpec naming every bad field at once."""
     try:
-        return RevisionSpec.model_validate({k: v for k, v in plain.items() if v != "" or k not in ("dtype", "engine")})
+        return RevisionSpec.model_validate({k: v for k, v in plain.items() if not (k == "dtype" and v == "")})
     except ValidationError as error:
         raise InvalidSpec("the revision's spec is wrong", violations=violations_of(error, "spec")) from None
 
