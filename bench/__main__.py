@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Callable
 
-NAMES = ("transfer", "merging", "conversion", "training", "training_memory", "training_switches")
+NAMES = ("transfer", "merging", "conversion", "training", "training_memory", "training_switches", "serving")
 ON_A_CLUSTER = ("kubernetes",)
 """Run by name only: they need a release that `fabrictune connect` has reached."""
 

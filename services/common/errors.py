@@ -49,6 +49,8 @@ class FabrictuneError(Exception):
     metadata: Mapping[str, str] = field(default_factory=dict)
     violations: Sequence[Violation] = ()
     reason_override: str = ""
+    retry_seconds: float = 0
+    """When another attempt may succeed: a RetryInfo in the status, Retry-After in HTTP. 0: nothing is known."""
 
     code: ClassVar[int] = code_pb2.INTERNAL
     reason: ClassVar[str] = "INTERNAL"
@@ -63,10 +65,11 @@ class FabrictuneError(Exception):
         return "\n".join([self.message, *(f"  {v.field}: {v.description}" for v in self.violations)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.message, dict(self.metadata), tuple(self.violations), self.reason_override)
+        plain = (self.message, dict(self.metadata), tuple(self.violations), self.reason_override, self.retry_seconds)
+        return type(self), plain
 
     def to_status(self) -> status_pb2.Status:
-        """The error as a google.rpc.Status with ErrorInfo and, for bad input, BadRequest."""
+        """The error as a google.rpc.Status with ErrorInfo, for bad input BadRequest, and RetryInfo when it is known."""
         info = error_details_pb2.ErrorInfo(
             reason=self.reason_override or self.reason, domain=DOMAIN, metadata=dict(self.metadata)
         )
@@ -76,6 +79,10 @@ class FabrictuneError(Exception):
             for violation in self.violations:
                 bad.field_violations.add(field=violation.field, description=violation.description)
             details.append(_pack(bad))
+        if self.retry_seconds:
+            hint = error_details_pb2.RetryInfo()
+            hint.retry_delay.FromMilliseconds(int(self.retry_seconds * 1000))
+            details.append(_pack(hint))
         return status_pb2.Status(code=self.code, message=self.message, details=details)
 
 

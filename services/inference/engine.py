@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,9 @@ from services.inference.spec import RevisionSpec
 GIB = 1024**3
 CPU_MAX_MODEL_LEN = 8192
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SHUTDOWN_SECONDS = 10
+"""Answers in flight may take so long when an engine is told to end; less than any cluster's grace period (15 s here, 30 s
+in the chart)."""
 
 TOOL_FLAGS = (
     "--enable-auto-tool-choice",
@@ -41,6 +44,7 @@ FAILURES = {
     "to serve at least one request": "lower spec.max_model_len",
     "Cannot allocate memory": "this machine's memory is full: stop another revision, or lower spec.max_concurrency",
     "can't allocate memory": "this machine's memory is full: stop another revision, or lower spec.max_concurrency",
+    "vllm[runai]": "--load-format runai_streamer needs the package runai-model-streamer; take it out of engine_args",
     "unrecognized arguments": "spec.engine_args has a flag that this vLLM does not know",
     "trust_remote_code": "the model brings its own code: add --trust-remote-code to spec.engine_args if you trust it",
     "are not supported for now": "vLLM cannot run this architecture",
@@ -119,8 +123,11 @@ def engine_name(deployment: str, revision: str) -> str:
     return f"engine-{deployment[:23].rstrip('-')}-{revision[:22].rstrip('-')}-{mark}"
 
 
-def render_engine(deployment: str, revision: str, spec: RevisionSpec, model: Model, hardware: Hardware) -> Workload:
-    """The engine of one revision. Raises InvalidSpec."""
+def render_engine(
+    deployment: str, revision: str, spec: RevisionSpec, model: Model, hardware: Hardware,
+    adapters: Sequence[str] = (), max_rank: int = 16,
+) -> Workload:  # fmt: skip
+    """The engine of one revision. adapters: "name=digest"; a pod fetches them when it starts. Raises InvalidSpec."""
     config = model.config
     dtype = choose_dtype(spec.dtype, hardware)
     gpus = spec.resources.gpus or min(hardware.gpus, 1)
@@ -135,6 +142,9 @@ def render_engine(deployment: str, revision: str, spec: RevisionSpec, model: Mod
         str(spec.max_concurrency),
         "--uvicorn-log-level",
         "warning",
+        # A node that is drained tells the pod to end while it answers; the rollout itself drains before it says so.
+        "--shutdown-timeout",
+        str(SHUTDOWN_SECONDS),
     ]
     argv += TOOL_FLAGS
     env = {
@@ -148,7 +158,12 @@ def render_engine(deployment: str, revision: str, spec: RevisionSpec, model: Mod
         # would die with ModuleNotFoundError. Empty: no plugin is loaded.
         "VLLM_PLUGINS": "",
     }
+    if room := spec.max_adapters:
+        argv += ["--enable-lora", "--max-loras", str(room), "--max-cpu-loras", str(room)]
+        argv += ["--max-lora-rank", str(max_rank)]
+        env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # the gateway passes only /v1 chat and completions on
     if model.remote:
+        env |= {"FABRICTUNE_ADAPTERS": ",".join(adapters)} if adapters else {}
         env |= {
             "FABRICTUNE_MODEL": model.name,
             "FABRICTUNE_MODEL_DIGEST": model.digest,

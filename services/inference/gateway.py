@@ -7,7 +7,9 @@ goes away takes its request at the engine with it. The client's token stays here
 
 from __future__ import annotations
 
+import math
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -119,6 +121,7 @@ class Gateway:
         asked = render_tools(body) if body.get("tools") and request.path == CHAT else body
         async with self._routes.hold(model, self._wait_seconds) as target:
             request[DEPLOYMENT] = target.deployment
+            check_prompt(asked, target)
             renamed = model != target.served_name
             changed = renamed or asked is not body
             sent = orjson.dumps({**asked, "model": target.served_name}) if changed else raw
@@ -134,10 +137,12 @@ class Gateway:
             headers["X-Request-Id"] = request_id
         response: web.StreamResponse | None = None
         recording = Recording(self._recorder, target.deployment, target.revision, request.path, said)
+        begin = time.perf_counter()
         try:
             async with self._session.post(target.address + request.path, data=sent, headers=headers) as upstream:
                 if not _is_stream(upstream):
                     whole = await upstream.read()
+                    self._note(target, time.perf_counter() - begin, failed=upstream.status >= 500)
                     if upstream.status == 200:
                         recording.add(whole)
                         recording.end(WHOLE)
@@ -147,8 +152,9 @@ class Gateway:
                     )  # fmt: skip
                 response = web.StreamResponse(status=upstream.status, headers=_response_headers(upstream, target))
                 await response.prepare(request)
-                rest = b""
+                rest, first = b"", 0.0
                 async for chunk in upstream.content.iter_any():
+                    first = first or time.perf_counter() - begin
                     if rename:
                         whole_lines, newline, rest = (rest + chunk).rpartition(b"\n")
                         chunk = _rename(whole_lines + newline, target.served_name, rename)
@@ -158,14 +164,17 @@ class Gateway:
                 recording.add(rest)
                 recording.end()
                 await response.write_eof(_rename(rest, target.served_name, rename) if rest else b"")
+                self._note(target, first, failed=False)
                 return response
         except aiohttp.ClientConnectorError:
+            self._note(target, time.perf_counter() - begin, failed=True)
             raise Unavailable(
                 f"the engine of revision {target.revision} does not answer; it is started again"
             ) from None
         except (aiohttp.ClientError, TimeoutError) as error:
             if request.transport is None or request.transport.is_closing():
                 raise  # it was the client who went away
+            self._note(target, time.perf_counter() - begin, failed=True)
             self._log.warning(
                 "engine died in mid-answer", deployment=target.deployment, revision=target.revision, error=repr(error)
             )
@@ -178,6 +187,9 @@ class Gateway:
             return response
         finally:
             recording.close()
+
+    def _note(self, target: Target, seconds: float, failed: bool) -> None:
+        self._routes.outcomes.note(target.deployment, target.revision, seconds, failed)
 
     async def _check_token(self, request: web.Request) -> None:
         if self._authorize is not None:
@@ -228,6 +240,27 @@ def read_body(raw: bytes) -> dict[str, Any]:
     return body
 
 
+def check_prompt(body: Mapping[str, Any], target: Target) -> None:
+    """Raises InvalidData, reason PROMPT_TOO_LONG, when a prompt has more characters than the revision's spec allows."""
+    if not target.max_prompt_characters:
+        return
+    found = _characters(body.get("messages")) + _characters(body.get("prompt"))
+    if found > target.max_prompt_characters:
+        raise InvalidData(
+            f"the prompt has {found} characters; {target.deployment} takes {target.max_prompt_characters} "
+            "(spec.limits.max_prompt_characters)",
+            reason_override="PROMPT_TOO_LONG",
+        )
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(_characters(v) for k, v in value.items() if k != "role")
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
+
+
 def error_body(error: FabrictuneError) -> dict[str, Any]:
     """OpenAI's form of an error."""
     _, kind = HTTP_ERRORS.get(error.code, (500, "internal_error"))
@@ -239,7 +272,8 @@ def error_body(error: FabrictuneError) -> dict[str, Any]:
 def error_response(error: FabrictuneError) -> web.Response:
     """The same with its HTTP status."""
     status, _ = HTTP_ERRORS.get(error.code, (500, ""))
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else {}
+    pause = math.ceil(error.retry_seconds) or RETRY_AFTER_SECONDS
+    headers = {"Retry-After": str(pause)} if status in (429, 503) else {}
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     return _json(error_body(error), status=status, headers=headers)

@@ -5,6 +5,7 @@ Closing the generator (or cancelling the task that runs it) closes the connectio
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ import aiohttp
 import orjson
 
 from services.common.errors import InvalidData, ResourceExhausted, Unavailable, WorkerLost
+from services.inference.gateway import check_prompt
 from services.inference.recorder import Recorder, Recording
 from services.inference.routes import RouteTable
 from services.inference.tools import render_tools
@@ -52,9 +54,11 @@ async def generate(
     asked: dict[str, Any] = {**sampling, "messages": list(messages)}
     if asked.get("tools"):
         asked = render_tools(asked)
+    note = routes.outcomes.note
     async with routes.hold(model, wait_seconds) as target:
+        check_prompt(asked, target)
         body = {**asked, "model": target.served_name, "stream": True, "stream_options": {"include_usage": True}}
-        reason, ended = "", False
+        reason, ended, begin, first = "", False, time.perf_counter(), 0.0
         calls: dict[int, ToolCall] = {}
         # As the client said it, like the gateway's: without the prompt that its tools became.
         said = orjson.dumps({**sampling, "messages": list(messages), "model": model}) if recorder else b""
@@ -62,8 +66,11 @@ async def generate(
         try:
             async with session.post(f"{target.address}/v1/chat/completions", json=body) as response:
                 if response.status != 200:
+                    if response.status >= 500:
+                        note(target.deployment, target.revision, time.perf_counter() - begin, True)
                     raise _refusal(response.status, await response.text())
                 async for line in response.content:
+                    first = first or time.perf_counter() - begin
                     data = line.strip().removeprefix(b"data:").strip()
                     if not data or data.startswith(b":"):
                         continue
@@ -84,6 +91,7 @@ async def generate(
                         counts = int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0)
                         yield Piece("", reason, *counts, tool_calls=[calls[n] for n in sorted(calls)])
         except aiohttp.ClientConnectorError:
+            note(target.deployment, target.revision, time.perf_counter() - begin, True)
             raise Unavailable(
                 f"the engine of revision {target.revision} does not answer; it is started again"
             ) from None
@@ -91,6 +99,7 @@ async def generate(
             ended = False
         finally:
             recording.close()
+        note(target.deployment, target.revision, first, not ended)
         if not ended:
             raise WorkerLost(f"the engine of revision {target.revision} ended in the middle of the answer; ask again")
 

@@ -18,6 +18,7 @@ import aiohttp
 from services.common.clusters import Cluster, Phase, Workload, WorkloadStatus
 from services.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable, WorkerLost
 from services.inference import parity
+from services.inference.adapters import Adapter
 from services.inference.engine import Hardware, Model, explain_failure, reference_dtype, trusts_remote_code
 from services.inference.reference import Reference, run_reference
 from services.inference.revisions import Deployment, Revision
@@ -39,6 +40,8 @@ class Artifacts:
     save: Callable[[Deployment], Awaitable[None]]
     forget: Callable[[str], Awaitable[None]]
     """By deployment id: it was deleted."""
+    fetch_adapter: Callable[[str], Awaitable[Adapter]] | None = None
+    """By "adapters/{id}"; None where there is no store."""
 
 
 @dataclass(frozen=True)
@@ -175,17 +178,17 @@ class Launcher:
         result = await parity.probe(self.session, address, revision.deployment, reference, dtype, wanted, int(length))
         revision.parity = asdict(result)
         parity.check(result, wanted)
-        await self._smoke(revision, address)
 
-    async def _smoke(self, revision: Revision, address: str) -> None:
+    async def smoke(self, address: str, model: str) -> None:
         """One chat answer of one token: the chat template is there and sampling works. Raises FailedPrecondition."""
-        body = {"model": revision.deployment, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 1}
+        body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 1}
         try:
             async with self.session.post(f"{address}/v1/chat/completions", json=body) as response:
                 if response.status != 200:
                     raise FailedPrecondition(
-                        f"the engine refuses a chat (HTTP {response.status}): {(await response.text())[:500]}. A model "
-                        "needs a chat template (chat_template.jinja beside its tokenizer)",
+                        f"the engine refuses a chat with {model} (HTTP {response.status}): "
+                        f"{(await response.text())[:500]}. A model needs a chat template "
+                        "(chat_template.jinja beside its tokenizer)",
                         reason_override="SMOKE_TEST_FAILED",
                     )
         except (aiohttp.ClientError, TimeoutError) as error:

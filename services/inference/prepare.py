@@ -2,7 +2,8 @@
 
     python -m services.inference.prepare
 
-The inference service says which in FABRICTUNE_MODEL, _MODEL_DIGEST, _REFERENCE_DTYPE and _TRUST_REMOTE_CODE. The reference
+The inference service says which in FABRICTUNE_MODEL, _MODEL_DIGEST, _REFERENCE_DTYPE, _TRUST_REMOTE_CODE and _ADAPTERS
+("name=digest,…"; vLLM is told to load them when it answers, so that it is READY only with all of them). The reference
 is computed here since this image has transformers and this pod the memory; the service itself has neither.
 """
 
@@ -21,6 +22,11 @@ from services.inference.reference import compute_reference, reference_from_json,
 MODELS = Path("/models")
 MODEL_FOLDER = MODELS / "model"
 """Where the engine finds its model: a link into the cache beside it."""
+
+
+def adapter_folder(digest: str) -> Path:
+    """Where the engine finds an adapter."""
+    return MODELS / "cache" / digest
 
 
 def prepare(store: Store, models: Path, name: str, digest: str, dtype: str, trust_remote_code: bool) -> Path:
@@ -45,7 +51,11 @@ def main() -> int:
             raise InvalidSpec(f"{', '.join(missing)} must be set; the inference service does it")
         trusted = os.environ.get("FABRICTUNE_TRUST_REMOTE_CODE") == "true"
         name, digest, dtype = asked.values()
-        folder = prepare(open_store(load_store()), MODELS, name, digest, dtype, trusted)
+        adapters = [a.partition("=") for a in os.environ.get("FABRICTUNE_ADAPTERS", "").split(",") if a]
+        store = open_store(load_store())
+        for adapter, _, adapter_digest in adapters:
+            Artifacts(store, MODELS / "cache").cached(adapter, adapter_digest)
+        folder = prepare(store, MODELS, name, digest, dtype, trusted)
     except FabrictuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from services.common.errors import FabrictuneError, FailedPrecondition, InvalidSpec, Violation
-from services.inference.spec import RevisionSpec
+from services.inference.spec import Canary, RevisionSpec
 
 
 class State(Enum):
@@ -61,7 +61,9 @@ class Revision:
     restarts: int = 0
     """Times that its engine crashed and was started again since it was last well for a while."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """How long each step of the last start took: fetch, load, reference, probe."""
+    """How long each step of the last start took: fetch, load, reference, probe, adapters, first_token, total."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """Digests of the adapters that are loaded, by id."""
 
     @property
     def name(self) -> str:
@@ -74,6 +76,39 @@ class Revision:
         return f"{self.deployment}@{self.revision}"
 
 
+class CanaryState(Enum):
+    """Mirrors fabrictune.v1.CanaryRun.State by name."""
+
+    RUNNING = "RUNNING"
+    PROMOTED = "PROMOTED"
+    ROLLED_BACK = "ROLLED_BACK"
+    STOPPED = "STOPPED"
+    """Traffic was moved by hand meanwhile."""
+
+
+@dataclass
+class CanaryRun:
+    """A canary: what it was asked and how far it came."""
+
+    candidate: str
+    before: dict[str, int]
+    """The traffic that a rollback gives back."""
+    policy: Canary
+    state: CanaryState = CanaryState.RUNNING
+    step: int = 0
+    reason: str = ""
+    create_time: float = 0
+    figures: dict[str, Any] = field(default_factory=dict)
+    """{candidate, stable}: Figures of the present step."""
+
+    @property
+    def percent(self) -> int:
+        """What the candidate takes now."""
+        if self.state is CanaryState.ROLLED_BACK:
+            return 0
+        return self.policy.steps[self.step] if self.step < len(self.policy.steps) else 100
+
+
 @dataclass
 class Deployment:
     """What is remembered of a deployment."""
@@ -82,6 +117,8 @@ class Deployment:
     traffic: dict[str, int] = field(default_factory=dict)
     revisions: dict[str, Revision] = field(default_factory=dict)
     create_time: float = 0
+    canary: CanaryRun | None = None
+    """The one that runs, or the last."""
 
 
 def move(revision: Revision, state: State, message: str = "", error: FabrictuneError | None = None) -> None:
@@ -116,6 +153,9 @@ def to_json(deployment: Deployment) -> dict[str, Any]:
             "spec": revision.spec.model_dump(mode="json"),
             "state": revision.state.value,
         }
+    if deployment.canary is not None:
+        run = deployment.canary
+        plain["canary"] |= {"policy": run.policy.model_dump(mode="json"), "state": run.state.value}
     return plain
 
 
@@ -130,4 +170,8 @@ def from_json(plain: Mapping[str, Any]) -> Deployment:
         })
         for revision_id, r in plain["revisions"].items()
     }  # fmt: skip
-    return Deployment(plain["id"], dict(plain["traffic"]), revisions, plain["create_time"])
+    canary = plain.get("canary")
+    if canary:
+        policy, state = Canary.model_validate(canary["policy"]), CanaryState(canary["state"])
+        canary = CanaryRun(**{**canary, "policy": policy, "state": state})
+    return Deployment(plain["id"], dict(plain["traffic"]), revisions, plain["create_time"], canary or None)

@@ -1,48 +1,35 @@
-"""Brings revisions up and down: fetch the model, start the engine, compare it with the reference, let it take traffic.
+"""Deployments, their revisions and their traffic: create, move traffic (at once or by a canary), drain, stop, remember.
 
-One task drives each revision from PENDING to READY and watches its engine from then on; a crashed engine is started
-again with growing pauses. Every change is saved before others see it, so a restarted service goes on where it was: an
-engine that still runs is adopted as it is. A revision that has lost its traffic stays warm for a while, so that going
-back to it needs no loading.
+One task drives each revision (see `drive`). Every change is saved before others see it, so a restarted service goes on
+where it was: an engine that still runs is adopted as it is. A revision that has lost its traffic stays warm for a while,
+so that going back to it needs no loading.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import aiohttp
 
 from services.common.clusters import Cluster
-from services.common.errors import (
-    AlreadyExists,
-    FabrictuneError,
-    FailedPrecondition,
-    NotFound,
-    Unavailable,
-    WorkerLost,
-)
+from services.common.errors import AlreadyExists, FailedPrecondition, InvalidSpec, NotFound, Violation
 from services.common.logs import get_logger
-from services.inference.engine import (
-    Hardware,
-    engine_name,
-    render_engine,
-)
-from services.inference.launch import Artifacts, Launcher, Limits, run_both
+from services.inference.adapters import engine_model
+from services.inference.canary import Canaries
+from services.inference.drive import Driver
+from services.inference.engine import Hardware, engine_name
+from services.inference.launch import Artifacts, Launcher, Limits
 from services.inference.revisions import COMING, Deployment, Revision, State, check_traffic, move
 from services.inference.routes import RouteTable, Target
-from services.inference.spec import RevisionSpec
-
-_T = TypeVar("_T")
-_U = TypeVar("_U")
+from services.inference.spec import Canary, RevisionSpec
 
 
 @dataclass
-class _Driver:
-    task: asyncio.Task[None]
+class _Tasks:
+    drive: asyncio.Task[None]
     warm: asyncio.Task[None] | None = None
 
 
@@ -59,11 +46,15 @@ class Rollout:
     def __post_init__(self) -> None:
         """Nothing runs yet."""
         self._deployments: dict[str, Deployment] = {}
-        self._drivers: dict[tuple[str, str], _Driver] = {}
-        self._addresses: dict[str, str] = {}
+        self._tasks: dict[tuple[str, str], _Tasks] = {}
         self._watchers: set[asyncio.Queue[Deployment]] = set()
         self._saving = asyncio.Lock()
         self._launcher = Launcher(self.cluster, self.artifacts, self.hardware, self.limits)
+        self._driver = Driver(
+            self.cluster, self._launcher, self.artifacts, self.hardware, self.limits, self._publish, self._ready
+        )
+        self._canaries = Canaries(self.routes.outcomes, self._shift)
+        self._changing = asyncio.Lock()
         self._log = get_logger("rollout")
 
     @property
@@ -84,10 +75,12 @@ class Rollout:
                     revision.state = State.PENDING
                     self._drive(revision, adopt)
             await self._publish(deployment)
+            self._canaries.resume(deployment)
 
     async def close(self) -> None:
         """Stop driving. Engines are left as they are: the cluster ends them, or the next process adopts them."""
-        tasks = [t for d in self._drivers.values() for t in (d.task, d.warm) if t]
+        await self._canaries.close()
+        tasks = [t for d in self._tasks.values() for t in (d.drive, d.warm) if t]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -168,21 +161,49 @@ class Rollout:
         """Move traffic in one step; what is in flight ends where it began. Raises InvalidSpec, FailedPrecondition."""
         owner = self.get(deployment)
         check_traffic(owner, traffic)
-        before = owner.traffic
+        self._canaries.stop(owner, "traffic was moved by hand")
+        await self._shift(owner, traffic)
+        return owner
+
+    async def start_canary(self, deployment: str, traffic: Mapping[str, int], policy: Canary) -> Deployment:
+        """Move traffic to one revision by steps; taken back when it does worse. traffic: {revision: 100}.
+
+        Raises InvalidSpec, FailedPrecondition.
+        """
+        owner = self.get(deployment)
+        check_traffic(owner, traffic)
+        wanted = [r for r, part in traffic.items() if part]
+        if len(wanted) != 1:
+            bad = [Violation("traffic", "with a canary it names the one revision that has all of it in the end")]
+            raise InvalidSpec(f"this canary cannot be started in deployments/{deployment}", violations=bad)
+        if not owner.traffic.keys() - {wanted[0]}:
+            raise FailedPrecondition(f"no other revision of deployments/{deployment} takes traffic to compare with")
+        self._canaries.stop(owner, "another canary was started")
+        await self._canaries.start(owner, wanted[0], policy)
+        return owner
+
+    async def change_adapters(self, deployment: str, revision: str, adapters: tuple[str, ...]) -> Revision:
+        """Load and unload adapters of a running revision. Raises NotFound, FailedPrecondition, Unavailable."""
+        owner, found = self.get(deployment), self.get_revision(deployment, revision)
+        async with self._changing:
+            await self._driver.change_adapters(owner, found, adapters)
+        return found
+
+    async def _shift(self, owner: Deployment, traffic: Mapping[str, int]) -> None:
+        deployment, before = owner.id, owner.traffic
         owner.traffic = {r: part for r, part in traffic.items() if part}
         for revision in owner.revisions.values():
             revision.take_traffic = False
         await self._publish(owner)
         for revision_id in before.keys() - owner.traffic.keys():
-            driver = self._drivers.get((deployment, revision_id))
-            if driver is not None:
-                driver.warm = asyncio.create_task(self._cool(deployment, revision_id))
+            tasks = self._tasks.get((deployment, revision_id))
+            if tasks is not None:
+                tasks.warm = asyncio.create_task(self._cool(deployment, revision_id))
         for revision_id in owner.traffic:
-            driver = self._drivers.get((deployment, revision_id))
-            if driver is not None and driver.warm is not None:
-                driver.warm.cancel()
-                driver.warm = None
-        return owner
+            tasks = self._tasks.get((deployment, revision_id))
+            if tasks is not None and tasks.warm is not None:
+                tasks.warm.cancel()
+                tasks.warm = None
 
     async def stop_revision(self, deployment: str, revision: str) -> None:
         """Drain and stop it; it is remembered. Raises FailedPrecondition when it takes traffic."""
@@ -201,6 +222,7 @@ class Rollout:
     async def delete(self, deployment: str) -> None:
         """Drain and stop all its revisions and forget it."""
         owner = self.get(deployment)
+        self._canaries.stop(owner, "the deployment was deleted")
         owner.traffic = {}
         await self._publish(owner)
         await asyncio.gather(*(self._stop(owner, r) for r in owner.revisions.values()))
@@ -212,114 +234,31 @@ class Rollout:
     # One task a revision runs what is below.
 
     def _drive(self, revision: Revision, adopt: bool = False) -> None:
-        task = asyncio.create_task(self._run(revision, adopt), name=revision.name)
-        self._drivers[revision.deployment, revision.revision] = _Driver(task)
-
-    async def _run(self, revision: Revision, adopt: bool) -> None:
         owner = self._deployments[revision.deployment]
-        name = engine_name(revision.deployment, revision.revision)
-        try:
-            while True:
-                try:
-                    await self._bring_up(owner, revision, adopt)
-                except (WorkerLost, Unavailable) as error:
-                    if not revision.restarts:
-                        raise  # the first start: it would end the same way again
-                    lost = error.message
-                else:
-                    if revision.take_traffic:
-                        await self.set_traffic(owner.id, {revision.revision: 100})
-                    since = time.monotonic()
-                    lost = await self._launcher.watch(name)
-                    revision.restarts *= time.monotonic() - since < self.limits.calm
-                adopt = False
-                revision.restarts += 1
-                if revision.restarts > self.limits.restarts:
-                    raise WorkerLost(f"the engine crashed {revision.restarts} times in a row. {lost}")
-                pause = min(self.limits.first_pause * 2 ** (revision.restarts - 1), 60)
-                self._log.warning("engine lost", revision=revision.name, restarts=revision.restarts, pause=pause)
-                move(revision, State.PENDING, f"the engine crashed; it is started again in {pause:.0f} s. {lost}")
-                await self._publish(owner)
-                await self.cluster.delete(name)
-                await asyncio.sleep(pause)
-        except FabrictuneError as error:
-            await self._fail(owner, revision, error)
-        except Exception:  # noqa: BLE001 - the rim of this task: without it the revision would stay LOADING for ever
-            self._log.exception("driving a revision failed", revision=revision.name)
-            await self._fail(owner, revision, FabrictuneError("internal error; the server's log says more"))
+        task = asyncio.create_task(self._driver.drive(owner, revision, adopt), name=revision.name)
+        self._tasks[revision.deployment, revision.revision] = _Tasks(task)
 
-    async def _fail(self, owner: Deployment, revision: Revision, error: FabrictuneError) -> None:
-        self._log.warning("revision failed", revision=revision.name, error=error.message)
-        self._addresses.pop(revision.name, None)
-        move(revision, State.FAILED, error=error)
-        await self._publish(owner)
-        await self.cluster.delete(engine_name(revision.deployment, revision.revision))
-
-    async def _bring_up(self, owner: Deployment, revision: Revision, adopt: bool) -> None:
-        """From PENDING to READY."""
-        clock = time.monotonic()
-        spec = revision.spec
-        model = await self.artifacts.fetch_model(spec.model)
-        work = render_engine(revision.deployment, revision.revision, spec, model, self.hardware)
-        revision.seconds = {"fetch": round(time.monotonic() - clock, 2)}
-        clock = time.monotonic()
-        adopted = adopt and await self._launcher.runs_already(work)
-        await self._launcher.start(work)
-        move(revision, State.LOADING, "the engine loads the model")
-        await self._publish(owner)
-
-        async def tell(message: str) -> None:
-            if revision.message != message:
-                revision.message = message
-                await self._publish(owner)
-
-        healthy = self._launcher.healthy(work, tell)
-        if adopted:
-            address = await healthy
-        else:
-            # Importing vLLM takes one core for most of the start; the reference is computed on the other meanwhile,
-            # unless both copies of the weights would not fit into memory.
-            together = not model.remote and 4 * model.weight_bytes < self.hardware.memory_bytes / 2
-            if together:
-                address, reference = await run_both(
-                    self._timed(revision, "load", healthy),
-                    self._timed(revision, "reference", self._launcher.reference(model, spec)),
-                )
-            else:
-                address = await self._timed(revision, "load", healthy)
-                reference = await self._timed(revision, "reference", self._launcher.reference(model, spec))
-            move(revision, State.PROBING, "the engine is compared with the reference")
-            await self._publish(owner)
-            await self._timed(revision, "probe", self._launcher.probe(revision, work, address, reference))
-        move(revision, State.READY)
-        revision.ready_time = time.time()
-        self._addresses[revision.name] = address
-        self._log.info("ready", revision=revision.name, seconds=revision.seconds)
-        await self._publish(owner)
-
-    async def _timed(self, revision: Revision, step: str, work: Coroutine[Any, Any, _T]) -> _T:
-        clock = time.monotonic()
-        result = await work
-        revision.seconds[step] = round(time.monotonic() - clock, 2)
-        return result
+    async def _ready(self, owner: Deployment, revision: Revision) -> None:
+        if revision.take_traffic:
+            await self.set_traffic(owner.id, {revision.revision: 100})
 
     async def _cool(self, deployment: str, revision: str) -> None:
         await asyncio.sleep(self.limits.keep_warm)
         await self.stop_revision(deployment, revision)
 
     async def _stop(self, owner: Deployment, revision: Revision) -> None:
-        driver = self._drivers.pop((owner.id, revision.revision), None)
-        tasks = [t for t in ((driver.task, driver.warm) if driver else ()) if t and t is not asyncio.current_task()]
-        for task in tasks:
+        tasks = self._tasks.pop((owner.id, revision.revision), None)
+        running = [t for t in ((tasks.drive, tasks.warm) if tasks else ()) if t and t is not asyncio.current_task()]
+        for task in running:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
         if revision.state is State.READY:
             move(revision, State.DRAINING, "finishes what it has begun")
             await self._publish(owner)
             if not await self.routes.drained(owner.id, revision.revision, self.limits.drain):
                 self._log.warning("answers are cut off", revision=revision.name, after_seconds=self.limits.drain)
         await self.cluster.delete(engine_name(owner.id, revision.revision))
-        self._addresses.pop(revision.name, None)
+        self._driver.addresses.pop(revision.name, None)
         if revision.state not in (State.STOPPED, State.FAILED):
             move(revision, State.STOPPED)
             await self._publish(owner)
@@ -335,10 +274,20 @@ class Rollout:
 
     def _target(self, revision: Revision) -> Target:
         ready = revision.state is State.READY
-        address = self._addresses.get(revision.name, "") if ready else ""
+        address = self._driver.addresses.get(revision.name, "") if ready else ""
         ids = (revision.deployment, revision.revision)
+        spec = revision.spec
+        adapters = {a: engine_model(revision.deployment, a, digest) for a, digest in revision.adapters.items()}
+        coming = {name.rpartition("/")[2]: "" for name in spec.adapters}
         return Target(
-            *ids, served_name=revision.deployment, address=address, ready=ready, loading=revision.state in COMING
+            *ids,
+            served_name=revision.deployment,
+            address=address,
+            ready=ready,
+            loading=revision.state in COMING,
+            room=spec.max_in_flight,
+            max_prompt_characters=spec.limits.max_prompt_characters or 0,
+            adapters=adapters if ready else coming,
         )
 
     def _tell(self, deployment: Deployment) -> None:

@@ -15,21 +15,22 @@ from google.protobuf import empty_pb2, json_format
 
 from fabrictune.v1 import inference_pb2, inference_pb2_grpc
 from services.common.artifacts import Artifacts as StoredArtifacts
-from services.common.errors import FailedPrecondition, InvalidSpec
+from services.common.errors import FailedPrecondition, InvalidSpec, Violation
 from services.common.job_api import spec_dict
 from services.common.resources import check_id, split_name
 from services.common.store import Store
+from services.inference.adapters import Adapter, bases_of, check_base, describe_adapter, read_rank
 from services.inference.chat import read_chat
 from services.inference.engine import Model, describe_model, parse_model_config
 from services.inference.generate import generate
 from services.inference.launch import Artifacts
-from services.inference.prepare import MODEL_FOLDER
+from services.inference.prepare import MODEL_FOLDER, adapter_folder
 from services.inference.recorder import Recorder
 from services.inference.reference import Reference, reference_from_json, reference_key, reference_to_json
-from services.inference.revisions import Deployment, Revision, from_json, to_json
+from services.inference.revisions import CanaryRun, Deployment, Revision, from_json, to_json
 from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
-from services.inference.spec import RevisionSpec, parse_spec
+from services.inference.spec import RevisionSpec, parse_canary, parse_spec
 from services.inference.traffic import list_records
 
 SUFFIX = "/deployment.json"
@@ -125,6 +126,21 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         found, token = _page(ordered, lambda r: r.revision, request.page_size, request.page_token)
         return inference_pb2.ListRevisionsResponse(revisions=map(self._revision, found), next_page_token=token)
 
+    async def UpdateRevision(
+        self, request: inference_pb2.UpdateRevisionRequest, context: Any
+    ) -> inference_pb2.Revision:
+        """Change the adapters of a running revision."""
+        deployment_id, revision_id = _revision_ids(request.revision.name)
+        known = self._rollout.get_revision(deployment_id, revision_id).spec
+        told = spec_dict(request.revision.spec)
+        if other := sorted(told.keys() - {"adapters", "model"}):
+            bad = [Violation(f"revision.spec.{f}", "only adapters can change; make a new revision") for f in other]
+            raise InvalidSpec("a revision's spec cannot change", violations=bad)
+        # Checked as a spec of its own, with room for all; whether this engine has the room is the rollout's to say.
+        wanted = parse_spec({"model": known.model, "adapters": told.get("adapters", [])})
+        await asyncio.to_thread(self._check_adapters, wanted)
+        return self._revision(await self._rollout.change_adapters(deployment_id, revision_id, wanted.adapters))
+
     async def DeleteRevision(self, request: inference_pb2.DeleteRevisionRequest, context: Any) -> empty_pb2.Empty:
         """Drain, stop and forget a revision that takes no traffic."""
         await self._rollout.delete_revision(*_revision_ids(request.name))
@@ -133,8 +149,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def UpdateTraffic(
         self, request: inference_pb2.UpdateTrafficRequest, context: Any
     ) -> inference_pb2.Deployment:
-        """Move traffic in one step."""
-        return self._message(await self._rollout.set_traffic(_deployment_id(request.name), dict(request.traffic)))
+        """Move traffic in one step, or begin a canary."""
+        deployment_id, traffic = _deployment_id(request.name), dict(request.traffic)
+        if not request.HasField("canary"):
+            return self._message(await self._rollout.set_traffic(deployment_id, traffic))
+        policy = parse_canary(spec_dict(request.canary))
+        return self._message(await self._rollout.start_canary(deployment_id, traffic, policy))
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Any
@@ -180,8 +200,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _check(self, spec: inference_pb2.RevisionSpec) -> RevisionSpec:
         parsed = parse_spec(spec_dict(spec))
-        await asyncio.to_thread(self._artifacts.get, parsed.model)
+        await asyncio.to_thread(self._check_adapters, parsed)
         return parsed
+
+    def _check_adapters(self, spec: RevisionSpec) -> None:
+        model = self._artifacts.get(spec.model)
+        bare = Model(model.name, model.digest, MODEL_FOLDER, {}, 0)
+        for name in spec.adapters:
+            found = self._artifacts.get(name)
+            rank = read_rank(self._artifacts.read(found, "adapter_config.json"), name)
+            check_base(Adapter(name, found.digest, MODEL_FOLDER, rank, bases_of(found.created_by), {}), bare)
 
     async def _revision_id(self, spec: RevisionSpec) -> str:
         manifest = await asyncio.to_thread(self._artifacts.get, spec.model)
@@ -197,6 +225,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             served_model=deployment.id,
         )
         message.create_time.FromMilliseconds(int(deployment.create_time * 1000))
+        if deployment.canary is not None:
+            message.canary.CopyFrom(_canary_message(deployment.canary))
         return message
 
     def _revision(self, revision: Revision) -> inference_pb2.Revision:
@@ -206,7 +236,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             served_model=revision.served_model,
             address=self._address,
             message=revision.message,
+            start_seconds=revision.seconds,
         )
+        for adapter_id, digest in sorted(revision.adapters.items()):
+            served = f"{revision.deployment}:{adapter_id}"
+            message.adapters.add(name=f"adapters/{adapter_id}", digest=digest, served_model=served)
         json_format.ParseDict(revision.spec.model_dump(mode="json", exclude_unset=True), message.spec)
         if revision.error:
             json_format.ParseDict(revision.error, message.error)
@@ -238,7 +272,10 @@ def stored_artifacts(store: Store, artifacts: StoredArtifacts, remote: bool = Fa
     async def forget(deployment_id: str) -> None:
         await asyncio.to_thread(store.delete, f"deployments/{deployment_id}{SUFFIX}")
 
-    return Artifacts(fetch_model, fetch_reference, store_reference, save, forget)
+    async def fetch_adapter(name: str) -> Adapter:
+        return await asyncio.to_thread(_describe_stored_adapter if remote else _fetch_adapter, artifacts, name)
+
+    return Artifacts(fetch_model, fetch_reference, store_reference, save, forget, fetch_adapter)
 
 
 def _fetch(artifacts: StoredArtifacts, name: str) -> Model:
@@ -251,6 +288,31 @@ def _describe_stored(artifacts: StoredArtifacts, name: str) -> Model:
     weights = sum(file.size for file in manifest.files if file.path.endswith(".safetensors"))
     config = parse_model_config(artifacts.read(manifest, "config.json"), f"{name}/config.json")
     return Model(name, manifest.digest, MODEL_FOLDER, config, weights, remote=True)
+
+
+def _fetch_adapter(artifacts: StoredArtifacts, name: str) -> Adapter:
+    manifest = artifacts.get(name)
+    return describe_adapter(name, manifest.digest, artifacts.cached(name, manifest.digest), manifest.created_by)
+
+
+def _describe_stored_adapter(artifacts: StoredArtifacts, name: str) -> Adapter:
+    manifest = artifacts.get(name)
+    rank = read_rank(artifacts.read(manifest, "adapter_config.json"), name)
+    folder = adapter_folder(manifest.digest)
+    return Adapter(name, manifest.digest, folder, rank, bases_of(manifest.created_by), {})
+
+
+def _canary_message(run: CanaryRun) -> inference_pb2.CanaryRun:
+    message = inference_pb2.CanaryRun(
+        candidate=run.candidate, state=run.state.value, percent=run.percent, reason=run.reason
+    )
+    json_format.ParseDict(run.policy.model_dump(mode="json"), message.policy)
+    message.create_time.FromMilliseconds(int(run.create_time * 1000))
+    for who, into in (("candidate", message.candidate_figures), ("stable", message.stable_figures)):
+        told = run.figures.get(who, {})
+        into.answers, into.failures = told.get("answers", 0), told.get("failures", 0)
+        into.p95_seconds = told.get("p95", 0.0)
+    return message
 
 
 def stored_deployments(store: Store) -> list[Deployment]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from services.common.errors import InvalidSpec
-from services.common.resources import ID_PATTERN, Resources
+from services.common.resources import ID_PATTERN, Resources, Seconds
 from services.common.validation import violations_of
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -30,6 +30,12 @@ OWNED_FLAGS = {
     "--max-num-seqs": "set spec.max_concurrency",
     "--tensor-parallel-size": "set spec.resources.gpus",
     "-tp": "set spec.resources.gpus",
+    "--enable-lora": "set spec.adapters or spec.lora.max_adapters",
+    "--max-loras": "set spec.lora.max_adapters",
+    "--max-cpu-loras": "set spec.lora.max_adapters",
+    "--max-lora-rank": "set spec.lora.max_rank",
+    "--lora-modules": "set spec.adapters",
+    "--shutdown-timeout": "the cluster's grace period decides it",
     "--config": "it would override flags unseen; name them here instead",
     "--api-key": "arguments can be read by every user of the machine; the gateway checks tokens",
     "--hf-token": "arguments can be read by every user of the machine; models come from the artifact store",
@@ -59,6 +65,15 @@ def _check_engine_args(args: tuple[str, ...]) -> tuple[str, ...]:
     return args
 
 
+def _check_adapters(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if not re.fullmatch(f"adapters/{ID_PATTERN}", name):
+            raise ValueError(f"{name!r} must look like adapters/an-id")
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ValueError(f"{', '.join(twice)} stands there twice")
+    return names
+
+
 class Parity(BaseModel):
     """How close the engine must come to the reference."""
 
@@ -70,6 +85,50 @@ class Parity(BaseModel):
     max_logprob_difference: float | None = Field(
         default=None, gt=0, description="largest mean difference, nats; absent: from the dtype"
     )
+
+
+class Lora(BaseModel):
+    """Room for adapters, set aside when the engine starts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_adapters: int | None = Field(
+        default=None, ge=0, le=64, description="adapters loaded at a time; absent: as many as spec.adapters names"
+    )
+    max_rank: int | None = Field(
+        default=None, ge=1, le=512, description="largest rank; absent: the largest of spec.adapters, at least 16"
+    )
+
+
+class RequestLimits(BaseModel):
+    """When a request is refused at once."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_queued: int = Field(default=256, ge=0, description="requests that wait beyond max_concurrency")
+    max_prompt_characters: int | None = Field(
+        default=None, ge=1, description="of prompt or messages; absent: only max_model_len (tokens) counts"
+    )
+
+
+class Canary(BaseModel):
+    """By which steps a revision takes traffic, and what takes it back."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: tuple[Annotated[int, Field(ge=1, le=99)], ...] = Field(default=(10, 50), description="percent, growing")
+    observe: Seconds = Field(default=60, description="how long each step lasts at least")
+    max_error_rate: float = Field(default=0.02, ge=0, le=1, description="part of its answers that may fail")
+    max_p95_ratio: float = Field(default=2, gt=0, description="p95 of the first byte, times the old revisions'")
+    max_p95_seconds: float | None = Field(default=None, gt=0, description="p95 of the first byte; absent: no limit")
+    min_answers: int = Field(default=20, ge=0, description="fewer say nothing of a revision")
+
+    @field_validator("steps")
+    @classmethod
+    def _grow(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if not steps or list(steps) != sorted(set(steps)):
+            raise ValueError("must be percentages that grow, such as 10, 50")
+        return steps
 
 
 class RevisionSpec(BaseModel):
@@ -88,6 +147,25 @@ class RevisionSpec(BaseModel):
     engine_args: Annotated[tuple[str, ...], AfterValidator(_check_engine_args)] = ()
     resources: Resources = Field(default_factory=lambda: Resources.model_validate({}))
     parity: Parity = Field(default_factory=lambda: Parity.model_validate({}))
+    adapters: Annotated[tuple[str, ...], AfterValidator(_check_adapters)] = ()
+    lora: Lora = Field(default_factory=lambda: Lora.model_validate({}))
+    limits: RequestLimits = Field(default_factory=lambda: RequestLimits.model_validate({}))
+
+    @property
+    def max_adapters(self) -> int:
+        """Adapters that there is room for."""
+        return len(self.adapters) if self.lora.max_adapters is None else self.lora.max_adapters
+
+    @property
+    def max_in_flight(self) -> int:
+        """Requests that the gateway lets to the engine at a time; it writes max_concurrency of them side by side."""
+        return self.max_concurrency + self.limits.max_queued
+
+    @model_validator(mode="after")
+    def _fits(self) -> RevisionSpec:
+        if len(self.adapters) > self.max_adapters:
+            raise ValueError(f"{len(self.adapters)} adapters, but lora.max_adapters is {self.max_adapters}")
+        return self
 
 
 def parse_spec(plain: dict[str, Any]) -> RevisionSpec:
@@ -96,3 +174,11 @@ def parse_spec(plain: dict[str, Any]) -> RevisionSpec:
         return RevisionSpec.model_validate({k: v for k, v in plain.items() if not (k == "dtype" and v == "")})
     except ValidationError as error:
         raise InvalidSpec("the revision's spec is wrong", violations=violations_of(error, "spec")) from None
+
+
+def parse_canary(plain: dict[str, Any]) -> Canary:
+    """A canary's policy from a proto's JSON form (names preserved). Raises InvalidSpec naming every bad field at once."""
+    try:
+        return Canary.model_validate({k: v for k, v in plain.items() if not (k == "steps" and not v)})
+    except ValidationError as error:
+        raise InvalidSpec("the canary is wrong", violations=violations_of(error, "canary")) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from services.common.errors import FailedPrecondition
 from services.common.fabric import render_rows, render_system
 from services.conversion.readers import openai_tools
 from services.inference import parity
+from services.inference.adapters import Adapter, describe_adapter
 from services.inference.engine import Model, describe_model, detect_hardware
 from services.inference.gateway import Gateway
 from services.inference.generate import generate
@@ -42,7 +44,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # The random weights are made to be touchy: bfloat16, which "auto" picks on some CPUs, would rightly be refused.
-SPEC = {"model": "models/tiny", "dtype": "float32", "max_model_len": 2048, "max_concurrency": 16}
+SPEC = {"model": "models/tiny", "dtype": "float32", "max_model_len": 2048, "max_concurrency": 16,
+        "adapters": ["adapters/one"], "lora": {"max_adapters": 2}}  # fmt: skip
 
 
 def make_tiny_model(folder: Path) -> Path:
@@ -81,6 +84,18 @@ def make_tiny_model(folder: Path) -> Path:
     return folder
 
 
+def make_adapter(model: Path, folder: Path) -> Path:
+    """A random LoRA of rank 4 that changes what the model says."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(2)
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder)
+    return folder
+
+
 @dataclass
 class Running:
     rollout: Rollout
@@ -115,8 +130,15 @@ async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
     async def forget(deployment: str) -> None:
         saved.pop(deployment)
 
+    adapter = await asyncio.to_thread(make_adapter, model, home / "adapter")
+
+    async def fetch_adapter(name: str) -> Adapter:
+        base = "d2" if name.endswith("foreign") else "d1"
+        by = {"inputs": [{"name": "models/m", "digest": base}]}
+        return describe_adapter(name, f"digest-of-{name[9:]}", adapter, by)
+
     routes = RouteTable()
-    artifacts = Artifacts(fetch_model, fetch_reference, store_reference, save, forget)
+    artifacts = Artifacts(fetch_model, fetch_reference, store_reference, save, forget, fetch_adapter)
     rollout = Rollout(cluster, routes, artifacts, detect_hardware(), Limits(start=600))
     gateway = Gateway(routes)
     port = await gateway.start("127.0.0.1", 0)
@@ -356,6 +378,32 @@ async def test_generate_tells_calls_their_end_and_the_usage(running: Running) ->
     assert call.id and call.name == "amap_weather"
     jsonschema.validate(json.loads(call.arguments), SCHEMAS["amap_weather"])
     assert pieces[-1].finish_reason == "stop" and pieces[-1].usage.completion_tokens > 0
+
+
+async def say(running: Running, model: str) -> tuple[int, str]:
+    body = {"model": model, "prompt": "abc", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    async with aiohttp.ClientSession() as session, session.post(f"{running.url}/completions", json=body) as response:
+        told = await response.json()
+        return response.status, told["choices"][0]["text"] if response.status == 200 else told["error"]["code"]
+
+
+async def test_adapters_are_loaded_and_unloaded_while_the_engine_runs_and_are_there_after_a_crash(
+    running: Running,
+) -> None:
+    base, one = await say(running, "tiny"), await say(running, "tiny:one")
+    assert base[0] == one[0] == 200 and base[1] != one[1]
+    with pytest.raises(FailedPrecondition, match="was trained on") as caught:
+        await running.rollout.change_adapters("tiny", "r1", ("adapters/one", "adapters/foreign"))
+    assert caught.value.reason_override == "ADAPTER_OF_ANOTHER_BASE"
+    await running.rollout.change_adapters("tiny", "r1", ("adapters/two",))
+    assert await say(running, "tiny:two") == one and await say(running, "tiny:one") == (404, "NOT_FOUND")
+    [engine] = [json.loads(f.read_text()) for f in (running.cluster._folder / "journal").glob("*.json")]
+    os.killpg(engine["pid"], signal.SIGKILL)
+    async for deployment in running.rollout.watch("tiny"):
+        revision = deployment.revisions["r1"]
+        if revision.restarts and revision.state is State.READY:
+            break
+    assert await say(running, "tiny:two") == one and await say(running, "tiny") == base
 
 
 async def test_deleting_a_deployment_lets_an_open_answer_end_first(running: Running) -> None:

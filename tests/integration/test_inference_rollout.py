@@ -12,30 +12,46 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from services.common.clusters import Phase, Workload, WorkloadStatus
 from services.common.clusters.local import LocalCluster
 from services.common.errors import AlreadyExists, FailedPrecondition
 from services.inference.engine import Hardware, Model, describe_model
+from services.inference.gateway import Gateway
 from services.inference.launch import Artifacts, Limits
 from services.inference.reference import PROMPTS_VERSION, ForcedText, Reference
-from services.inference.revisions import Deployment, State, from_json, to_json
+from services.inference.revisions import CanaryState, Deployment, State, from_json, to_json
 from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
-from services.inference.spec import RevisionSpec, parse_spec
+from services.inference.spec import Canary, RevisionSpec, parse_spec
 
 REFERENCE = Reference(
     "d", "float32", PROMPTS_VERSION, {}, (ForcedText((5, 6, 7), (6, 7), (1, 1), (3.0, 3.0), (-0.1, -0.2)),)
 )
 ENGINE = """
-import os, sys
+import asyncio, os, sys
 from aiohttp import web
 if "--broken" in sys.argv:
     sys.exit("error: unrecognized arguments: --broken")
 shift = 1.0 if "--wrong" in sys.argv else 0.0
 async def health(_): return web.Response()
-async def chat(_): return web.json_response({"choices": []})
+asked = 0
+async def chat(request):
+    global asked
+    asked += 1
+    if "--failing" in sys.argv and asked > 1:
+        return web.Response(status=500)
+    if not (await request.json()).get("stream"):
+        return web.json_response({"choices": []})
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    for _ in range(10):
+        await response.write(b'data: {"choices":[{"delta":{"content":"a"}}]}\\n\\n')
+        await asyncio.sleep(0.1)
+    await response.write(b"data: [DONE]\\n\\n")
+    return response
 async def completions(request):
     said = [None, {"6": {"logprob": -0.1 - shift, "rank": 1}}, {"7": {"logprob": -0.2 - shift, "rank": 1}}]
     return web.json_response({"choices": [{"prompt_logprobs": said}]})
@@ -195,3 +211,53 @@ async def test_a_new_process_starts_an_engine_that_has_gone(house: House) -> Non
     await second.restore([from_json(json.loads(house.saved["x"]))])
     assert (await second.wait("x", "a")).state is State.READY
     assert [s.phase for s in await house.cluster.list("engine")] == [Phase.RUNNING]
+
+
+async def ask(url: str, session: aiohttp.ClientSession) -> tuple[int, bytes]:
+    async with session.post(f"{url}/v1/chat/completions", json={"model": "x", "stream": True}) as response:
+        return response.status, await response.read()
+
+
+async def test_a_canary_that_fails_gives_the_traffic_back_and_one_that_is_well_takes_all(house: House) -> None:
+    rollout, gateway = house.open(), Gateway(house.routes)
+    url = f"http://127.0.0.1:{await gateway.start('127.0.0.1', 0)}"
+    policy = Canary(steps=(50,), observe=0.1, min_answers=4, max_p95_ratio=1000)
+    await ready(rollout, "a", take_traffic=True)
+    await ready(rollout, "b", fields={"engine_args": ["--failing"]})
+    await ready(rollout, "c", fields={"max_concurrency": 3})
+    async with aiohttp.ClientSession() as session:
+        await rollout.start_canary("x", {"b": 100}, policy)
+        assert rollout.get("x").traffic == {"a": 50, "b": 50}
+        for _ in range(8):
+            await ask(url, session)
+        async for deployment in rollout.watch("x"):
+            if deployment.canary is not None and deployment.canary.state is CanaryState.ROLLED_BACK:
+                break
+        assert deployment.canary is not None and "answers failed" in deployment.canary.reason
+        assert deployment.traffic == {"a": 100}
+        back = from_json(json.loads(house.saved["x"])).canary
+        assert back is not None and back.state is CanaryState.ROLLED_BACK
+
+        await rollout.start_canary("x", {"c": 100}, policy)
+        streams = await asyncio.gather(*(ask(url, session) for _ in range(20)))
+        async for deployment in rollout.watch("x"):
+            if deployment.traffic == {"c": 100}:
+                break
+        await rollout.stop_revision("x", "a")
+    assert all(status == 200 and raw.endswith(b"[DONE]\n\n") for status, raw in streams)
+    await gateway.close()
+
+
+async def test_a_rollback_and_a_drain_under_open_streams_abort_none(house: House) -> None:
+    rollout, gateway = house.open(), Gateway(house.routes)
+    url = f"http://127.0.0.1:{await gateway.start('127.0.0.1', 0)}"
+    await ready(rollout, "a", take_traffic=True)
+    await ready(rollout, "b", fields={"max_concurrency": 3})
+    async with aiohttp.ClientSession() as session:
+        streams = []
+        for revision in ("b", "a", "b"):
+            streams += [asyncio.create_task(ask(url, session)) for _ in range(20)]
+            await asyncio.sleep(0.2)
+            await rollout.set_traffic("x", {revision: 100})
+        assert all(status == 200 and raw.endswith(b"[DONE]\n\n") for status, raw in await asyncio.gather(*streams))
+    await gateway.close()

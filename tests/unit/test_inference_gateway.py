@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import aiohttp
 import orjson
 import pytest
 from aiohttp import web
 
-from services.common.errors import Unauthenticated
+from services.common.errors import ResourceExhausted, Unauthenticated
 from services.inference.gateway import Gateway
 from services.inference.generate import generate
 from services.inference.routes import RouteTable, Target
@@ -260,3 +260,50 @@ async def test_generate_puts_the_parts_of_a_call_together(served: Served) -> Non
     pieces = [piece async for piece in stream]
     assert [(c.id, c.name, c.arguments) for c in pieces[-1].tool_calls] == [("c1", "amap_weather", '{"a": 1}')]
     assert pieces[-1].finish_reason == "tool_calls"
+
+
+async def test_a_request_for_which_there_is_no_room_is_a_429_at_once_and_the_others_go_on(served: Served) -> None:
+    served.routes.put("x", {"a": replace(target("a", served.upstream.address), room=1)}, {"a": 100})
+    body = {"model": "x", "stream": True, "hang": True}
+    async with served.session.post(f"{served.url}/v1/chat/completions", json=body) as response:
+        await response.content.readline()
+        status, headers, raw = await post(served, model="x")
+        assert (status, headers["Retry-After"]) == (429, "1") and b"OVERLOADED" in raw
+        served.upstream.release.set()
+        assert (await response.content.read()).endswith(b"data: [DONE]\n\n")
+    assert (await post(served, model="x"))[0] == 200
+
+
+async def test_generate_says_when_to_ask_again_when_there_is_no_room(served: Served) -> None:
+    served.routes.put("x", {"a": replace(target("a", served.upstream.address), room=1)}, {"a": 100})
+    async with served.routes.hold("x", 1):
+        with pytest.raises(ResourceExhausted) as caught:
+            await anext(generate(served.routes, served.session, "x", [{"role": "user", "content": "hi"}], {}))
+    assert any(detail.TypeName() == "google.rpc.RetryInfo" for detail in caught.value.to_status().details)
+
+
+async def test_only_so_many_requests_wait_while_a_revision_loads(served: Served) -> None:
+    served.routes.put("x", {"a": replace(target("a", loading=True), room=1)}, {})
+    waiting = asyncio.create_task(post(served, model="x"))
+    await asyncio.sleep(0.1)
+    assert (await post(served, model="x"))[0] == 429
+    served.routes.put("x", {"a": target("a", served.upstream.address)}, {"a": 100})
+    assert (await waiting)[0] == 200
+
+
+async def test_a_prompt_over_the_limit_never_reaches_the_engine(served: Served) -> None:
+    served.routes.put("x", {"a": replace(target("a", served.upstream.address), max_prompt_characters=5)}, {"a": 100})
+    status, _, raw = await post(served, model="x", messages=[{"role": "user", "content": "好好好好好好"}])
+    assert status == 400 and b"PROMPT_TOO_LONG" in raw and served.upstream.bodies == []
+    assert (await post(served, model="x", messages=[{"role": "user", "content": "好好好好好"}]))[0] == 200
+
+
+async def test_an_adapter_is_asked_for_by_its_id_and_an_unknown_one_is_a_404(served: Served) -> None:
+    given = replace(target("a", served.upstream.address), adapters={"l1": "x:l1:abc"})
+    served.routes.put("x", {"a": given}, {"a": 100})
+    for name in ("x:l1", "x@a:l1", "deployments/x/adapters/l1"):
+        status, _, raw = await post(served, model=name)
+        assert (status, orjson.loads(raw)["model"]) == (200, name)
+    assert {b["model"] for b in served.upstream.bodies} == {"x:l1:abc"}
+    status, _, raw = await post(served, model="x:l2")
+    assert status == 404 and b"it serves: l1" in raw

@@ -1,0 +1,121 @@
+"""The gateway's HTTP path beside the upstream asked directly, on an upstream that streams at a fixed rate.
+
+The fixed rate keeps two cores from hiding the gateway's own cost: what it adds is CPU time and milliseconds to the first
+byte, not throughput. Upstream and gateway are processes of their own; clients run in this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import aiohttp
+from aiohttp import web
+from rich.console import Console
+from rich.table import Table
+
+TOKENS, PAUSE = 20, 0.2
+CLIENTS = (1, 8, 32, 256)
+TOKEN = b'data: {"id":"c","model":"x","choices":[{"index":0,"delta":{"content":" token"}}]}\n\n'
+
+
+def run() -> bool:
+    """Print the table."""
+    asyncio.run(_run())
+    return True
+
+
+async def _run() -> None:
+    upstream, _, end_upstream = _start(_upstream, "")
+    address, gateway_cpu, end_gateway = _start(_gateway, upstream)
+    table = Table(title=f"{TOKENS} tokens a stream, one each {PAUSE * 1000:.0f} ms", title_justify="left")
+    for column in ("clients", "direct p50 ms", "gateway p50 ms", "added ms", "gateway CPU µs / token"):
+        table.add_column(column, justify="right")
+    try:
+        await _measure(address, 1)  # warm
+        for clients in CLIENTS:
+            direct = await _measure(upstream, clients)
+            before = gateway_cpu()
+            through = await _measure(address, clients)
+            cost = (gateway_cpu() - before) / (clients * TOKENS) * 1e6
+            table.add_row(str(clients), f"{direct:.2f}", f"{through:.2f}", f"{through - direct:.2f}", f"{cost:.0f}")
+    finally:
+        end_gateway()
+        end_upstream()
+    Console().print(table)
+
+
+async def _measure(address: str, clients: int) -> float:
+    """Median milliseconds to the first byte of `clients` streams, which start spread over one pause."""
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as session:
+
+        async def ask(number: int) -> float:
+            await asyncio.sleep(PAUSE * number / clients)
+            begin = time.perf_counter()
+            body = {"model": "x", "stream": True}
+            async with session.post(f"{address}/v1/chat/completions", json=body) as response:
+                await response.content.readany()
+                first = time.perf_counter() - begin
+                await response.read()
+                return first * 1000
+
+        return statistics.median(await asyncio.gather(*(ask(i) for i in range(clients))))
+
+
+def _start(
+    target: Callable[[Connection, str], None], upstream: str
+) -> tuple[str, Callable[[], float], Callable[[], None]]:
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=target, args=(theirs, upstream), daemon=True)
+    process.start()
+    address = ours.recv()
+
+    def cpu() -> float:
+        ours.send("cpu")
+        return float(ours.recv())
+
+    return address, cpu, process.kill
+
+
+def _upstream(pipe: Connection, _: str) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        await request.read()
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for _ in range(TOKENS):
+            await response.write(TOKEN)
+            await asyncio.sleep(PAUSE)
+        return response
+
+    async def serve() -> None:
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", answer)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        pipe.send(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        await asyncio.Event().wait()
+
+    asyncio.run(serve())
+
+
+def _gateway(pipe: Connection, upstream: str) -> None:
+    from services.inference.gateway import Gateway
+    from services.inference.routes import RouteTable, Target
+
+    async def serve() -> None:
+        routes = RouteTable()
+        routes.put("x", {"a": Target("x", "a", "x", upstream, ready=True)}, {"a": 100})
+        gateway = Gateway(routes)
+        pipe.send(f"http://127.0.0.1:{await gateway.start('127.0.0.1', 0)}")
+        while await asyncio.to_thread(pipe.recv):
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            pipe.send(used.ru_utime + used.ru_stime)
+
+    asyncio.run(serve())

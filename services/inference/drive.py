@@ -1,0 +1,202 @@
+"""One revision from PENDING to READY, and again after each crash with growing pauses: a task a revision runs `drive`.
+
+Nothing here knows of traffic; `rollout` says what happens when a revision is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from prometheus_client import Histogram
+
+from services.common.clusters import Cluster
+from services.common.errors import FabrictuneError, FailedPrecondition, Unavailable, WorkerLost
+from services.common.logs import get_logger
+from services.common.metrics import REGISTRY
+from services.inference.adapters import Adapter, check_base, engine_model, largest_rank, load_adapter, unload_adapter
+from services.inference.engine import Hardware, Model, engine_name, render_engine
+from services.inference.launch import Artifacts, Launcher, Limits, run_both
+from services.inference.revisions import Deployment, Revision, State, move
+from services.inference.spec import RevisionSpec
+
+_T = TypeVar("_T")
+
+start_seconds = Histogram(
+    "fabrictune_engine_start_seconds",
+    "From the request for a revision to its first token, by step",
+    ["step"],
+    buckets=(0.5, 1, 2.5, 5, 10, 20, 30, 45, 60, 120, 300, 600, 1800),
+    registry=REGISTRY,
+)
+
+
+@dataclass
+class Driver:
+    """Brings revisions up. addresses: of those that are READY, by resource name."""
+
+    cluster: Cluster
+    launcher: Launcher
+    artifacts: Artifacts
+    hardware: Hardware
+    limits: Limits
+    publish: Callable[[Deployment], Awaitable[None]]
+    ready: Callable[[Deployment, Revision], Awaitable[None]]
+    """Called each time that one has become READY."""
+    addresses: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Nothing runs yet."""
+        self._log = get_logger("rollout")
+
+    async def drive(self, owner: Deployment, revision: Revision, adopt: bool) -> None:
+        """Until it has failed or is cancelled. adopt: an engine that still runs is taken as it is."""
+        name = engine_name(revision.deployment, revision.revision)
+        try:
+            while True:
+                try:
+                    await self._bring_up(owner, revision, adopt)
+                except (WorkerLost, Unavailable) as error:
+                    if not revision.restarts:
+                        raise  # the first start: it would end the same way again
+                    lost = error.message
+                else:
+                    await self.ready(owner, revision)
+                    since = time.monotonic()
+                    lost = await self.launcher.watch(name)
+                    revision.restarts *= time.monotonic() - since < self.limits.calm
+                adopt = False
+                revision.restarts += 1
+                if revision.restarts > self.limits.restarts:
+                    raise WorkerLost(f"the engine crashed {revision.restarts} times in a row. {lost}")
+                pause = min(self.limits.first_pause * 2 ** (revision.restarts - 1), 60)
+                self._log.warning("engine lost", revision=revision.name, restarts=revision.restarts, pause=pause)
+                self.addresses.pop(revision.name, None)
+                move(revision, State.PENDING, f"the engine crashed; it is started again in {pause:.0f} s. {lost}")
+                await self.publish(owner)
+                await self.cluster.delete(name)
+                await asyncio.sleep(pause)
+        except FabrictuneError as error:
+            await self._fail(owner, revision, error)
+        except Exception:  # noqa: BLE001 - the rim of this task: without it the revision would stay LOADING for ever
+            self._log.exception("driving a revision failed", revision=revision.name)
+            await self._fail(owner, revision, FabrictuneError("internal error; the server's log says more"))
+
+    async def change_adapters(self, owner: Deployment, revision: Revision, names: tuple[str, ...]) -> None:
+        """Load what is new and unload what is gone in the running engine. Raises FailedPrecondition, Unavailable."""
+        if revision.state is not State.READY:
+            raise FailedPrecondition(
+                f"{revision.name} is {revision.state.value}, not READY; its adapters cannot change"
+            )
+        spec, address = revision.spec, self.addresses[revision.name]
+        model = await self.artifacts.fetch_model(spec.model)
+        rank = largest_rank(spec.lora.max_rank, await self._adapters(spec, model))
+        room = spec.max_adapters
+        if len(names) > room:
+            raise FailedPrecondition(
+                f"{revision.name} was started with room for {room} adapters, not for {len(names)}; make a new revision "
+                "with spec.lora.max_adapters"
+            )
+        if model.remote:
+            raise FailedPrecondition(
+                f"{revision.name} runs in a pod that fetches its adapters when it starts; make a new revision with them"
+            )
+        # What the engine was started with stays in its spec: after a crash it gets the same flags.
+        lora = spec.lora.model_copy(update={"max_adapters": room, "max_rank": rank})
+        wanted = spec.model_copy(update={"adapters": names, "lora": lora})
+        adapters = await self._adapters(wanted, model)
+        if large := [a for a in adapters if a.rank > rank]:
+            raise FailedPrecondition(
+                f"{large[0].name} has rank {large[0].rank}; the engine was started for {rank} at most. Make a new "
+                "revision with spec.lora.max_rank"
+            )
+        before = dict(revision.adapters)
+        await self._load(revision, address, adapters)
+        revision.spec = wanted
+        revision.adapters = {a.id: a.digest for a in adapters}
+        await self.publish(owner)  # no new request asks for what is unloaded now
+        for adapter_id, digest in before.items() - revision.adapters.items():
+            await unload_adapter(self.launcher.session, address, engine_model(owner.id, adapter_id, digest))
+
+    async def _fail(self, owner: Deployment, revision: Revision, error: FabrictuneError) -> None:
+        self._log.warning("revision failed", revision=revision.name, error=error.message)
+        self.addresses.pop(revision.name, None)
+        move(revision, State.FAILED, error=error)
+        await self.publish(owner)
+        await self.cluster.delete(engine_name(revision.deployment, revision.revision))
+
+    async def _bring_up(self, owner: Deployment, revision: Revision, adopt: bool) -> None:
+        begin = clock = time.monotonic()
+        spec = revision.spec
+        model = await self.artifacts.fetch_model(spec.model)
+        adapters = await self._adapters(spec, model)
+        work = render_engine(
+            revision.deployment, revision.revision, spec, model, self.hardware,
+            [f"{a.name}={a.digest}" for a in adapters], largest_rank(spec.lora.max_rank, adapters),
+        )  # fmt: skip
+        revision.seconds = {"fetch": round(time.monotonic() - clock, 2)}
+        adopted = adopt and await self.launcher.runs_already(work)
+        await self.launcher.start(work)
+        move(revision, State.LOADING, "the engine loads the model")
+        await self.publish(owner)
+
+        async def tell(message: str) -> None:
+            if revision.message != message:
+                revision.message = message
+                await self.publish(owner)
+
+        healthy = self.launcher.healthy(work, tell)
+        if adopted:
+            address = await healthy
+        else:
+            # Importing vLLM takes one core for most of the start; the reference is computed on the other meanwhile,
+            # unless both copies of the weights would not fit into memory.
+            together = not model.remote and 4 * model.weight_bytes < self.hardware.memory_bytes / 2
+            if together:
+                address, reference = await run_both(
+                    self._timed(revision, "load", healthy),
+                    self._timed(revision, "reference", self.launcher.reference(model, spec)),
+                )
+            else:
+                address = await self._timed(revision, "load", healthy)
+                reference = await self._timed(revision, "reference", self.launcher.reference(model, spec))
+            move(revision, State.PROBING, "the engine is compared with the reference")
+            await self.publish(owner)
+            await self._timed(revision, "probe", self.launcher.probe(revision, work, address, reference))
+            await self._timed(revision, "first_token", self.launcher.smoke(address, revision.deployment))
+        if adapters:
+            await self._timed(revision, "adapters", self._load(revision, address, adapters))
+        revision.adapters = {a.id: a.digest for a in adapters}
+        move(revision, State.READY)
+        revision.ready_time = time.time()
+        revision.seconds["total"] = round(time.monotonic() - begin, 2)
+        if not adopted:
+            for step, seconds in revision.seconds.items():
+                start_seconds.labels(step).observe(seconds)
+        self.addresses[revision.name] = address
+        self._log.info("ready", revision=revision.name, seconds=revision.seconds, adopted=adopted)
+        await self.publish(owner)
+
+    async def _adapters(self, spec: RevisionSpec, model: Model) -> list[Adapter]:
+        if not spec.adapters:
+            return []
+        if self.artifacts.fetch_adapter is None:
+            raise FailedPrecondition("adapters come from the artifact store, and a folder is served without one")
+        adapters = [await self.artifacts.fetch_adapter(name) for name in spec.adapters]
+        for adapter in adapters:
+            check_base(adapter, model)
+        return adapters
+
+    async def _load(self, revision: Revision, address: str, adapters: list[Adapter]) -> None:
+        for adapter in adapters:
+            await load_adapter(self.launcher.session, address, revision.deployment, adapter)
+            await self.launcher.smoke(address, engine_model(revision.deployment, adapter.id, adapter.digest))
+
+    async def _timed(self, revision: Revision, step: str, work: Coroutine[Any, Any, _T]) -> _T:
+        clock = time.monotonic()
+        result = await work
+        revision.seconds[step] = round(time.monotonic() - clock, 2)
+        return result
