@@ -18,6 +18,9 @@ from services.inference.revisions import COMING, CanaryRun, CanaryState, Deploym
 from services.inference.spec import Canary
 
 POLL_SECONDS = 0.25
+RETRY_SECONDS = 2.0
+NOTICEABLE_SECONDS = 0.05
+"""First bytes that differ by less than this are alike, whatever their ratio: of a few milliseconds, noise makes many."""
 
 Shift = Callable[[Deployment, dict[str, int]], Awaitable[None]]
 """Gives a deployment other traffic, saved and published."""
@@ -79,7 +82,7 @@ class Canaries:
                 if bad:
                     run.state, run.reason = CanaryState.ROLLED_BACK, bad
                     self._log.warning("rolled back", revision=candidate.name, reason=bad)
-                    await self._shift(owner, run.before)
+                    await self._take_back(owner, run)
                 elif time.monotonic() - since >= run.policy.observe and mine.answers >= run.policy.min_answers:
                     since = time.monotonic()
                     run.step += 1
@@ -89,6 +92,16 @@ class Canaries:
             run.state, run.reason = CanaryState.STOPPED, error.message
         finally:
             self._tasks.pop(owner.id, None)
+
+    async def _take_back(self, owner: Deployment, run: CanaryRun) -> None:
+        while True:
+            try:
+                return await self._shift(owner, run.before)
+            except (
+                FabrictuneError
+            ) as error:  # the store is away, say: a bad candidate must not keep its traffic for that
+                self._log.warning("rollback is tried again", deployment=owner.id, error=error.message)
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _take_step(self, owner: Deployment, run: CanaryRun) -> None:
         if run.step >= len(run.policy.steps):
@@ -116,7 +129,8 @@ def judge(policy: Canary, candidate: Figures, stable: Figures) -> str:
     if policy.max_p95_seconds is not None and candidate.p95 > policy.max_p95_seconds:
         return f"its first byte takes {candidate.p95:.3f} s (p95); {policy.max_p95_seconds:g} s may be"
     enough = stable.answers - stable.failures >= max(policy.min_answers, 1)
-    if enough and candidate.p95 > policy.max_p95_ratio * stable.p95:
+    slower = candidate.p95 > max(policy.max_p95_ratio * stable.p95, stable.p95 + NOTICEABLE_SECONDS)
+    if enough and slower:
         return (
             f"its first byte takes {candidate.p95:.3f} s (p95), the others' {stable.p95:.3f} s; "
             f"{policy.max_p95_ratio:g} times as long may be"

@@ -28,6 +28,9 @@ SHUTDOWN_SECONDS = 10
 """Answers in flight may take so long when an engine is told to end; less than any cluster's grace period (15 s here, 30 s
 in the chart)."""
 
+IDLE_SECONDS = 3.0
+"""How long an unused connection to an engine is kept: vLLM 0.32 closes it after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE), and a
+request sent just then would fail."""
 TOOL_FLAGS = (
     "--enable-auto-tool-choice",
     "--tool-parser-plugin",

@@ -22,6 +22,7 @@ from prometheus_client import Counter
 from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, Unauthenticated, Unavailable
 from services.common.logs import get_logger
 from services.common.metrics import REGISTRY
+from services.inference.engine import IDLE_SECONDS
 from services.inference.recorder import WHOLE, Recorder, Recording
 from services.inference.routes import RouteTable, Target
 from services.inference.tools import render_tools
@@ -81,7 +82,7 @@ class Gateway:
         # No limit of time: an answer may take minutes. A dead engine is noticed by its closed connection.
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
             auto_decompress=False,
         )
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=DRAIN_SECONDS)

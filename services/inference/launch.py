@@ -19,7 +19,14 @@ from services.common.clusters import Cluster, Phase, Workload, WorkloadStatus
 from services.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable, WorkerLost
 from services.inference import parity
 from services.inference.adapters import Adapter
-from services.inference.engine import Hardware, Model, explain_failure, reference_dtype, trusts_remote_code
+from services.inference.engine import (
+    IDLE_SECONDS,
+    Hardware,
+    Model,
+    explain_failure,
+    reference_dtype,
+    trusts_remote_code,
+)
 from services.inference.reference import Reference, run_reference
 from services.inference.revisions import Deployment, Revision
 from services.inference.spec import RevisionSpec
@@ -78,7 +85,8 @@ class Launcher:
         """For requests to engines; `generate` uses it too."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=5), connector=aiohttp.TCPConnector(limit=0)
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
             )
         return self._session
 

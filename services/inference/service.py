@@ -7,6 +7,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -163,15 +164,17 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         model = request.deployment.removeprefix("deployments/")
         messages, rest = read_chat(request)
         recorder = self._traffic.recorder
-        async for piece in generate(self._routes, self._rollout.session, model, messages, rest, recorder=recorder):
-            calls = [inference_pb2.ToolCall(**asdict(call)) for call in piece.tool_calls]
-            answer = inference_pb2.GenerateResponse(
-                text=piece.text, finish_reason=piece.finish_reason, tool_calls=calls
-            )
-            if piece.prompt_tokens:
-                answer.usage.prompt_tokens = piece.prompt_tokens
-                answer.usage.completion_tokens = piece.completion_tokens
-            yield answer
+        stream = generate(self._routes, self._rollout.session, model, messages, rest, recorder=recorder)
+        async with aclosing(stream):  # a client that goes away in mid-piece, too, ends the engine's work now
+            async for piece in stream:
+                calls = [inference_pb2.ToolCall(**asdict(call)) for call in piece.tool_calls]
+                answer = inference_pb2.GenerateResponse(
+                    text=piece.text, finish_reason=piece.finish_reason, tool_calls=calls
+                )
+                if piece.prompt_tokens:
+                    answer.usage.prompt_tokens = piece.prompt_tokens
+                    answer.usage.completion_tokens = piece.completion_tokens
+                yield answer
 
     async def ExportTraffic(
         self, request: inference_pb2.ExportTrafficRequest, context: Any
