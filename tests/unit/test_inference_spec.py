@@ -130,6 +130,14 @@ def test_a_known_failure_of_vllm_says_what_to_change() -> None:
     assert explain_failure("something else") == ""
 
 
+def test_what_bfloat16_cannot_tell_apart_is_a_tie_and_what_it_can_is_not() -> None:
+    near, far = replace(TEXT, margin=(2.0, 0.2)), replace(TEXT, margin=(2.0, 0.3))
+    found = [EngineText(top=(6, 7), logprobs=(-0.1, -1.0))]
+    assert compare([near], found, "float32", "bfloat16", Parity()).agreement == 1
+    assert compare([far], found, "float32", "bfloat16", Parity()).agreement == 0.5
+    assert compare([near], found, "float32", "float32", Parity()).agreement == 0.5
+
+
 def test_agreement_counts_positions_and_lets_a_near_tie_pass() -> None:
     result = compare([TEXT], [EngineText(top=(6, 7), logprobs=(-0.1, -1.01))], "float32", "float32", Parity())
     assert (result.positions, result.agreement) == (2, 1.0)

@@ -209,10 +209,8 @@ async def test_the_client_gets_a_plan_with_ms_swifts_command_and_an_estimate_ove
     assert job.output == "models/t1"
     worker, *nodes = job.plan.commands
     assert list(worker.argv[-2:]) == ["-m", "services.training.worker"]
-    assert [list(n.argv).index("swift.cli.sft") > 0 and n.argv[n.argv.index("--node_rank") + 1] for n in nodes] == [
-        "0",
-        "1",
-    ]
+    argvs = [list(node.argv) for node in nodes]
+    assert [argv[argv.index("--node_rank") + 1] for argv in argvs if "swift.cli.sft" in argv] == ["0", "1"]
     assert answer.trained_parameters == answer.parameters and answer.fits and answer.cost >= 0
 
 
