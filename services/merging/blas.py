@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from pathlib import Path
 from typing import Any
+
+from services.common.cpu import cpu_flags
 
 
 def _ask_for_kernels() -> None:
@@ -34,11 +35,7 @@ def _ask_for_kernels() -> None:
 @functools.cache
 def has_avx512() -> bool:
     """Whether torch would take its AVX-512 kernels here (ATen/Version.cpp: F, BW, DQ and VL)."""
-    try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    except (OSError, StopIteration):
-        return False
-    return {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(flags.split())
+    return cpu_flags() >= {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 
 _ask_for_kernels()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from services.common.cpu import cpu_flags, multiplies_bfloat16
 from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, Violation
 from services.common.reporter import Progress, Reporter
 from services.training.estimate import (
@@ -90,7 +91,7 @@ def hardware_here(spec: Spec) -> Hardware:
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.get("MASTER_PORT", "29500" if nodes > 1 else str(_free_port())))
     threads = max(len(os.sched_getaffinity(0)) // max(gpus, 1), 1)
-    return Hardware(gpus, nodes, rank if nodes > 1 else 0, address, port, threads)
+    return Hardware(gpus, nodes, rank if nodes > 1 else 0, address, port, threads, multiplies_bfloat16(cpu_flags()))
 
 
 def count_gpus() -> int:

@@ -31,6 +31,8 @@ class Hardware:
     master_port: int = 29500
     threads: int = 1
     """CPU threads for each process."""
+    bfloat16: bool = False
+    """Whether the CPU multiplies bfloat16 itself; GPUs do."""
 
     @property
     def world_size(self) -> int:
@@ -146,7 +148,18 @@ def plan_arguments(spec: Spec, preset: Preset, hardware: Hardware) -> dict[str, 
     if batch is not None:
         per_device = int(arguments.get("per_device_train_batch_size", 1))
         arguments["gradient_accumulation_steps"] = fit_accumulation(int(batch), per_device, hardware.world_size)
+    if arguments.get("torch_dtype") == "auto":
+        arguments |= _fast_dtype(hardware)
     return arguments
+
+
+def _fast_dtype(hardware: Hardware) -> dict[str, Any]:
+    """bfloat16 where it is multiplied natively, else float32. transformers wants to be told that a CPU is meant."""
+    if hardware.gpus:
+        return {"torch_dtype": "bfloat16"}
+    return (
+        {"torch_dtype": "bfloat16", "bf16": True, "use_cpu": True} if hardware.bfloat16 else {"torch_dtype": "float32"}
+    )
 
 
 def seed_of(spec: Spec) -> int:
