@@ -130,6 +130,20 @@ def test_the_spec_overrides_the_preset_and_its_batch() -> None:
     assert (flags["--max_length"], flags["--gradient_accumulation_steps"], flags["--seed"]) == ("8192", "8", "7")
 
 
+@pytest.mark.parametrize(
+    ("hardware", "dtype", "told"),
+    [
+        (Hardware(), "float32", False),
+        (Hardware(bfloat16=True), "bfloat16", True),
+        (Hardware(gpus=1), "bfloat16", False),
+    ],
+)
+def test_an_auto_dtype_is_what_the_hardware_multiplies_fast(hardware: Hardware, dtype: str, told: bool) -> None:
+    flags = _flags(_plan(hardware, preset="smollm2-cpu"))
+    assert flags["--torch_dtype"] == dtype
+    assert [flags.get("--bf16"), flags.get("--use_cpu")] == (["true", "true"] if told else [None, None])
+
+
 def test_a_preset_without_evaluation_takes_no_validation_set() -> None:
     flags = _flags(_plan(Hardware(), preset="smollm2-cpu"))
     assert flags["--eval_strategy"] == "no"
