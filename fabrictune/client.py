@@ -315,11 +315,26 @@ class Inference:
         """Stop a deployment and forget it."""
         self._client.call(self._stub.DeleteDeployment, inference_pb2.DeleteDeploymentRequest(name=name))
 
-    def update_traffic(self, name: str, traffic: Mapping[str, int]) -> inference_pb2.Deployment:
-        """Move traffic between ready revisions."""
+    def update_traffic(
+        self, name: str, traffic: Mapping[str, int], canary: Mapping[str, Any] | None = None
+    ) -> inference_pb2.Deployment:
+        """Move traffic between ready revisions. canary: by steps, with these limits ({} takes the defaults)."""
         request = inference_pb2.UpdateTrafficRequest(name=name, traffic=traffic)
+        if canary is not None:
+            try:
+                json_format.ParseDict(dict(canary), request.canary)
+            except json_format.ParseError as error:
+                raise ApiError(f"the canary is wrong: {error}", "INVALID_ARGUMENT") from None
+            request.canary.SetInParent()
         deployment: inference_pb2.Deployment = self._client.call(self._stub.UpdateTraffic, request)
         return deployment
+
+    def update_adapters(self, revision: str, adapters: Sequence[str]) -> inference_pb2.Revision:
+        """Load and unload adapters in a running revision: these are what it serves from then on."""
+        wanted = inference_pb2.Revision(name=revision, spec=inference_pb2.RevisionSpec(adapters=adapters))
+        request = inference_pb2.UpdateRevisionRequest(revision=wanted)
+        found: inference_pb2.Revision = self._client.call(self._stub.UpdateRevision, request)
+        return found
 
     def export_traffic(self, name: str, since: datetime | None = None) -> Iterator[inference_pb2.TrafficFile]:
         """The files of what was recorded of a deployment since a day, page by page."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fabrictune.cli import artifacts, connect, doctor, jobs, run, serving, stages, traffic, up
+from fabrictune.cli import artifacts, connect, doctor, jobs, rollout, run, serving, stages, traffic, up
 from fabrictune.cli.context import EXIT_INTERRUPTED, Settings, exit_code, report_error
 from fabrictune.errors import ApiError
 
@@ -33,6 +33,8 @@ app.command("evaluate", rich_help_panel="Stages")(stages.evaluate)
 app.command("deploy", rich_help_panel="Stages")(serving.deploy)
 app.command("undeploy", rich_help_panel="Serving")(serving.undeploy)
 app.command("deployments", rich_help_panel="Serving")(serving.deployments)
+app.command("traffic", rich_help_panel="Serving")(rollout.traffic)
+app.command("adapters", rich_help_panel="Serving")(rollout.adapters)
 app.command("chat", rich_help_panel="Serving")(serving.chat)
 app.add_typer(serving.agentfabric, rich_help_panel="Serving")
 app.add_typer(jobs.app, rich_help_panel="Jobs and artifacts")

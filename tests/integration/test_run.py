@@ -149,6 +149,14 @@ def test_the_endpoint_answers_curl_and_chat(here: Here, told: str) -> None:
     assert here.call("chat", "--message", "Hello", "--max-tokens", "8").strip()
 
 
+def test_traffic_is_told_and_moved_by_the_command(here: Here, told: str) -> None:
+    name = here.json("deployments")[0]["name"]
+    [(revision, percent)] = here.json("traffic", name)["traffic"].items()
+    assert percent == 100
+    assert f"{revision} 100 %" in here.call("traffic", name, f"{revision}=100")
+    assert "there is no such revision" in here.call("traffic", name, "nobody=100", status=64)
+
+
 def test_a_second_run_does_nothing_again(here: Here, told: str) -> None:
     before = {j["name"] for j in here.json("jobs", "list")}
     begin = time.monotonic()

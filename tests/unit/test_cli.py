@@ -99,6 +99,11 @@ def test_no_server(tmp_path: Path) -> None:
     assert "`fabrictune up`" in done.stderr
 
 
+def test_weights_that_are_none_are_all_named(tmp_path: Path) -> None:
+    result = call("traffic", "deployments/x", "r1", "r2=many", "r3=50", folder=tmp_path)
+    assert result.returncode == 64 and "r1, r2=many: must be REVISION=PERCENT" in result.stderr
+
+
 def test_an_unknown_command_and_option(tmp_path: Path) -> None:
     assert call("trian", folder=tmp_path).returncode == 2
     done = call("convert", "--bogus", "x", folder=tmp_path)
