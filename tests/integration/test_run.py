@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = {
         "preset": "smollm2-cpu",
         "arguments": {"max_steps": 2, "save_steps": 1, "num_train_epochs": 1},
     },
-    "evaluation": {"limit": 3, "max_tokens": 16},
+    "evaluation": {"limit": 6, "max_tokens": 16},
     "deployment": {"deployment": "deployments/quickstart", "spec": {"max_model_len": 1024}},
 }
 
