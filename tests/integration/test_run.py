@@ -47,7 +47,9 @@ class Here:
         self.folder = folder
         for name, count in (("train", 8), ("test", 6)):
             lines = (ROOT / f"examples/data/{name}.jsonl").read_text(encoding="utf-8").splitlines()
-            short = sorted(lines, key=len)[:count]
+            ordered = sorted(lines, key=len)
+            kinds = ('"kind": "call"', '"kind": "nocall"')
+            short = [line for kind in kinds for line in [line for line in ordered if kind in line][: count // 2]]
             (folder / f"{name}.jsonl").write_text("\n".join(short) + "\n", encoding="utf-8")
         ports = {f"FABRICTUNE_{k}PORT": "0" for k in ("", "GATEWAY_", "METRICS_")}
         self.env = {k: v for k, v in os.environ.items() if not k.startswith("FABRICTUNE_")} | ports
