@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,9 @@ def merge_with_swift(base: Path, adapter: Path, output: Path) -> None:
 
     Raises FailedPrecondition (ms-swift is not installed), ResourceExhausted (it was killed), FabrictuneError with its last words.
     """
-    argv = plan_swift(base, adapter, output)
+    # Into a folder that is there already ms-swift 4.6 writes nothing, and ends well.
+    merged = output / ".merged"
+    argv = plan_swift(base, adapter, merged)
     environment = {
         "HF_HUB_OFFLINE": "1",
         "USE_HF": "1",  # ModelScope's hub knows no offline mode
@@ -42,7 +45,10 @@ def merge_with_swift(base: Path, adapter: Path, output: Path) -> None:
             child.wait()
         log.seek(0)
         said = log.read().decode(errors="replace").splitlines()
-    if code == 0 and any(output.glob("*.safetensors")):
+    if code == 0 and any(merged.glob("*.safetensors")):
+        for file in merged.iterdir():
+            shutil.move(file, output / file.name)
+        merged.rmdir()
         return
     last = "\n".join(said[-LAST_LINES:])
     if "No module named" in last and "swift" in last:
@@ -53,7 +59,7 @@ def merge_with_swift(base: Path, adapter: Path, output: Path) -> None:
 
 
 def plan_swift(base: Path, adapter: Path, output: Path) -> list[str]:
-    """The command. output: an empty folder, which ms-swift must be told to write into. Raises InvalidData."""
+    """The command. output: not there yet. Raises InvalidData."""
     try:
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -62,7 +68,7 @@ def plan_swift(base: Path, adapter: Path, output: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "swift.cli.export"),
         *("--model", str(base.absolute()), "--adapters", str(adapter.absolute())),
-        *("--merge_lora", "true", "--output_dir", str(output.absolute()), "--exist_ok", "true"),
-        *("--check_model", "false", "--load_args", "false"),
+        *("--merge_lora", "true", "--output_dir", str(output.absolute())),
+        *("--load_args", "false"),
         *(("--model_type", model_type, "--template", "dummy") if model_type else ()),
     ]

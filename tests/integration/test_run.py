@@ -21,6 +21,7 @@ import httpx
 import psutil
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.heavy, pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("run")]
@@ -207,6 +208,16 @@ def test_folders_and_ctrl_c_leave_nothing_half(here: Here, told: str) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(120) in (130, 143)
     assert not list(here.folder.glob("*adapter*"))
+
+
+def test_swift_export_merges_to_the_same_weights(here: Here, told: str) -> None:
+    adapter = next(a["name"] for a in here.json("artifacts", "ls", "adapters") if a["kind"] == "adapter")
+    for name, folder in ((adapter, "one"), ("models/smollm2-135m-instruct", "whole")):
+        here.call("artifacts", "pull", name, folder)
+    for engine in ("swift", "stream"):
+        here.call("merge", "--model", "whole", "--adapter", "one", "--engine", engine, "--output", f"by-{engine}")
+    ours, swifts = (load_file(here.folder / f"by-{engine}" / "model.safetensors") for engine in ("stream", "swift"))
+    assert ours.keys() == swifts.keys() and all((ours[name] == swifts[name]).all() for name in ours)
 
 
 def test_a_folder_is_served_in_the_foreground_until_ctrl_c(here: Here, told: str) -> None:
