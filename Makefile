@@ -37,8 +37,8 @@ test: setup ## Run every test: real gRPC, a real S3 server, a real (tiny) traini
 ##@ While you work
 
 .PHONY: test-fast
-test-fast: setup ## Run the tests that take seconds
-	$(BIN)/pytest -m "not slow and not heavy" -n 2 --dist loadgroup
+test-fast: setup ## Run the tests of units and of the chart that take seconds (a minute in all)
+	$(BIN)/pytest tests/unit tests/chart -m "not slow and not heavy" -n 2 --dist loadgroup
 
 .PHONY: lint
 lint: setup ## ruff, mypy --strict, who may import whom (import-linter), buf lint, buf breaking
