@@ -23,6 +23,7 @@ from services.common.errors import FabrictuneError, FailedPrecondition, InvalidD
 from services.common.logs import get_logger
 from services.common.metrics import REGISTRY
 from services.inference.engine import IDLE_SECONDS
+from services.inference.limits import check_prompt
 from services.inference.recorder import WHOLE, Recorder, Recording
 from services.inference.routes import RouteTable, Target
 from services.inference.tools import render_tools
@@ -239,27 +240,6 @@ def read_body(raw: bytes) -> dict[str, Any]:
     if not isinstance(body.get("model"), str) or not body["model"]:
         raise InvalidData('the request has no "model"; GET /v1/models lists what there is')
     return body
-
-
-def check_prompt(body: Mapping[str, Any], target: Target) -> None:
-    """Raises InvalidData, reason PROMPT_TOO_LONG, when a prompt has more characters than the revision's spec allows."""
-    if not target.max_prompt_characters:
-        return
-    found = _characters(body.get("messages")) + _characters(body.get("prompt"))
-    if found > target.max_prompt_characters:
-        raise InvalidData(
-            f"the prompt has {found} characters; {target.deployment} takes {target.max_prompt_characters} "
-            "(spec.limits.max_prompt_characters)",
-            reason_override="PROMPT_TOO_LONG",
-        )
-
-
-def _characters(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(_characters(v) for k, v in value.items() if k != "role")
-    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 def error_body(error: FabrictuneError) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import aiohttp
 import orjson
 
 from services.common.errors import InvalidData, ResourceExhausted, Unavailable, WorkerLost
-from services.inference.gateway import check_prompt
+from services.inference.limits import check_prompt
 from services.inference.recorder import Recorder, Recording
 from services.inference.routes import RouteTable
 from services.inference.tools import render_tools

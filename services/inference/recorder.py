@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import orjson
@@ -247,7 +248,7 @@ class Sweeper:
 
     def __init__(self, sink: Sink, days: int, seconds: float = SWEEP_SECONDS) -> None:
         self._stopped = threading.Event()
-        sweep: Callable[[], int] = lambda: delete_expired(sink, days)  # noqa: E731
+        sweep = partial(delete_expired, sink, days)
         threading.Thread(target=self._run, args=(sweep, seconds), name="sweeper", daemon=True).start()
 
     def close(self) -> None:

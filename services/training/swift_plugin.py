@@ -150,8 +150,8 @@ class AgentFabricLossScale(LossScale):  # type: ignore[misc]
 
 _WORD = re.compile(r"[A-Za-z]+")
 FIRST_WORD, FIRST_WORD_OF_A_CALL = 4.0, 6.0
-"""A turn has one word that decides and some thirty that follow from it. Calls a little more, for a refusal's word is always
-the same and learned sooner."""
+"""A turn has one word that decides and some thirty that follow from it. With equal weights the model refused too often
+(docs/quickstart.md, the last rows of the table)."""
 
 
 class FirstWordLossScale(LossScale):  # type: ignore[misc]
