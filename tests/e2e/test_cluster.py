@@ -108,16 +108,66 @@ def test_a_deleted_server_pod_changes_nothing_for_its_job(release: Release, data
     assert uid == release.get("pods", "-l", "fabrictune.dev/name=training-server-gone")["items"][0]["metadata"]["uid"]
 
 
-def test_a_bad_image_says_so_within_seconds(release: Release, dataset: str) -> None:
-    release.helm("upgrade", "--set", "jobs.merging.image.tag=no-such-tag", "--wait", "--timeout", "3m")
+def test_a_pod_that_cannot_start_says_why_within_seconds(release: Release, dataset: str) -> None:
+    missing = {"name": "missing", "configMap": {"name": "no-such-map"}}
+    key = {"name": "KEY", "valueFrom": {"secretKeyRef": {"name": "no-such-secret", "key": "key"}}}
+    jobs = {
+        "merging": {"image": {"tag": "no-such-tag"}},
+        "conversion": {"env": [key]},
+        "training": {"extraVolumes": [missing], "extraVolumeMounts": [{"name": "missing", "mountPath": "/missing"}]},
+    }
+    release.helm("upgrade", "-f", release.write("broken.yaml", {"jobs": jobs}), "--wait", "--timeout", "3m")
     try:
         adapter = next(iter(release.manifests("adapters")))
         release.fabrictune("merge", "--model", MODEL, "--adapter", adapter, "--id", "bad-image", "--detach")
-        release.until(
-            lambda: "cannot be pulled" in release.job("mergeJobs/bad-image")["execution"].get("message", ""), 30, "why"
-        )
-        release.fabrictune("jobs", "cancel", "mergeJobs/bad-image")
-        assert release.wait_state("mergeJobs/bad-image", ENDED, 60)["execution"]["state"] == "CANCELLED"
+        release.fabrictune("convert", "train.jsonl", "--id", "no-secret", "--detach")
+        release.train("no-map", 2)
+        for name, words in (
+            ("mergeJobs/bad-image", "cannot be pulled"),
+            ("conversionJobs/no-secret", "no-such-secret"),
+            ("trainingJobs/no-map", "no-such-map"),
+        ):
+            release.until(partial(_says, release, name, words), 45, f"{name} {words}")
+            release.fabrictune("jobs", "cancel", name)
+            assert release.wait_state(name, ENDED, 90)["execution"]["state"] == "CANCELLED"
+    finally:
+        release.helm("upgrade", "--wait", "--timeout", "3m")
+
+
+def test_what_a_cluster_refuses_is_said_with_the_fix(release: Release, dataset: str) -> None:
+    said = partial(release.fabrictune, "convert", "train.jsonl", "--detach", status=None, timeout=120)
+    quota = {"metadata": {"name": "tight"}, "spec": {"hard": {"pods": "1"}}}
+    release.kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "ResourceQuota", **quota}))
+    try:
+        release.until(lambda: "hard" in release.get("resourcequota", "tight").get("status", {}), 30, "the quota counts")
+        said("--id", "over-quota")
+        release.until(partial(_says, release, "conversionJobs/over-quota", "exceeded quota"), 45, "the quota")
+    finally:
+        release.kubectl("delete", "resourcequota", "tight")
+    release.fabrictune("jobs", "cancel", "conversionJobs/over-quota")
+    binding = release.get("rolebinding", "fabrictune-conversion")
+    release.kubectl("delete", "rolebinding", "fabrictune-conversion")
+    try:
+        refused = said("--id", "no-role")
+        assert "The Role must hold the verb 'create' for jobs" in " ".join(refused.split()), refused
+    finally:
+        kept = {key: binding["metadata"].get(key) for key in ("name", "labels", "annotations")}
+        release.kubectl("apply", "-f", "-", stdin=json.dumps({**binding, "metadata": kept}))
+
+
+def test_a_worker_beyond_its_memory_or_its_disk_is_told_apart(release: Release, dataset: str) -> None:
+    jobs = {
+        "conversion": {"resources": {"limits": {"memory": "24Mi"}, "requests": {"memory": "24Mi"}}},
+        "training": {"resources": {"limits": {"ephemeral-storage": "8Mi"}}},
+    }
+    release.helm("upgrade", "-f", release.write("small.yaml", {"jobs": jobs}), "--wait", "--timeout", "3m")
+    try:
+        release.fabrictune("convert", "train.jsonl", "--id", "no-memory", "--detach")
+        release.train("no-disk", 50)
+        for name, words in (("conversionJobs/no-memory", "OOMKilled"), ("trainingJobs/no-disk", "evicted")):
+            release.until(partial(_says, release, name, words), 120, f"{name} {words}")
+            release.fabrictune("jobs", "cancel", name, status=None)
+            release.wait_state(name, ENDED, 90)
     finally:
         release.helm("upgrade", "--wait", "--timeout", "3m")
 
@@ -255,6 +305,12 @@ def _want_pool(release: Release) -> None:
 def _pool_nodes(release: Release) -> list[str]:
     nodes: Any = json.loads(release.run("kubectl", "get", "nodes", "-l", "pool=gpu", "-o", "json"))
     return [n["metadata"]["name"] for n in nodes["items"]]
+
+
+def _says(release: Release, name: str, words: str) -> bool:
+    """Whether a job's message or error has these words by now."""
+    execution = release.job(name)["execution"]
+    return words in execution.get("message", "") + execution.get("error", {}).get("message", "")
 
 
 def _alive(release: Release) -> list[str]:
