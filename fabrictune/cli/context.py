@@ -106,8 +106,9 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], em
 
 
 def to_dict(message: Message) -> dict[str, Any]:
-    """A message as a dict in the API's own field names."""
-    return dict(json_format.MessageToDict(message, preserving_proto_field_name=True))
+    """A message as a dict in the API's own field names, of plain types all through (an Any would be an OrderedDict)."""
+    plain: dict[str, Any] = json.loads(json_format.MessageToJson(message, preserving_proto_field_name=True))
+    return plain
 
 
 def exit_code(error: Exception) -> int | None:

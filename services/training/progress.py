@@ -13,7 +13,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, InvalidSpec, ResourceExhausted
+from services.common.errors import (
+    FabrictuneError,
+    FailedPrecondition,
+    InvalidData,
+    InvalidSpec,
+    ResourceExhausted,
+    WorkerLost,
+)
 from services.common.reporter import Progress
 
 _STALE_EVALUATIONS = 3
@@ -152,9 +159,18 @@ _FAILURES: tuple[tuple[re.Pattern[str], type[FabrictuneError], str], ...] = (
         FailedPrecondition,
         "the GPUs that were asked for cannot be used",
     ),
+    (
+        re.compile(
+            r"Connection (closed|reset) by peer|DistNetworkError|DistBackendError|Rendezvous\w*Error|Broken pipe"
+        ),
+        WorkerLost,
+        "another process of this training was lost",
+    ),
 )
 _NOISE = re.compile(
     r"^\s*$|^\s*\[-|^usage:|^\[(INFO|WARNING)|^\s+(File \"|\^|~)|Traceback|^\{'|elastic|torch/distributed|^[=-]+$"
+    # torchrun's report, the same after every failure
+    r"|^\s*(time|host|rank|exitcode|error_file|traceback)\s*:|FAILED$|^Failures:|^Root Cause|NO_OTHER_FAILURES"
 )
 
 

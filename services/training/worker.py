@@ -58,7 +58,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
         paths = Paths(model.absolute(), work, checkpoint.absolute() if checkpoint else None, validation)
         command = plan_sft(spec, load_preset(spec.preset), paths, hardware, admitted.family)
         reporter.progress(Progress(unit="steps", step=0, phase="loading"))
-        trained = _train(command, work, train, admitted.max_length, reporter, before)
+        trained = _train(command, work, train, admitted.max_length, reporter, before, hardware.nodes)
         if hardware.node_rank:
             return {}  # the first node has the adapter
         if hardware.nodes > 1 and (trained.newest_checkpoint or 0) < trained.rows["max_steps"]:
@@ -103,14 +103,18 @@ def _train(
     max_length: int | None,
     reporter: Reporter,
     records: Sequence[Mapping[str, Any]],
+    nodes: int,
 ) -> Trained:
     try:
         return run_child(command, work, reporter, records)
     except Cancelled:
         raise
-    except FabrictuneError:
+    except FabrictuneError as error:
         if len(refused_ids(rows, work)) == len(rows):
             raise all_too_long(rows, max_length) from None
+        if nodes > 1 and type(error) is FabrictuneError:
+            # A lost node shows on the others in many ways; a failure of another kind comes again, and is final then.
+            raise WorkerLost(f"one of {nodes} nodes was lost, or failed: {error.message}") from None
         raise
 
 

@@ -16,10 +16,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fabrictune.cli import app
+from fabrictune.cli.context import print_message
 from fabrictune.cli.progress import new_progress, show_progress
 from fabrictune.cli.serving import read_tools
 from fabrictune.errors import ApiError
 from fabrictune.v1 import job_pb2
+from services.common.errors import WorkerLost
 from tests.merging_files import write_adapter, write_base
 
 COMMANDS = [
@@ -259,3 +261,10 @@ def test_a_phase_that_counts_nothing_leaves_the_bar_where_it_is() -> None:
     show_progress(display, task, job_pb2.Progress(unit="steps", step=4, total_steps=4, phase="training"))
     show_progress(display, task, job_pb2.Progress(unit="files", phase="uploading"))
     assert said.getvalue().splitlines() == ["job  4/4  training", "job  4/4  uploading"]
+
+
+def test_a_failed_job_is_shown_with_the_details_of_its_error(capsys: pytest.CaptureFixture[str]) -> None:
+    job = job_pb2.Execution()
+    job.error.CopyFrom(WorkerLost("its node has gone").to_status())
+    print_message(job)
+    assert "reason: WORKER_LOST" in capsys.readouterr().out

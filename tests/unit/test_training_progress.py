@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import FabrictuneError, InvalidSpec, ResourceExhausted
+from services.common.errors import FabrictuneError, InvalidSpec, ResourceExhausted, WorkerLost
 from services.training.event_files import write_events
 from services.training.plot import plot_loss, smooth
 from services.training.progress import LineReader, Metrics, as_record, explain_failure, news_of, read_metrics
@@ -86,6 +86,25 @@ def test_people_see_the_lines_that_matter(line: str, said: tuple[str, str] | Non
     assert news_of(line) == said
 
 
+TORCHRUN = """
+============================================================
+swift/cli/sft.py FAILED
+------------------------------------------------------------
+Failures:
+  <NO_OTHER_FAILURES>
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-24_23:14:44
+  host      : training-two-nodes-0
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 26)
+  error_file: <N/A>
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+============================================================
+""".splitlines()
+
+
 @pytest.mark.parametrize(
     ("code", "output", "error", "words"),
     [
@@ -95,6 +114,13 @@ def test_people_see_the_lines_that_matter(line: str, said: tuple[str, str] | Non
         (-9, [], ResourceExhausted, "killed, most likely for want of memory"),
         (1, ["ValueError: remaining_argv: ['--x']"], InvalidSpec, "spec.arguments"),
         (1, ["ValueError: Failed to automatically match `model_type` for …"], InvalidSpec, "spec.arguments.model_type"),
+        (
+            1,
+            ["RuntimeError: [gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:4", *TORCHRUN],
+            WorkerLost,
+            "lost",
+        ),
+        (1, ["ValueError: remaining_argv: ['--x']", *TORCHRUN], InvalidSpec, "spec.arguments"),
         (3, ["Traceback (most recent call last):", '  File "x"', "KeyError: 'y'"], FabrictuneError, "KeyError: 'y'"),
     ],
 )
