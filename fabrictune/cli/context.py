@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,8 @@ EXIT_CODES: Mapping[str, int] = {
     "DEADLINE_EXCEEDED": 78,
     "CANCELLED": 143,
 }
-console = Console()
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+"""Wide where it is piped: `grep` and `awk` want a row on one line."""
 errors = Console(stderr=True)
 
 
