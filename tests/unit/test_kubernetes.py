@@ -170,6 +170,8 @@ DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionBy
         (_failed(_pod("Failed", _ended(137, "OOMKilled"))), Phase.FAILED, "OOMKilled"),
         (_failed(_pod("Failed", _ended(3, message="boom"))), Phase.FAILED, "status 3.*boom"),
         (_failed(_pod("Failed", reason="Evicted", message="low on disk.")), Phase.FAILED, "evicted it: low on disk"),
+        (_failed(_pod("Failed", _ended(137), reason="Evicted", message="too big.")), Phase.FAILED, "evicted it: too big"),
+        (_failed(_pod("Failed", _ended(137), conditions=[DISRUPTED])), Phase.FAILED, "a node that no longer answers"),
         (_failed(_pod("Failed", conditions=[DISRUPTED])), Phase.FAILED, "a node that no longer answers"),
         (Seen(_job(("Failed", "DeadlineExceeded"))), Phase.FAILED, r"longer than 9 s \(run_timeout\)"),
         (Seen(_job(("Failed", "BackoffLimitExceeded"))), Phase.FAILED, "left no pod to ask"),

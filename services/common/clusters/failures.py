@@ -50,15 +50,16 @@ def job_error(seen: Seen, failed: Object) -> FabrictuneError:
 
 
 def pod_error(pod: Object) -> FabrictuneError | None:
-    """Why a pod has failed; None when it does not tell."""
-    for status in containers_of(pod):
-        ended = (status.get("state") or {}).get("terminated") or {}
-        error = container_error(ended)
-        if error is not None:
-            return error
+    """Why a pod has failed; None when it does not tell. Whoever took it away knows more than an exit status does."""
+    ends = ((c.get("state") or {}).get("terminated") or {} for c in containers_of(pod))
+    error = next((e for end in ends if (e := container_error(end)) is not None), None)
+    return (_why_taken(pod) or error) if error is None or type(error) is WorkerLost else error
+
+
+def _why_taken(pod: Object) -> FabrictuneError | None:
     state = pod.get("status") or {}
     if state.get("reason") == "Evicted":
-        words = state.get("message", "")
+        words = str(state.get("message") or "").strip()
         return ResourceExhausted(f"its node evicted it: {words} Ask for more memory or ephemeral storage")
     target = next(
         (c for c in conditions_of(pod) if c["type"] == "DisruptionTarget" and c.get("status") == "True"), None
