@@ -8,6 +8,7 @@ The port-forward of `connect` is part of what is measured; FABRICTUNE_ENDPOINT n
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import subprocess
@@ -22,7 +23,7 @@ from rich.table import Table
 from fabrictune.client import Client
 from fabrictune.v1 import job_pb2
 
-THREADS = 8
+THREADS = int(os.environ.get("BENCH_THREADS", "8"))
 LONGEST = 900.0
 
 
@@ -42,12 +43,15 @@ def run() -> bool:
         with ThreadPoolExecutor(THREADS) as pool:
             creates = sorted(pool.map(create, range(wanted)))
         created = time.perf_counter() - begin
-        lists, states = [], Counter[str]()
+        lists, pages, states = list[float](), list[float](), Counter[str]()
         deadline = time.monotonic() + LONGEST
         while time.monotonic() < deadline:
             clock = time.perf_counter()
             jobs = [j for j in client.conversion.list() if f"/{mark}-" in j.name]
             lists.append(time.perf_counter() - clock)
+            clock = time.perf_counter()
+            list(itertools.islice(client.conversion.list(), 50))
+            pages.append(time.perf_counter() - clock)
             states = Counter(job_pb2.Execution.State.Name(j.execution.state) for j in jobs)
             if states["SUCCEEDED"] + states["FAILED"] >= wanted:
                 break
@@ -55,17 +59,27 @@ def run() -> bool:
         clock = time.perf_counter()
         next(iter(client.conversion.watch(f"conversionJobs/{mark}-0000")))
         watched = time.perf_counter() - clock
-    _show(wanted, created, creates, lists, watched, states)
+    _show(wanted, created, creates, pages, lists, watched, states)
     return sum(states.values()) == wanted == states["SUCCEEDED"] + states["FAILED"]
 
 
 def _show(
-    wanted: int, created: float, creates: list[float], lists: list[float], watched: float, states: Counter[str]
+    wanted: int,
+    created: float,
+    creates: list[float],
+    pages: list[float],
+    lists: list[float],
+    watched: float,
+    states: Counter[str],
 ) -> None:
     table = Table(title=f"{wanted} jobs, {THREADS} at a time", title_justify="left")
     for column in ("", "median", "p99", "longest"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, values in (("Create", creates), (f"List of all ({wanted}+)", sorted(lists))):
+    for name, values in (
+        ("Create", creates),
+        ("List, a page of 50", sorted(pages)),
+        (f"List of all ({wanted}+)", sorted(lists)),
+    ):
         p99 = values[min(int(0.99 * len(values)), len(values) - 1)]
         table.add_row(name, *(f"{1000 * v:.0f} ms" for v in (statistics.median(values), p99, values[-1])))
     table.add_row("Watch, first event", f"{1000 * watched:.0f} ms", "", "")

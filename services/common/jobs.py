@@ -103,7 +103,7 @@ class Jobs:
         record, is_new = await asyncio.to_thread(accept_record, self._store, record)
         if is_new:
             metrics.jobs_started.labels(self._stage.kind).inc()
-        view = await self.get(record.name)
+        view = JobView(record) if is_new else await self.get(record.name)
         if view.outcome is None and view.status is None:
             status = await self._cluster.create(workload)
             view = replace(view, status=status)

@@ -36,7 +36,7 @@ def read_template(folder: Path, kind: str) -> list[Manifest]:
     """The template of one kind of work. Raises FailedPrecondition naming the file and what is wrong in it."""
     file = folder / f"{kind}.yaml"
     try:
-        objects = [o for o in yaml.safe_load_all(file.read_text()) if o]
+        objects = [o for o in yaml.load_all(file.read_text(), yaml.CSafeLoader) if o]
     except OSError as error:
         raise FailedPrecondition(
             f"the template {file} cannot be read ({error.strerror}); the chart mounts it, FABRICTUNE_TEMPLATES says where"
