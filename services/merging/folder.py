@@ -6,7 +6,9 @@ import errno
 import hashlib
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import BinaryIO
 
 from services.common.errors import InvalidData, ResourceExhausted
 from services.common.file_digests import File, digest_of_files
-from services.merging.merge import Merge
+from services.merging.merge import AHEAD, Merge, Piece
 from services.merging.mixture import Mixture
 from services.merging.plan import Plan, plan_merge
 from services.merging.tensors import TensorFile
@@ -61,20 +63,30 @@ def _check_room(plan: Plan, output: Path) -> None:
 
 
 def _write(merge: Merge, tensors: TensorFile, target: Path, on_tensor: OnTensor) -> File:
-    sha256 = hashlib.sha256()
+    sha256, hashing = hashlib.sha256(), deque[tuple[Piece | None, Future[None]]]()
+
+    def finish() -> None:
+        piece, hashed = hashing.popleft()
+        hashed.result()
+        if piece is not None:
+            tensors.forget(piece.begin, piece.end)
+            if piece.end == piece.entry.end:
+                on_tensor(merge.done, merge.plan.tensors)
+
     try:
-        with target.open("wb", buffering=0) as out:
+        # A digest takes longer than writing does, so it has a thread of its own.
+        with target.open("wb", buffering=0) as out, ThreadPoolExecutor(1) as hasher:
             for chunk in merge.chunks(tensors.header, tensors.view):
-                sha256.update(chunk.data)
                 piece = chunk.piece
+                hashing.append((piece, hasher.submit(sha256.update, chunk.data)))
                 if piece is not None and not piece.is_touched:
                     _copy(tensors.file, out, piece.begin, piece.end)
                 else:
                     _write_all(out, chunk.data)
-                if piece is not None:
-                    tensors.forget(piece.begin, piece.end)
-                    if piece.end == piece.entry.end:
-                        on_tensor(merge.done, merge.plan.tensors)
+                if len(hashing) > AHEAD:
+                    finish()
+            while hashing:
+                finish()
             size = out.tell()
     except OSError as error:
         if error.errno in FULL:
