@@ -130,18 +130,9 @@ def language_of(query: str) -> str:
 
 def render_system(tools: Sequence[Tool], role: str, language: str, wording: str = "0.7.1") -> str:
     """The system prompt that RolePlay sends. role: the instruction's text."""
-    head, middle, rest, end = _cut_system(language, wording)
+    head, middle, rest, end = cut_system(language, wording)
     descs = "\n\n".join([render_tool(tool) for tool in tools])
     return f"{head}{descs}{middle}{_names(tools)}{rest}{role}{end}"
-
-
-def render_system_json(tools: Sequence[Tool], role: str, language: str, wording: str = "0.7.1") -> orjson.Fragment:
-    """The same as JSON: what tools and templates have in it is escaped once, not with every row."""
-    head, middle, rest, end = _cut_system_json(language, wording)
-    descs = rb"\n\n".join([_render_tool_json(tool) for tool in tools])
-    return orjson.Fragment(
-        b"".join((b'"', head, descs, middle, _escape(_names(tools)), rest, _escape(role), end, b'"'))
-    )
 
 
 @remember_tools
@@ -275,22 +266,13 @@ _TOOL_LINE = {
 }
 
 
+def cut_prefix(language: str) -> list[str]:
+    """The prefix's text before the tools' names, and after them."""
+    return _PREFIX[language]
+
+
 @cache
-def _cut_system(language: str, wording: str) -> list[str]:
+def cut_system(language: str, wording: str) -> list[str]:
+    """The system prompt's text before the tools' lines, their names and the role, and after it."""
     whole = TOOLS[language].replace("{tail}", ANSWER_TAIL[wording, language]) + INSTRUCTIONS[language]
     return re.split(r"\{descs\}|\{names\}|\{role\}", whole)
-
-
-@cache
-def _cut_system_json(language: str, wording: str) -> list[bytes]:
-    return [_escape(text) for text in _cut_system(language, wording)]
-
-
-@remember_tools
-def _render_tool_json(tool: Tool) -> bytes:
-    return _escape(render_tool(tool))
-
-
-def _escape(text: str) -> bytes:
-    """A text as it stands within a JSON string."""
-    return orjson.dumps(text)[1:-1]

@@ -17,6 +17,7 @@ import msgspec
 import orjson
 
 from services.common.fabric import Tool, language_of
+from services.conversion.drafts import Drafter
 from services.conversion.duplicates import Index
 from services.conversion.identity import make_conversations
 from services.conversion.mixture import ToolGroups, seeded
@@ -30,7 +31,7 @@ from services.conversion.rows import Conversation
 from services.conversion.selection import Ballots
 from services.conversion.sources import Chunk, RawRow, decode_row, read_rows
 from services.conversion.spec import Source, Spec
-from services.conversion.spill import ROWS, Buckets, KnownTools, Row, pack_row
+from services.conversion.spill import ROWS, Buckets, KnownTools, Row, pack_row, place_row
 
 TOLD_EACH = 500
 """Rows between two words of progress."""
@@ -120,6 +121,7 @@ class _Reader:
         self._index = Index(folder, buckets, spec.duplicates == "near") if spec.duplicates != "keep" else None
         self._ballots = Ballots(folder, spec, buckets)
         self._renderer = Renderer(spec)
+        self._drafter = Drafter(spec)
         self._pool: dict[str, tuple[int, Tool]] = {}
         self._asked: list[Asked] = []
 
@@ -170,7 +172,11 @@ class _Reader:
         summary.rows[chunk] = number + 1
         tools = [self._meet(tool) for tool in row.tools]
         order = seeded(seed, "order", key)
-        self._rows.put(order * self._rows.count >> 64, pack_row(row, order, chunk, number, tools))
+        draft = self._drafter.draft(row, tools)
+        packed = pack_row(row, tools) if draft is None else draft
+        self._rows.put(
+            order * self._rows.count >> 64, place_row(packed, order, chunk, number, is_draft=draft is not None)
+        )
         if self._index is not None and row.source < len(self._spec.sources):
             self._index.add(row, chunk, number)
         if self._ballots.wants(row.source):
