@@ -151,7 +151,7 @@ def render_prefix(tools: Sequence[Tool], language: str) -> str:
 
 def render_call(call: Call) -> str:
     """A call as RolePlay's parser wants it: two lines, strict JSON in one line, no trailing blanks."""
-    return f"Action: {call.name}\nAction Input: {call.arguments}\n"
+    return f"Action: {call[0]}\nAction Input: {call[1]}\n"
 
 
 def render_result(observation: str | None) -> str:
@@ -173,7 +173,7 @@ def render_rows(
     """The training rows of a conversation. layout: "split" or "inline". rounds: (user's text, assistant's turn)."""
     history: list[dict[str, Any]] = [] if system == "" else [{"role": "system", "content": system}]
     own = render_prefix(tools, language)
-    rows = _split_rows if layout == "split" else _inline_rows
+    rows = RENDER_TURN[layout]
     last = len(rounds) - 1
     for number, (query, turn, prefix) in enumerate(rounds):
         yield from rows(history, (own if prefix is None else prefix) + query, turn)
@@ -231,7 +231,8 @@ def _split_rows(history: Sequence[Mapping[str, Any]], asked: str, turn: Turn) ->
 
 
 def _inline_rows(history: Sequence[Mapping[str, Any]], asked: str, turn: Turn) -> Iterator[Example]:
-    pieces: list[dict[str, Any]] = []
+    pieces: list[Mapping[str, Any]] = [*history, {"role": "user", "content": asked}]
+    before = len(pieces)
     for number, call in enumerate(turn.calls):
         pieces.append({"role": "assistant", "content": _go_on(call, first=not number), "loss": True})
         if call.observation is not None:
@@ -239,8 +240,15 @@ def _inline_rows(history: Sequence[Mapping[str, Any]], asked: str, turn: Turn) -
             pieces.append({"role": "assistant", "content": render_result(call.observation), "loss": False})
     if turn.answer:
         pieces.append({"role": "assistant", "content": f" {turn.answer}" if turn.calls else turn.answer, "loss": True})
-    if pieces:
-        yield Example([*history, {"role": "user", "content": asked}, *pieces], turn.calls[:1])
+    if len(pieces) > before:
+        yield Example(pieces, turn.calls[:1])
+
+
+RENDER_TURN: Mapping[str, Callable[[Sequence[Mapping[str, Any]], str, Turn], Iterator[Example]]] = {
+    "split": _split_rows,
+    "inline": _inline_rows,
+}
+"""Layout → (messages before, user's text, assistant's turn) → the training rows of one round."""
 
 
 def _say(call: Call, first: bool) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 import orjson
 
-from services.common.fabric import Call, Tool, language_of, render_rows
+from services.common.fabric import RENDER_TURN, Call, Tool, language_of
 from services.common.fabric_json import BEGIN_USER
 from services.conversion.rendering import LAYOUTS
 from services.conversion.spec import Spec
@@ -64,17 +64,16 @@ class Drafter:
         row_id, file, _, source, listed, rounds, system, instruction = row
         if not self._possible or len(rounds) > 1 or not listed or system is not None or instruction:
             return None
-        query, (calls, answer), prefix = rounds[0]
+        query, turn, prefix = rounds[0]
         if prefix is not None:
             return None
         language = self._language or language_of(query)
-        asked = [rounds[0]._replace(prefix="")]
         parts = [
             (layout, orjson.dumps(messages)[_BEGIN:], None if expected is None else expected_json(expected))
             for layout in self._layouts[source]
-            for messages, expected in render_rows(layout, "", listed, asked, language)
+            for messages, expected in RENDER_TURN[layout]((), query, turn)
         ]
-        called = calls[0].name if calls else ""
+        called = turn.calls[0].name if turn.calls else ""
         return _encode((row_id, file, source, tools, language, called, parts))
 
 

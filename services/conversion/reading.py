@@ -103,7 +103,7 @@ def understand_row(raw: RawRow, source: Source, spec: Spec) -> Conversation:
         raise Refused(ROW_TOO_LARGE, f"{len(conversation.rounds)} rounds")
     if not spec.pictures or conversation.system is not None:
         return conversation
-    if not any(has_pictures(round.turn) for round in conversation.rounds):
+    if not any([has_pictures(round.turn) for round in conversation.rounds]):
         return conversation
     rounds = [r._replace(turn=show_pictures(r.turn, language_of(r.query))) for r in conversation.rounds]
     return conversation._replace(rounds=tuple(rounds))
@@ -170,7 +170,7 @@ class _Reader:
         summary, seed, key = self.summary, self._spec.seed, row.key
         number = summary.rows.get(chunk, 0)
         summary.rows[chunk] = number + 1
-        tools = [self._meet(tool) for tool in row.tools]
+        tools = list(map(self._meet, row.tools))
         order = seeded(seed, "order", key)
         draft = self._drafter.draft(row, tools)
         packed = pack_row(row, tools) if draft is None else draft

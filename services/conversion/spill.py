@@ -112,15 +112,26 @@ class Buckets:
 
     def __init__(self, folder: Path, name: str, count: int) -> None:
         self._folder, self._name, self.count = folder, name, count
-        self._held: dict[int, bytearray] = {}
         self._limit = max(4096, BUFFER_BYTES // count)
+        # Filled again and again: one that grows would be moved by each row or so, for other things lie behind it.
+        self._held: dict[int, bytearray] = {}
+        self._ends = [0] * count
 
     def put(self, bucket: int, data: bytes) -> None:
         """Append to a bucket."""
-        held = self._held.setdefault(bucket, bytearray())
-        held += data
-        if len(held) > self._limit:
+        start = self._ends[bucket]
+        end = start + len(data)
+        if end > self._limit:
             self._flush(bucket)
+            start, end = 0, len(data)
+            if end > self._limit:
+                self._append(bucket, data)
+                return
+        held = self._held.get(bucket)
+        if held is None:
+            held = self._held[bucket] = bytearray(self._limit)
+        held[start:end] = data
+        self._ends[bucket] = end
 
     def put_hashed(self, digest: bytes, data: bytes) -> None:
         """Append to the bucket that the first eight bytes of a hash name."""
@@ -128,12 +139,18 @@ class Buckets:
 
     def close(self) -> None:
         """Write what is still held."""
-        for bucket in list(self._held):
+        for bucket in self._held:
             self._flush(bucket)
+        self._held.clear()
 
     def _flush(self, bucket: int) -> None:
+        if end := self._ends[bucket]:
+            self._append(bucket, memoryview(self._held[bucket])[:end])
+            self._ends[bucket] = 0
+
+    def _append(self, bucket: int, data: bytes | memoryview) -> None:
         with bucket_file(self._folder, self._name, bucket).open("ab", buffering=0) as file:
-            file.write(self._held.pop(bucket))
+            file.write(data)
 
 
 def bucket_file(folder: Path, name: str, bucket: int) -> Path:
