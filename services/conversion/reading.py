@@ -135,7 +135,8 @@ class _Reader:
         source = self._sources[chunk.source]
         try:
             row = _to_row(understand_row(raw, source, self._spec), chunk, raw.offset)
-            self._check_length(row)
+            if self._spec.max_row_characters:
+                self._check_length(row)
         except Refused as refused:
             told = describe_refusal(refused, raw.data, chunk.name, raw.line, raw.offset)
             told["chunk"] = chunk.number
@@ -237,8 +238,6 @@ class _Reader:
             examples.append({key: value for key, value in told.items() if key != "row"})
 
     def _check_length(self, row: Row) -> None:
-        if not self._spec.max_row_characters:
-            return
         longest = max((count_characters(e) for _, e in self._renderer.alone(row, row.tools)), default=0)
         if longest > self._spec.max_row_characters:
             raise Refused(ROW_TOO_LONG, f"{longest} characters after conversion")

@@ -183,19 +183,10 @@ def place_row(packed: bytes, order: int, chunk: int, number: int, is_draft: bool
     return _HEAD.pack(order, chunk, number, len(packed), is_draft) + packed
 
 
-class Waiting(NamedTuple):
-    """A row in its bucket."""
-
-    place: tuple[int, int]
-    """Chunk, number in the chunk."""
-    packed: memoryview
-    is_draft: bool
-    known: Sequence[Tool]
-    """The tools that it names by number."""
-
-
-def unpack_rows(folders: Sequence[Path], tables: Sequence[Sequence[Tool]], bucket: int) -> Iterator[Waiting]:
-    """The rows of a bucket, still packed, in the seeded order.
+def unpack_rows(
+    folders: Sequence[Path], tables: Sequence[Sequence[Tool]], bucket: int
+) -> Iterator[tuple[tuple[int, int], memoryview, bool, Sequence[Tool]]]:
+    """((chunk, number), still packed, whether it is a draft, tools by number) of a bucket's rows, in the seeded order.
 
     tables: `read_tools` of the folders. The files are gone afterwards.
     """
@@ -210,7 +201,7 @@ def unpack_rows(folders: Sequence[Path], tables: Sequence[Sequence[Tool]], bucke
             found.append((order, chunk, number, part, start, position, is_draft))
     found.sort()
     for _, chunk, number, part, start, end, is_draft in found:
-        yield Waiting((chunk, number), views[part][start:end], is_draft, tables[part])
+        yield (chunk, number), views[part][start:end], is_draft, tables[part]
 
 
 def unpack_row(data: memoryview, known: Sequence[Tool]) -> Row:

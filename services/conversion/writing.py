@@ -157,7 +157,7 @@ class _Writer:
         for number, (layout, messages, expected) in enumerate(parts):
             count(report.layouts, layout)
             own_id = f"{row_id}/{number}" if len(parts) > 1 else row_id
-            self._write_json(split, own_id, file, begin + messages, functions, expected)
+            self._write_json(split, own_id, file, (begin, messages), functions, expected)
 
     def _write_alone(self, split: str, row: Row, only: str = "") -> None:
         report, tools = self.report, row.tools
@@ -233,23 +233,23 @@ class _Writer:
         """One row, and its tools, as `list_functions` has them, beside it."""
         messages, calls = example
         self._write_json(
-            split, row_id, source, orjson.dumps(messages), tools, None if calls is None else expected_json(calls)
+            split, row_id, source, (orjson.dumps(messages),), tools, None if calls is None else expected_json(calls)
         )
         if self._tokenizer is not None:
             self._lengths.append(example.messages)
             self._count_tokens(256)
 
     def _write_json(
-        self, split: str, row_id: str, source: str, messages: bytes, tools: bytes, expected: bytes | None
+        self, split: str, row_id: str, source: str, messages: Sequence[bytes], tools: bytes, expected: bytes | None
     ) -> None:
-        own_id = orjson.dumps(row_id)
-        self._files[split].write(b'{"id":%b,"source":%b,"messages":%b}\n' % (own_id, orjson.dumps(source), messages))
-        if expected is None:
-            told = b'{"id":%b,"tools":[%b]}\n' % (own_id, tools)
-        else:
-            told = b'{"id":%b,"tools":[%b],"expected":%b}\n' % (own_id, tools, expected)
+        begin = b'{"id":' + orjson.dumps(row_id)
+        told = (begin, b',"source":', orjson.dumps(source), b',"messages":', *messages, b"}\n")
+        self._files[split].write(b"".join(told))
+        end = b"}\n"
+        if expected is not None:
+            end = b',"expected":' + expected + end
             count(self.report.scored, split)
-        self._files[f"tools-{split}"].write(told)
+        self._files[f"tools-{split}"].write(b"".join((begin, b',"tools":[', tools, b"]", end)))
         count(self.report.rows, split)
 
     def _count_tokens(self, at_least: int) -> None:
