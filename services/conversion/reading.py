@@ -103,7 +103,7 @@ def understand_row(raw: RawRow, source: Source, spec: Spec) -> Conversation:
         raise Refused(ROW_TOO_LARGE, f"{len(conversation.rounds)} rounds")
     if not spec.pictures or conversation.system is not None:
         return conversation
-    if not any([has_pictures(round.turn) for round in conversation.rounds]):
+    if not any(map(has_pictures, [round.turn for round in conversation.rounds])):
         return conversation
     rounds = [r._replace(turn=show_pictures(r.turn, language_of(r.query))) for r in conversation.rounds]
     return conversation._replace(rounds=tuple(rounds))

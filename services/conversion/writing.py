@@ -160,9 +160,8 @@ class _Writer:
             self._write_json(split, own_id, file, (begin, messages), functions, expected)
 
     def _write_alone(self, split: str, row: Row, only: str = "") -> None:
-        report, tools = self.report, row.tools
-        if row.system is None:
-            tools = self._add_tools(split, tools, row.id)
+        report = self.report
+        tools = self._add_tools(split, row.tools, row.id) if row.system is None else row.tools
         examples = self._renderer.alone(row, tools, only)
         if len(tools) > len(row.tools) and any(self._renderer.is_too_long(e) for _, e in examples):
             tools = row.tools
