@@ -18,6 +18,8 @@ from typing import Any
 
 def convert(rows: Path, output: Path, spec: dict[str, Any]) -> dict[str, Any]:
     """Our stage, as its worker runs it. The spec's sources are all these rows."""
+    import jinja2  # noqa: F401 - the stage imports it when it writes the report
+
     from services.common.reporter import Silent
     from services.conversion.worker import STAGE
 

@@ -130,18 +130,9 @@ def language_of(query: str) -> str:
 
 def render_system(tools: Sequence[Tool], role: str, language: str, wording: str = "0.7.1") -> str:
     """The system prompt that RolePlay sends. role: the instruction's text."""
-    head, middle, rest, end = _cut_system(language, wording)
+    head, middle, rest, end = cut_system(language, wording)
     descs = "\n\n".join([render_tool(tool) for tool in tools])
     return f"{head}{descs}{middle}{_names(tools)}{rest}{role}{end}"
-
-
-def render_system_json(tools: Sequence[Tool], role: str, language: str, wording: str = "0.7.1") -> orjson.Fragment:
-    """The same as JSON: what tools and templates have in it is escaped once, not with every row."""
-    head, middle, rest, end = _cut_system_json(language, wording)
-    descs = rb"\n\n".join([_render_tool_json(tool) for tool in tools])
-    return orjson.Fragment(
-        b"".join((b'"', head, descs, middle, _escape(_names(tools)), rest, _escape(role), end, b'"'))
-    )
 
 
 @remember_tools
@@ -160,7 +151,7 @@ def render_prefix(tools: Sequence[Tool], language: str) -> str:
 
 def render_call(call: Call) -> str:
     """A call as RolePlay's parser wants it: two lines, strict JSON in one line, no trailing blanks."""
-    return f"Action: {call.name}\nAction Input: {call.arguments}\n"
+    return f"Action: {call[0]}\nAction Input: {call[1]}\n"
 
 
 def render_result(observation: str | None) -> str:
@@ -182,7 +173,7 @@ def render_rows(
     """The training rows of a conversation. layout: "split" or "inline". rounds: (user's text, assistant's turn)."""
     history: list[dict[str, Any]] = [] if system == "" else [{"role": "system", "content": system}]
     own = render_prefix(tools, language)
-    rows = _split_rows if layout == "split" else _inline_rows
+    rows = RENDER_TURN[layout]
     last = len(rounds) - 1
     for number, (query, turn, prefix) in enumerate(rounds):
         yield from rows(history, (own if prefix is None else prefix) + query, turn)
@@ -240,7 +231,8 @@ def _split_rows(history: Sequence[Mapping[str, Any]], asked: str, turn: Turn) ->
 
 
 def _inline_rows(history: Sequence[Mapping[str, Any]], asked: str, turn: Turn) -> Iterator[Example]:
-    pieces: list[dict[str, Any]] = []
+    pieces: list[Mapping[str, Any]] = [*history, {"role": "user", "content": asked}]
+    before = len(pieces)
     for number, call in enumerate(turn.calls):
         pieces.append({"role": "assistant", "content": _go_on(call, first=not number), "loss": True})
         if call.observation is not None:
@@ -248,8 +240,15 @@ def _inline_rows(history: Sequence[Mapping[str, Any]], asked: str, turn: Turn) -
             pieces.append({"role": "assistant", "content": render_result(call.observation), "loss": False})
     if turn.answer:
         pieces.append({"role": "assistant", "content": f" {turn.answer}" if turn.calls else turn.answer, "loss": True})
-    if pieces:
-        yield Example([*history, {"role": "user", "content": asked}, *pieces], turn.calls[:1])
+    if len(pieces) > before:
+        yield Example(pieces, turn.calls[:1])
+
+
+RENDER_TURN: Mapping[str, Callable[[Sequence[Mapping[str, Any]], str, Turn], Iterator[Example]]] = {
+    "split": _split_rows,
+    "inline": _inline_rows,
+}
+"""Layout → (messages before, user's text, assistant's turn) → the training rows of one round."""
 
 
 def _say(call: Call, first: bool) -> str:
@@ -275,22 +274,13 @@ _TOOL_LINE = {
 }
 
 
+def cut_prefix(language: str) -> list[str]:
+    """The prefix's text before the tools' names, and after them."""
+    return _PREFIX[language]
+
+
 @cache
-def _cut_system(language: str, wording: str) -> list[str]:
+def cut_system(language: str, wording: str) -> list[str]:
+    """The system prompt's text before the tools' lines, their names and the role, and after it."""
     whole = TOOLS[language].replace("{tail}", ANSWER_TAIL[wording, language]) + INSTRUCTIONS[language]
     return re.split(r"\{descs\}|\{names\}|\{role\}", whole)
-
-
-@cache
-def _cut_system_json(language: str, wording: str) -> list[bytes]:
-    return [_escape(text) for text in _cut_system(language, wording)]
-
-
-@remember_tools
-def _render_tool_json(tool: Tool) -> bytes:
-    return _escape(render_tool(tool))
-
-
-def _escape(text: str) -> bytes:
-    """A text as it stands within a JSON string."""
-    return orjson.dumps(text)[1:-1]

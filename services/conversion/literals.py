@@ -115,7 +115,7 @@ def find_end(text: str, start: int) -> int:
 
 
 def _may_be_deep(text: str) -> bool:
-    return text.count("[") + text.count("{") + text.count("(") > MAX_DEPTH
+    return len(text) > MAX_DEPTH and text.count("[") + text.count("{") + text.count("(") > MAX_DEPTH
 
 
 def _exchange_quotes(text: str) -> str | None:

@@ -6,11 +6,11 @@ validation or test as a whole, so a held-out tool has never been seen in trainin
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from hashlib import blake2b
 from typing import TypeVar
 
 from services.common.errors import InvalidData
@@ -29,8 +29,8 @@ COMMON = frozenset({
 
 def seeded(seed: int, *parts: object) -> int:
     """A number of 64 bits from a seed and a name; the same on every machine and in every process."""
-    text = "\x1f".join([str(seed), *map(str, parts)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    text = "\x1f".join((str(seed), *map(str, parts)))
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def seeded_order(items: Iterable[T], seed: int, key: str) -> list[T]:

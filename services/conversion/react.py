@@ -34,6 +34,7 @@ FORMAT_BLOCK = "\nUse the following format:"
 CALL = ": Call this tool"
 PARAMETERS = "Parameters:"
 LAST_THOUGHT = "I now know the final answer"
+ONE_CALL = ["Action", "Action Input", "Observation", "Thought", "Final Answer"]
 KNOWN_LINES, KNOWN_APIS, LONGEST_KNOWN_API = 8192, 512, 2048
 """Data sets repeat their APIs, in ever other combinations: APIs of one line, and those of several, that are remembered.
 
@@ -56,8 +57,10 @@ def parse_system_prompt(text: str) -> tuple[Tool, ...]:
     start = text.find(MARKER)
     if start < 0:
         raise Refused(NOT_REACT_PROMPT, f"no {MARKER!r}")
-    end = text.rfind(FORMAT_BLOCK)
-    if end < start:
+    end, other = -1, text.find(FORMAT_BLOCK, start)
+    while other >= 0:  # the last one; looking for it from behind takes four times as long
+        end, other = other, text.find(FORMAT_BLOCK, other + 1)
+    if end < 0:
         raise Refused(NOT_REACT_PROMPT, f"no {FORMAT_BLOCK.strip()!r} after the APIs")
     section = text[start + len(MARKER) : end]
     return unique_tools(_recall_apis(section) or _parse_apis(section))
@@ -66,6 +69,9 @@ def parse_system_prompt(text: str) -> tuple[Tool, ...]:
 def parse_turn(text: str, tools: Sequence[Tool]) -> Turn:
     """An assistant's turn. Thoughts are left out; what is said before the first of them is kept. Raises Refused."""
     lead, kinds, values = _split_turn(unify_line_ends(text))
+    if kinds == ONE_CALL:  # most turns
+        call, _ = _parse_call(values[0], kinds, values, 1, tools)
+        return Turn((call if not lead else call._replace(lead=lead),), values[4])
     calls: list[Call] = []
     answer = ""
     position = 0
@@ -217,8 +223,7 @@ def _split_turn(text: str) -> tuple[str, list[str], list[str]]:
     lead, *parts = _KEYWORD.split(text)
     kinds = parts[::2]
     values = [value.strip() for value in parts[1::2]]
-    if "Final Answer" in kinds and kinds.index("Final Answer") < len(kinds) - 1:
-        last = kinds.index("Final Answer")
+    if "Final Answer" in kinds and (last := kinds.index("Final Answer")) < len(kinds) - 1:
         if "Action Input" in kinds[last:]:
             raise Refused(INCOMPLETE_TURN, "a call after the Final Answer")
         mark = next(islice(_KEYWORD.finditer(text), last, None))

@@ -17,6 +17,7 @@ import msgspec
 import orjson
 
 from services.common.fabric import Tool, language_of
+from services.conversion.drafts import Drafter
 from services.conversion.duplicates import Index
 from services.conversion.identity import make_conversations
 from services.conversion.mixture import ToolGroups, seeded
@@ -30,7 +31,7 @@ from services.conversion.rows import Conversation
 from services.conversion.selection import Ballots
 from services.conversion.sources import Chunk, RawRow, decode_row, read_rows
 from services.conversion.spec import Source, Spec
-from services.conversion.spill import ROWS, Buckets, KnownTools, Row, pack_row
+from services.conversion.spill import ROWS, Buckets, KnownTools, Row, pack_row, place_row
 
 TOLD_EACH = 500
 """Rows between two words of progress."""
@@ -102,7 +103,7 @@ def understand_row(raw: RawRow, source: Source, spec: Spec) -> Conversation:
         raise Refused(ROW_TOO_LARGE, f"{len(conversation.rounds)} rounds")
     if not spec.pictures or conversation.system is not None:
         return conversation
-    if not any(has_pictures(round.turn) for round in conversation.rounds):
+    if not any(map(has_pictures, [round.turn for round in conversation.rounds])):
         return conversation
     rounds = [r._replace(turn=show_pictures(r.turn, language_of(r.query))) for r in conversation.rounds]
     return conversation._replace(rounds=tuple(rounds))
@@ -120,6 +121,7 @@ class _Reader:
         self._index = Index(folder, buckets, spec.duplicates == "near") if spec.duplicates != "keep" else None
         self._ballots = Ballots(folder, spec, buckets)
         self._renderer = Renderer(spec)
+        self._drafter = Drafter(spec)
         self._pool: dict[str, tuple[int, Tool]] = {}
         self._asked: list[Asked] = []
 
@@ -133,7 +135,8 @@ class _Reader:
         source = self._sources[chunk.source]
         try:
             row = _to_row(understand_row(raw, source, self._spec), chunk, raw.offset)
-            self._check_length(row)
+            if self._spec.max_row_characters:
+                self._check_length(row)
         except Refused as refused:
             told = describe_refusal(refused, raw.data, chunk.name, raw.line, raw.offset)
             told["chunk"] = chunk.number
@@ -168,9 +171,13 @@ class _Reader:
         summary, seed, key = self.summary, self._spec.seed, row.key
         number = summary.rows.get(chunk, 0)
         summary.rows[chunk] = number + 1
-        tools = [self._meet(tool) for tool in row.tools]
+        tools = list(map(self._meet, row.tools))
         order = seeded(seed, "order", key)
-        self._rows.put(order * self._rows.count >> 64, pack_row(row, order, chunk, number, tools))
+        draft = self._drafter.draft(row, tools)
+        packed = pack_row(row, tools) if draft is None else draft
+        self._rows.put(
+            order * self._rows.count >> 64, place_row(packed, order, chunk, number, is_draft=draft is not None)
+        )
         if self._index is not None and row.source < len(self._spec.sources):
             self._index.add(row, chunk, number)
         if self._ballots.wants(row.source):
@@ -231,8 +238,6 @@ class _Reader:
             examples.append({key: value for key, value in told.items() if key != "row"})
 
     def _check_length(self, row: Row) -> None:
-        if not self._spec.max_row_characters:
-            return
         longest = max((count_characters(e) for _, e in self._renderer.alone(row, row.tools)), default=0)
         if longest > self._spec.max_row_characters:
             raise Refused(ROW_TOO_LONG, f"{longest} characters after conversion")

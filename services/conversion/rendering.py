@@ -12,9 +12,9 @@ from services.common.fabric import (
     language_of,
     render_rows,
     render_system,
-    render_system_json,
     render_together,
 )
+from services.common.fabric_json import render_system_json
 from services.conversion.mixture import pick_one
 from services.conversion.spec import Spec
 from services.conversion.spill import Row
@@ -51,8 +51,11 @@ class Renderer:
         """The system prompt: the row's own, or AgentFabric's."""
         if row.system is not None:
             return row.system
-        role = row.instruction or pick_one(self._roles[language], self.spec.seed, "role", row.id)
-        return self._render_system(tools, role, language, self.spec.wording)
+        return self._render_system(tools, row.instruction or self.role(row.id, language), language, self.spec.wording)
+
+    def role(self, row_id: str, language: str) -> str:
+        """The role of a row that tells none."""
+        return pick_one(self._roles[language], self.spec.seed, "role", row_id)
 
     def may_share(self, row: Row) -> bool:
         """Whether a row may share a prompt: one question, over tools that we print, answered by a call or in plain words."""

@@ -23,8 +23,8 @@ BUFFER_BYTES = 6 << 20
 TOOLS_BYTES = 24 << 20
 """Of tools that rows name by a number, in all processes together; each of the second pass holds them."""
 ROWS, TOOLS = "rows", "tools"
-_HEAD = struct.Struct(">QIII")
-"""Order, chunk, number in the chunk, length: sorted, they are in the seeded order."""
+_HEAD = struct.Struct(">QIII?")
+"""Order, chunk, number in the chunk, length, whether it is a draft: sorted, they are in the seeded order."""
 PLACE = struct.Struct(">II")
 """Chunk, number in the chunk."""
 
@@ -112,15 +112,26 @@ class Buckets:
 
     def __init__(self, folder: Path, name: str, count: int) -> None:
         self._folder, self._name, self.count = folder, name, count
-        self._held: dict[int, bytearray] = {}
         self._limit = max(4096, BUFFER_BYTES // count)
+        # Filled again and again: one that grows would be moved by each row or so, for other things lie behind it.
+        self._held: dict[int, bytearray] = {}
+        self._ends = [0] * count
 
     def put(self, bucket: int, data: bytes) -> None:
         """Append to a bucket."""
-        held = self._held.setdefault(bucket, bytearray())
-        held += data
-        if len(held) > self._limit:
+        start = self._ends[bucket]
+        end = start + len(data)
+        if end > self._limit:
             self._flush(bucket)
+            start, end = 0, len(data)
+            if end > self._limit:
+                self._append(bucket, data)
+                return
+        held = self._held.get(bucket)
+        if held is None:
+            held = self._held[bucket] = bytearray(self._limit)
+        held[start:end] = data
+        self._ends[bucket] = end
 
     def put_hashed(self, digest: bytes, data: bytes) -> None:
         """Append to the bucket that the first eight bytes of a hash name."""
@@ -128,12 +139,18 @@ class Buckets:
 
     def close(self) -> None:
         """Write what is still held."""
-        for bucket in list(self._held):
+        for bucket in self._held:
             self._flush(bucket)
+        self._held.clear()
 
     def _flush(self, bucket: int) -> None:
+        if end := self._ends[bucket]:
+            self._append(bucket, memoryview(self._held[bucket])[:end])
+            self._ends[bucket] = 0
+
+    def _append(self, bucket: int, data: bytes | memoryview) -> None:
         with bucket_file(self._folder, self._name, bucket).open("ab", buffering=0) as file:
-            file.write(self._held.pop(bucket))
+            file.write(data)
 
 
 def bucket_file(folder: Path, name: str, bucket: int) -> Path:
@@ -155,36 +172,44 @@ def _take_file(file: Path) -> bytes:
     return data
 
 
-def pack_row(row: Row, order: int, chunk: int, number: int, tools: Sequence[int | Tool]) -> bytes:
+def pack_row(row: Row, tools: Sequence[int | Tool]) -> bytes:
     """A row as it lies in its bucket. tools: its own, by number where they have one."""
     row_id, file, offset, source, _, rounds, system, instruction = row
-    body = _encode((row_id, file, offset, source, tools, rounds, system, instruction))
-    return _HEAD.pack(order, chunk, number, len(body)) + body
+    return _encode((row_id, file, offset, source, tools, rounds, system, instruction))
+
+
+def place_row(packed: bytes, order: int, chunk: int, number: int, is_draft: bool) -> bytes:
+    """A packed row or draft with its place before it."""
+    return _HEAD.pack(order, chunk, number, len(packed), is_draft) + packed
 
 
 def unpack_rows(
     folders: Sequence[Path], tables: Sequence[Sequence[Tool]], bucket: int
-) -> Iterator[tuple[tuple[int, int], memoryview, Sequence[Tool]]]:
-    """((chunk, number), row still packed, tools by number) of a bucket, in the seeded order; `unpack_row` reads it.
+) -> Iterator[tuple[tuple[int, int], memoryview, bool, Sequence[Tool]]]:
+    """((chunk, number), still packed, whether it is a draft, tools by number) of a bucket's rows, in the seeded order.
 
     tables: `read_tools` of the folders. The files are gone afterwards.
     """
     views = [memoryview(_take_file(bucket_file(folder, ROWS, bucket))) for folder in folders]
-    found: list[tuple[int, int, int, int, int, int]] = []
+    found: list[tuple[int, int, int, int, int, int, bool]] = []
     for part, view in enumerate(views):
         position, end = 0, len(view)
         while position < end:
-            order, chunk, number, length = _HEAD.unpack_from(view, position)
+            order, chunk, number, length, is_draft = _HEAD.unpack_from(view, position)
             start = position + _HEAD.size
             position = start + length
-            found.append((order, chunk, number, part, start, position))
+            found.append((order, chunk, number, part, start, position, is_draft))
     found.sort()
-    for _, chunk, number, part, start, end in found:
-        yield (chunk, number), views[part][start:end], tables[part]
+    for _, chunk, number, part, start, end, is_draft in found:
+        yield (chunk, number), views[part][start:end], is_draft, tables[part]
 
 
 def unpack_row(data: memoryview, known: Sequence[Tool]) -> Row:
     """The row. known: the tools that it names by number."""
     row_id, file, offset, source, tools, rounds, system, instruction = _decode(data)
-    listed = tuple([known[tool] if isinstance(tool, int) else tool for tool in tools])
-    return Row(row_id, file, offset, source, listed, rounds, system, instruction)
+    return Row(row_id, file, offset, source, tuple(list_known(tools, known)), rounds, system, instruction)
+
+
+def list_known(tools: Sequence[int | Tool], known: Sequence[Tool]) -> list[Tool]:
+    """Tools themselves, out of numbers and tools."""
+    return [known[tool] if isinstance(tool, int) else tool for tool in tools]

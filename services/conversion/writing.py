@@ -13,14 +13,16 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from services.common.fabric import Example, Round, Tool, Turn, language_of, remember_tools, render_rows
+from services.common.fabric import Example, Round, Tool, Turn, language_of, render_rows
+from services.common.fabric_json import begin_messages, list_functions, tool_json
+from services.conversion.drafts import Draft, expected_json, stands_together, unpack_draft
 from services.conversion.mixture import SPLITS, add_distractors, fits_none, pick_count, pick_one, seeded
 from services.conversion.processes import Tell
 from services.conversion.rendering import LAYOUTS, Renderer, in_language
 from services.conversion.report import Report, count
 from services.conversion.selection import Marks
 from services.conversion.spec import Spec
-from services.conversion.spill import Row, read_tools, unpack_row, unpack_rows
+from services.conversion.spill import Row, list_known, read_tools, unpack_row, unpack_rows
 from services.conversion.tokens import Tokenizer, open_tokenizer
 
 BUFFER_BYTES = 1 << 18
@@ -76,7 +78,7 @@ class _Writer:
         self._gone = Marks(plan.rows, plan.gone) if any(plan.gone) else ()
         # Only who counts characters or tokens asks for the text of a prompt.
         self._renderer = Renderer(plan.spec, as_json=not (plan.tokenizer or plan.spec.max_row_characters))
-        self._together = plan.spec.questions.max > 1 or plan.spec.refusals.ratio > 0
+        self._together = stands_together(plan.spec)
         self._tokenizer: Tokenizer | None = open_tokenizer(Path(plan.tokenizer)) if plan.tokenizer else None
         self._lengths: list[Sequence[Mapping[str, Any]]] = []
         self.report = Report()
@@ -85,9 +87,13 @@ class _Writer:
         """Write one bucket's rows; returns how many there were."""
         waiting: list[Row] = []
         seen = 0
-        for place, packed, known in unpack_rows(spilled, tables, bucket):
+        for place, packed, is_draft, known in unpack_rows(spilled, tables, bucket):
             seen += 1
-            if place not in self._gone:
+            if place in self._gone:
+                continue
+            if is_draft:
+                self._finish(unpack_draft(packed), known)
+            else:
                 waiting = self._take(unpack_row(packed, known), waiting)
         if waiting:
             self._write_together(waiting)
@@ -97,7 +103,7 @@ class _Writer:
     def _take(self, row: Row, waiting: list[Row]) -> list[Row]:
         """Write a row, or let it wait for others to share its prompt; returns those that wait."""
         split = self._split(row)
-        row = self._exchange_tools(split, row)
+        row = row._replace(tools=tuple(self._exchange_tools(split, row.tools, row.id)))
         layouts = LAYOUTS[self._sources[row.source].layout]
         if not (self._together and split == "train" and "split" in layouts and self._renderer.may_share(row)):
             self._write_alone(split, row)
@@ -124,19 +130,38 @@ class _Writer:
         named = self._sources[row.source].split
         return "train" if named == "auto" else named  # rows without tools cannot leak one
 
-    def _exchange_tools(self, split: str, row: Row) -> Row:
-        """Other tools of the split instead of those that are held out from it: none of them is called here."""
+    def _exchange_tools(self, split: str, tools: Sequence[Tool], row_id: str) -> Sequence[Tool]:
+        """Other tools of the split instead of those that are held out from it: none of them is called in the row."""
         splits = self._plan.splits
-        own = [tool for tool in row.tools if splits[tool.name] == split]
-        missing = len(row.tools) - len(own)
+        own = [tool for tool in tools if splits[tool.name] == split]
+        missing = len(tools) - len(own)
         if not missing:
-            return row
+            return tools
         self.report.tools_exchanged += missing
-        tools = add_distractors(own, self._plan.pools[split], missing, self._spec.seed, row.id)
-        return row._replace(tools=tuple(tools))
+        return add_distractors(own, self._plan.pools[split], missing, self._spec.seed, row_id)
+
+    def _finish(self, draft: Draft, known: Sequence[Tool]) -> None:
+        """Write a draft: what `_write_alone` does for its row."""
+        row_id, file, _, numbers, language, called, parts = draft
+        report, listed = self.report, list_known(numbers, known)
+        split = self._plan.splits[called or listed[0].name]
+        tools = self._exchange_tools(split, listed, row_id)
+        if self._spec.distractors.max:
+            tools = self._add_tools(split, tools, row_id)
+        pieces = [tool_json(tool) for tool in tools]
+        begin = begin_messages(pieces, self._renderer.role(row_id, language), language, self._spec.wording)
+        functions = b",".join([piece.function for piece in pieces])
+        count(report.languages, language)
+        report.turns_with_calls += bool(called)
+        report.turns_without_call += not called
+        for number, (layout, messages, expected) in enumerate(parts):
+            count(report.layouts, layout)
+            own_id = f"{row_id}/{number}" if len(parts) > 1 else row_id
+            self._write_json(split, own_id, file, (begin, messages), functions, expected)
 
     def _write_alone(self, split: str, row: Row, only: str = "") -> None:
-        report, tools = self.report, self._add_tools(split, row)
+        report = self.report
+        tools = self._add_tools(split, row.tools, row.id) if row.system is None else row.tools
         examples = self._renderer.alone(row, tools, only)
         if len(tools) > len(row.tools) and any(self._renderer.is_too_long(e) for _, e in examples):
             tools = row.tools
@@ -145,19 +170,17 @@ class _Writer:
         for _, turn, _ in row.rounds:
             report.turns_with_calls += bool(turn.calls)
             report.turns_without_call += not turn.calls
-        listed = list_tools(tools)
+        listed = list_functions(tools)
         for number, (layout, example) in enumerate(examples):
             count(report.layouts, layout)
             # The inline row of a conversation whose split rows are written elsewhere has no number among them.
             suffix = "/inline" if only == "inline" else f"/{number}" if len(examples) > 1 else ""
             self._write(split, row.id + suffix, row.file, example, listed)
 
-    def _add_tools(self, split: str, row: Row) -> Sequence[Tool]:
+    def _add_tools(self, split: str, tools: Sequence[Tool], row_id: str) -> Sequence[Tool]:
         wanted, seed = self._spec.distractors, self._spec.seed
-        number = pick_count(wanted.min, wanted.max, seed, "distractors", row.id) if wanted.max else 0
-        if not (number and row.tools and row.system is None):
-            return row.tools
-        return add_distractors(row.tools, self._plan.pools[split], number, seed, row.id)
+        number = pick_count(wanted.min, wanted.max, seed, "distractors", row_id) if wanted.max and tools else 0
+        return add_distractors(tools, self._plan.pools[split], number, seed, row_id) if number else tools
 
     def _write_together(self, rows: Sequence[Row]) -> None:
         """Several rows as questions of one: their tools side by side are each other's distractors."""
@@ -178,7 +201,7 @@ class _Writer:
         report.turns_with_calls += sum(bool(turn.calls) for _, turn, _ in rounds)
         report.turns_without_call += sum(not turn.calls for _, turn, _ in rounds)
         count(report.layouts, "together")
-        self._write("train", "+".join(r.id for r in rows), first.file, example, list_tools(tools))
+        self._write("train", "+".join(r.id for r in rows), first.file, example, list_functions(tools))
         for row in rows:
             if seeded(spec.seed, "summary", row.id) % 10_000 < spec.summaries * 10_000:
                 self._write_summary(row, self._renderer.language(first))
@@ -188,7 +211,7 @@ class _Writer:
         for number, example in enumerate(render_rows("split", system, row.tools, row.rounds, language)):
             if example.expected is None and not self._renderer.is_too_long(example):
                 count(self.report.layouts, "split")
-                self._write("train", f"{row.id}/{number}", row.file, example, list_tools(row.tools))
+                self._write("train", f"{row.id}/{number}", row.file, example, list_functions(row.tools))
 
     def _refusals(self, row_id: str, questions: int, tools: Sequence[Tool]) -> Iterator[Round]:
         """Questions of other rows that none of these tools fits, each with a refusal as its answer."""
@@ -206,35 +229,30 @@ class _Writer:
                 yield Round(query, Turn(answer=pick_one(answers, spec.seed, row_id, query)))
 
     def _write(self, split: str, row_id: str, source: str, example: Example, tools: bytes) -> None:
-        """One row, and its tools, as `list_tools` has them, beside it."""
-        line = {"id": row_id, "source": source, "messages": example.messages}
-        self._files[split].write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-        expected = b""
-        if example.expected is not None:
-            calls = [b'{"name":%b,"arguments":%b}' % (orjson.dumps(c[0]), c[1].encode()) for c in example.expected]
-            expected = b',"expected":[%b]' % b",".join(calls)
-            count(self.report.scored, split)
-        self._files[f"tools-{split}"].write(b'{"id":%b,"tools":[%b]%b}\n' % (orjson.dumps(row_id), tools, expected))
-        count(self.report.rows, split)
+        """One row, and its tools, as `list_functions` has them, beside it."""
+        messages, calls = example
+        self._write_json(
+            split, row_id, source, (orjson.dumps(messages),), tools, None if calls is None else expected_json(calls)
+        )
         if self._tokenizer is not None:
             self._lengths.append(example.messages)
             self._count_tokens(256)
+
+    def _write_json(
+        self, split: str, row_id: str, source: str, messages: Sequence[bytes], tools: bytes, expected: bytes | None
+    ) -> None:
+        begin = b'{"id":' + orjson.dumps(row_id)
+        told = (begin, b',"source":', orjson.dumps(source), b',"messages":', *messages, b"}\n")
+        self._files[split].write(b"".join(told))
+        end = b"}\n"
+        if expected is not None:
+            end = b',"expected":' + expected + end
+            count(self.report.scored, split)
+        self._files[f"tools-{split}"].write(b"".join((begin, b',"tools":[', tools, b"]", end)))
+        count(self.report.rows, split)
 
     def _count_tokens(self, at_least: int) -> None:
         """Count the tokens of rows that wait for it, many at a time."""
         if self._tokenizer is not None and self._lengths and len(self._lengths) >= at_least:
             self.report.tokens.add(self._tokenizer.count_rows(self._lengths))
             self._lengths = []
-
-
-def list_tools(tools: Sequence[Tool]) -> bytes:
-    """Tools as OpenAI function objects: what stands between the brackets of a JSON list."""
-    return b",".join([_tool_json(tool) for tool in tools])
-
-
-@remember_tools
-def _tool_json(tool: Tool) -> bytes:
-    """A tool as an OpenAI function object."""
-    parameters = orjson.Fragment(tool.parameters)  # as it is: no number loses digits
-    told = {"name": tool.name, "description": tool.description, "parameters": parameters}
-    return orjson.dumps({"type": "function", "function": told})

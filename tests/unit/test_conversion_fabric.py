@@ -14,9 +14,9 @@ from services.common.fabric import (
     render_prefix,
     render_rows,
     render_system,
-    render_system_json,
     render_together,
 )
+from services.common.fabric_json import render_system_json
 from services.conversion.rows import make_call, make_tool
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "description": "name"}}, "required": ["city"]}

@@ -15,8 +15,6 @@ def read(row: Mapping[str, Any]) -> Conversation:
     """A row in ms_agent's form. Raises Refused."""
     system, rounds = split_rounds(list_turns(row))
     tools = parse_system_prompt(system or "")
-    turns = [parse_turn(text, tools) for _, text in rounds]
-    check_turns(turns)
-    return Conversation(
-        row_id(row), tools, tuple(Round(query, turn) for (query, _), turn in zip(rounds, turns, strict=True))
-    )
+    told = [Round(query, parse_turn(text, tools)) for query, text in rounds]
+    check_turns([each.turn for each in told])
+    return Conversation(row_id(row), tools, tuple(told))

@@ -38,12 +38,20 @@ def read_turn(turn: Any) -> tuple[str, str]:
 
 def split_rounds(turns: Sequence[Any], needs_system: bool = True) -> tuple[str | None, list[tuple[str, str]]]:
     """(system prompt, [(user's text, assistant's text)]); None where there is no system turn and none is needed."""
-    told = [read_turn(turn) for turn in turns]
+    told: list[tuple[str, str]] = []
+    for turn in turns:
+        # Nearly all turns are of this form, and a function's call costs more than the look at it.
+        if type(turn) is dict and type(turn.get("from")) is str and type(turn.get("value")) is str:
+            told.append((turn["from"], turn["value"]))
+        else:
+            told.append(read_turn(turn))
     system: str | None = None
     if told[0][0] == "system":
         system, told = told[0][1], told[1:]
     elif needs_system:
         raise Refused(NO_SYSTEM_TURN, f"the first turn is the {told[0][0]}'s")
+    if len(told) == 2 and told[0][0] == "user" and told[1][0] == "assistant":
+        return system, [(told[0][1], told[1][1])]
     roles = [role for role, _ in told]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise Refused(ROLE_ORDER, ", ".join(roles[:8]) or "no turns after the system's")
@@ -58,8 +66,9 @@ def row_id(row: Mapping[str, Any]) -> str:
 def check_turns(turns: Sequence[Turn]) -> None:
     """Refuse what could not be rendered: a turn that says nothing, a call without a result that is not the very last one."""
     for number, turn in enumerate(turns, 1):
-        if not turn.calls and not turn.answer:
+        calls, answer = turn
+        if not calls and not answer:
             raise Refused(INCOMPLETE_TURN, f"assistant turn {number} is empty")
-        for call in turn.calls[: -1 if number == len(turns) and not turn.answer else None]:
+        for call in calls[:-1] if number == len(turns) and not answer else calls:
             if call.observation is None:
                 raise Refused(INCOMPLETE_TURN, f"the call of {call.name} in assistant turn {number} has no result")
