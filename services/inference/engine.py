@@ -198,7 +198,7 @@ def render_engine(
         memory=spec.resources.memory,
         queue_timeout_seconds=spec.resources.queue_timeout,
         port=8000,
-        health_path="/health",
+        health_path="/v1/models",
     )
 
 

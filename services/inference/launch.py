@@ -57,8 +57,8 @@ class Limits:
 
     place: float = 1800
     """Until there is a place to run (resources.queue_timeout says otherwise)."""
-    start: float = 900
-    """From then on until it answers."""
+    start: float = 1800
+    """From then on until it answers: the budget for loading (FABRICTUNE_ENGINE_START_SECONDS)."""
     drain: float = 300
     """What is in flight may take this long once a revision is to stop."""
     keep_warm: float = 300
@@ -136,7 +136,8 @@ class Launcher:
         if waits:
             raise DeadlineExceeded(f"the engine found no place to run: {said}")
         raise DeadlineExceeded(
-            f"the engine did not answer within {self.limits.start:.0f} s. {await self._last_words(work.name)}"
+            f"the engine did not answer within {self.limits.start:.0f} s (FABRICTUNE_ENGINE_START_SECONDS; in the chart "
+            f"engine.startSeconds). {await self._last_words(work.name)}"
         )
 
     async def _answers(self, url: str) -> bool:

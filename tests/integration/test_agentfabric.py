@@ -44,7 +44,7 @@ TOLD = "朝阳区现在的天气是晴，气温25度。"
 ENGINE = r"""
 import asyncio, json, re, sys
 from aiohttp import web
-async def health(_): return web.Response()
+async def models(_): return web.json_response({"object": "list", "data": [{"id": "weather"}]})
 async def completions(_):
     said = [None, {"6": {"logprob": -0.1, "rank": 1}}, {"7": {"logprob": -0.2, "rank": 1}}]
     return web.json_response({"choices": [{"prompt_logprobs": said}]})
@@ -72,7 +72,7 @@ async def chat(request):
     await response.write(b"data: [DONE]\n\n")
     return response
 app = web.Application()
-app.add_routes([web.get("/health", health), web.post("/v1/completions", completions)])
+app.add_routes([web.get("/v1/models", models), web.post("/v1/completions", completions)])
 app.router.add_post("/v1/chat/completions", chat)
 web.run_app(app, host="127.0.0.1", port=int(sys.argv[sys.argv.index("--port") + 1]), print=None)
 """

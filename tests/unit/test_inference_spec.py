@@ -75,7 +75,7 @@ def test_a_cpu_engine_is_eager_float32_offline_and_on_loopback(model: Model) -> 
         assert part in argv
     assert work.env["VLLM_CPU_KVCACHE_SPACE"] == "1" and work.env["HF_HUB_OFFLINE"] == "1"
     assert int(work.argv[work.argv.index("--block-size") + 1]) % 32 == 0
-    assert "--trust-remote-code" not in argv and (work.port, work.health_path) == (8000, "/health")
+    assert "--trust-remote-code" not in argv and (work.port, work.health_path) == (8000, "/v1/models")
 
 
 def test_a_gpu_engine_is_compiled_bfloat16_over_all_its_gpus(model: Model) -> None:
