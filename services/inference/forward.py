@@ -6,8 +6,10 @@ is noticed before a client's decoder breaks on it. A client that goes away takes
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
+from functools import partial
 
 import aiohttp
 import orjson
@@ -45,7 +47,8 @@ class Forwarder:
         headers = {"Content-Type": "application/json", "Accept": request.headers.get("Accept", "*/*")}
         if request_id := request.headers.get("X-Request-Id"):
             headers["X-Request-Id"] = request_id
-        rename = make_rename(target.served_name, wanted) if wanted else _as_it_is
+        there = target.served_name if target.says_served_name else ""
+        rename = make_rename(there, wanted) if wanted else _as_it_is
         recording = Recording(self._recorder, target.deployment, target.revision, request.path, said)
         begin, first = time.perf_counter(), 0.0
         response: web.StreamResponse | None = None
@@ -112,8 +115,13 @@ class Forwarder:
 
 
 def make_rename(served_name: str, wanted: str) -> Callable[[bytes], bytes]:
-    """Puts the client's name for the model back. Inside JSON strings quotes are escaped, so only the key can match."""
+    """Puts the client's name for the model back. Inside JSON strings quotes are escaped, so only the key can match.
+
+    served_name: "" puts it in any name's place.
+    """
     there, here = orjson.dumps(served_name), orjson.dumps(wanted)
+    if not served_name:
+        return partial(_MODEL.sub, lambda _: b'"model":' + here)
     pairs = [(b'"model"' + gap + there, b'"model"' + gap + here) for gap in (b":", b": ")]
 
     def rename(data: bytes) -> bytes:
@@ -122,6 +130,9 @@ def make_rename(served_name: str, wanted: str) -> Callable[[bytes], bytes]:
         return data
 
     return rename
+
+
+_MODEL = re.compile(rb'"model": ?"(?:[^"\\]|\\.)*"')
 
 
 def _as_it_is(data: bytes) -> bytes:

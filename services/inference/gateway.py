@@ -115,7 +115,8 @@ class Gateway:
             changed = renamed or asked is not body
             sent = orjson.dumps({**asked, "model": target.served_name}) if changed else raw
             assert self._forwarder is not None
-            return await self._forwarder.forward(request, target, sent, model if renamed else "", raw)
+            wanted = "" if not renamed and target.says_served_name else model
+            return await self._forwarder.forward(request, target, sent, wanted, raw)
 
     async def _check_token(self, request: web.Request) -> None:
         if self._authorize is not None:

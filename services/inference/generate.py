@@ -105,10 +105,13 @@ class _Answer:
     ended: bool = False
     reason: str = ""
     calls: dict[int, ToolCall] = field(default_factory=dict)
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    """Some engines tell it with each event; it counts at the end."""
+    told: bool = False
 
     def take(self, lines: Sequence[bytes]) -> Piece | None:
         """What so many lines of the stream say: those that came together are one piece. Raises JSONDecodeError."""
-        text, usage = "", None
+        text = ""
         for line in lines:
             data = line.strip().removeprefix(b"data:").strip()
             if not data or data.startswith(b":"):
@@ -124,9 +127,10 @@ class _Answer:
                 self.reason = choice.get("finish_reason") or self.reason
                 self._gather(delta.get("tool_calls") or ())
                 text += delta.get("content") or ""
-            usage = event.get("usage") or usage
-        if usage:
-            counts = int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0)
+            self.usage = event.get("usage") or self.usage
+        if self.usage and not self.told and (self.reason or self.ended):
+            self.told = True
+            counts = int(self.usage["prompt_tokens"]), int(self.usage.get("completion_tokens") or 0)
             return Piece(text, self.reason, *counts, tool_calls=[self.calls[n] for n in sorted(self.calls)])
         return Piece(text) if text else None
 
