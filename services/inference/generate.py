@@ -19,6 +19,8 @@ from services.inference.recorder import Recorder, Recording
 from services.inference.routes import RouteTable
 from services.inference.tools import render_tools
 
+JSON = {"Content-Type": "application/json"}
+
 
 @dataclass
 class ToolCall:
@@ -63,7 +65,8 @@ async def generate(
         said = orjson.dumps({**sampling, "messages": list(messages), "model": model}) if recorder else b""
         recording = Recording(recorder, target.deployment, target.revision, "Generate", said)
         try:
-            async with session.post(f"{target.address}/v1/chat/completions", json=body) as response:
+            url, sent = f"{target.address}/v1/chat/completions", orjson.dumps(body)
+            async with session.post(url, data=sent, headers=JSON) as response:
                 if response.status != 200:
                     if response.status >= 500:
                         note(target.deployment, target.revision, time.perf_counter() - begin, True)
