@@ -88,7 +88,7 @@ async def _measure_grpc(port: str, clients: int) -> float:
         deployment="deployments/x", messages=[inference_pb2.Message(role="user", content="hi")]
     )
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
 
         async def ask(number: int) -> float:
             await asyncio.sleep(PAUSE * number / clients)
