@@ -13,6 +13,7 @@ from aiohttp import web
 
 from services.common.errors import FailedPrecondition, InvalidData
 from services.inference import parity
+from services.inference.forward import make_rename
 from services.inference.generate import generate
 from services.inference.limits import check_prompt
 from services.inference.reference import PROMPTS, PROMPTS_VERSION, ForcedText, Reference
@@ -95,6 +96,13 @@ def test_tools_are_refused_where_the_engine_takes_none() -> None:
     with pytest.raises(InvalidData, match="engine: vllm") as caught:
         check_prompt({"messages": [], "tools": [{}]}, target)
     assert caught.value.reason_override == "TOOLS_NOT_SUPPORTED"
+
+
+def test_any_name_of_the_model_is_put_back_where_the_engine_says_its_folders() -> None:
+    said = rb'data: {"model": "a \"folder\"", "choices": [{"delta": {"content": "\"model\": \"mine\""}}]}'
+    told = rb'data: {"model":"deployments/x", "choices": [{"delta": {"content": "\"model\": \"mine\""}}]}'
+    assert make_rename("", "deployments/x")(said) == told
+    assert make_rename("x", "deployments/x")(said) == said
 
 
 async def test_usage_that_comes_with_each_event_is_told_once_at_the_end(swift: Swift) -> None:
