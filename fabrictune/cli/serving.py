@@ -21,6 +21,16 @@ State = inference_pb2.Revision
 agentfabric = typer.Typer(
     name="agentfabric", help="Point ModelScope's AgentFabric at a deployment.", no_args_is_help=True
 )
+START_STEPS: Mapping[str, str] = {
+    "fetch": "fetch",
+    "place": "place",
+    "load": "load",
+    "reference": "reference",
+    "probe": "parity",
+    "first_token": "first token",
+    "adapters": "adapters",
+}
+"""Steps of Revision.start_seconds, in their order, as people read them."""
 Name = Annotated[str, typer.Argument(help="Such as deployments/quickstart; the only one there is when absent.")]
 
 
@@ -50,6 +60,16 @@ def deploy(
         console.print(
             f"[green]✓[/] {ready.name} answers at {ready.address} as model {ready.served_model!r}", highlight=False
         )
+        for revision in ready.revisions:
+            if revision.name.rpartition("/")[2] in ready.traffic and revision.start_seconds:
+                console.print(f"  {describe_start(revision.start_seconds)}", highlight=False)
+
+
+def describe_start(seconds: Mapping[str, float]) -> str:
+    """How long a revision took to its first token, step by step."""
+    steps = [f"{words} {seconds[step]:.1f} s" for step, words in START_STEPS.items() if step in seconds]
+    total = f"first token after {seconds['total']:.1f} s: " if "total" in seconds else ""
+    return total + ", ".join(steps)
 
 
 def undeploy(name: Name) -> None:

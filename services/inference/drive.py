@@ -148,7 +148,12 @@ class Driver:
                 revision.message = message
                 await self.publish(owner)
 
-        healthy = self.launcher.healthy(work, tell)
+        placed = time.monotonic()
+
+        def note_place() -> None:
+            revision.seconds["place"] = round(time.monotonic() - placed, 2)
+
+        healthy = self.launcher.healthy(work, tell, note_place)
         if adopted:
             address = await healthy
         else:
@@ -163,6 +168,7 @@ class Driver:
             else:
                 address = await self._timed(revision, "load", healthy)
                 reference = await self._timed(revision, "reference", self.launcher.reference(model, spec))
+            revision.seconds["load"] = round(revision.seconds["load"] - revision.seconds.get("place", 0), 2)
             move(revision, State.PROBING, "the engine is compared with the reference")
             await self.publish(owner)
             await self._timed(revision, "probe", self.launcher.probe(revision, work, address, reference))

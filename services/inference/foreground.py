@@ -55,10 +55,11 @@ async def _serve(folder: Path, port: int) -> None:
             return
         if starting.result().state is not State.READY:
             raise FailedPrecondition(f"the model cannot be served: {starting.result().message}")
+        steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in starting.result().seconds.items())
         print(
             f"{name} is served at http://127.0.0.1:{port}/v1\n\n  curl http://127.0.0.1:{port}/v1/chat/completions "
             f'-H \'Content-Type: application/json\' \\\n    -d \'{{"model": "{name}", "messages": '
-            f'[{{"role": "user", "content": "Hello"}}]}}\'\n\nCtrl-C ends it.',
+            f'[{{"role": "user", "content": "Hello"}}]}}\'\n\nIt took: {steps}. Ctrl-C ends it.',
             flush=True,
         )
         await stopped

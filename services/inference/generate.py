@@ -19,6 +19,8 @@ from services.inference.recorder import Recorder, Recording
 from services.inference.routes import RouteTable
 from services.inference.tools import render_tools
 
+JSON = {"Content-Type": "application/json"}
+
 
 @dataclass
 class ToolCall:
@@ -58,60 +60,91 @@ async def generate(
     async with routes.hold(model, wait_seconds) as target:
         check_prompt(asked, target)
         body = {**asked, "model": target.served_name, "stream": True, "stream_options": {"include_usage": True}}
-        reason, ended, begin, first = "", False, time.perf_counter(), 0.0
-        calls: dict[int, ToolCall] = {}
+        answer, begin, first = _Answer(), time.perf_counter(), 0.0
         # As the client said it, like the gateway's: without the prompt that its tools became.
         said = orjson.dumps({**sampling, "messages": list(messages), "model": model}) if recorder else b""
         recording = Recording(recorder, target.deployment, target.revision, "Generate", said)
         try:
-            async with session.post(f"{target.address}/v1/chat/completions", json=body) as response:
+            url, sent = f"{target.address}/v1/chat/completions", orjson.dumps(body)
+            async with session.post(url, data=sent, headers=JSON) as response:
                 if response.status != 200:
                     if response.status >= 500:
                         note(target.deployment, target.revision, time.perf_counter() - begin, True)
                     raise _refusal(response.status, await response.text())
-                async for line in response.content:
+                rest = b""
+                async for chunk in response.content.iter_any():
                     first = first or time.perf_counter() - begin
-                    data = line.strip().removeprefix(b"data:").strip()
-                    if not data or data.startswith(b":"):
-                        continue
-                    recording.add(line)
-                    if data == b"[DONE]":
-                        ended = True
+                    recording.add(chunk)
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    if piece := answer.take(lines):
+                        yield piece
+                    if answer.ended:
                         recording.end()
                         break
-                    event = orjson.loads(data)
-                    if "error" in event:
-                        raise _refusal(int(event["error"].get("code") or 500), str(event["error"].get("message", "")))
-                    for choice in event.get("choices") or []:
-                        reason = choice.get("finish_reason") or reason
-                        _gather(choice["delta"].get("tool_calls") or (), calls)
-                        if text := choice["delta"].get("content"):
-                            yield Piece(text=text)
-                    if usage := event.get("usage"):
-                        counts = int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0)
-                        yield Piece("", reason, *counts, tool_calls=[calls[n] for n in sorted(calls)])
         except aiohttp.ClientConnectorError:
             note(target.deployment, target.revision, time.perf_counter() - begin, True)
             raise Unavailable(
                 f"the engine of revision {target.revision} does not answer; it is started again"
             ) from None
-        except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError):
-            ended = False
+        except orjson.JSONDecodeError as error:
+            note(target.deployment, target.revision, first, True)
+            raise WorkerLost(
+                f"the engine of revision {target.revision} sent what is not JSON in UTF-8 ({error}); ask again",
+                reason_override="ENGINE_STREAM_INVALID",
+            ) from None
+        except (aiohttp.ClientError, TimeoutError):
+            answer.ended = False
         finally:
             recording.close()
-        note(target.deployment, target.revision, first, not ended)
-        if not ended:
+        note(target.deployment, target.revision, first, not answer.ended)
+        if not answer.ended:
             raise WorkerLost(f"the engine of revision {target.revision} ended in the middle of the answer; ask again")
 
 
-def _gather(deltas: Sequence[Mapping[str, Any]], calls: dict[int, ToolCall]) -> None:
-    """Put parts of calls together. Ours come whole; a parser that engine_args name may send them in parts."""
-    for delta in deltas:
-        call = calls.setdefault(delta["index"], ToolCall())
-        function = delta.get("function") or {}
-        call.id = delta.get("id") or call.id
-        call.name += function.get("name") or ""
-        call.arguments += function.get("arguments") or ""
+@dataclass
+class _Answer:
+    """What has come of an answer: its calls and its reason are told at the end."""
+
+    ended: bool = False
+    reason: str = ""
+    calls: dict[int, ToolCall] = field(default_factory=dict)
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    """Some engines tell it with each event; it counts at the end."""
+    told: bool = False
+
+    def take(self, lines: Sequence[bytes]) -> Piece | None:
+        """What so many lines of the stream say: those that came together are one piece. Raises JSONDecodeError."""
+        text = ""
+        for line in lines:
+            data = line.strip().removeprefix(b"data:").strip()
+            if not data or data.startswith(b":"):
+                continue
+            if data == b"[DONE]":
+                self.ended = True
+                break
+            event = orjson.loads(data)
+            if "error" in event:
+                raise _refusal(int(event["error"].get("code") or 500), str(event["error"].get("message", "")))
+            for choice in event.get("choices") or ():
+                delta = choice.get("delta") or {}
+                self.reason = choice.get("finish_reason") or self.reason
+                self._gather(delta.get("tool_calls") or ())
+                text += delta.get("content") or ""
+            self.usage = event.get("usage") or self.usage
+        if self.usage and not self.told and (self.reason or self.ended):
+            self.told = True
+            counts = int(self.usage["prompt_tokens"]), int(self.usage.get("completion_tokens") or 0)
+            return Piece(text, self.reason, *counts, tool_calls=[self.calls[n] for n in sorted(self.calls)])
+        return Piece(text) if text else None
+
+    def _gather(self, deltas: Sequence[Mapping[str, Any]]) -> None:
+        """Put parts of calls together. Ours come whole; a parser that engine_args name may send them in parts."""
+        for delta in deltas:
+            call = self.calls.setdefault(delta["index"], ToolCall())
+            function = delta.get("function") or {}
+            call.id = delta.get("id") or call.id
+            call.name += function.get("name") or ""
+            call.arguments += function.get("arguments") or ""
 
 
 def _refusal(status: int, text: str) -> InvalidData | ResourceExhausted | WorkerLost:

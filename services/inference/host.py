@@ -18,6 +18,7 @@ from services.common.server import Service, service
 from services.common.store import Store
 from services.inference.engine import detect_hardware, read_hardware
 from services.inference.gateway import Gateway
+from services.inference.launch import Limits
 from services.inference.recorder import open_recorder
 from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
@@ -51,7 +52,8 @@ async def open_inference(
     routes = RouteTable()
     remote = config.cluster == "kubernetes"
     hardware = read_hardware(config.engine_hardware) if remote else detect_hardware()
-    rollout = Rollout(cluster, routes, stored_artifacts(store, artifacts, remote), hardware)
+    limits = Limits(start=config.engine_start_seconds)
+    rollout = Rollout(cluster, routes, stored_artifacts(store, artifacts, remote), hardware, limits)
     stack.push_async_callback(rollout.close)
     record = load_record()
     recorder = open_recorder(stack, record, store)

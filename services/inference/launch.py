@@ -27,6 +27,7 @@ from services.inference.engine import (
     reference_dtype,
     trusts_remote_code,
 )
+from services.inference.engines import ENGINES
 from services.inference.reference import Reference, run_reference
 from services.inference.revisions import Deployment, Revision
 from services.inference.spec import RevisionSpec
@@ -57,8 +58,8 @@ class Limits:
 
     place: float = 1800
     """Until there is a place to run (resources.queue_timeout says otherwise)."""
-    start: float = 900
-    """From then on until it answers."""
+    start: float = 1800
+    """From then on until it answers: the budget for loading (FABRICTUNE_ENGINE_START_SECONDS)."""
     drain: float = 300
     """What is in flight may take this long once a revision is to stop."""
     keep_warm: float = 300
@@ -113,8 +114,10 @@ class Launcher:
             await self.cluster.delete(work.name)
         await self.cluster.create(work)
 
-    async def healthy(self, work: Workload, tell: Callable[[str], Awaitable[None]]) -> str:
-        """The engine's address once it answers. tell: what it waits for, when that changes.
+    async def healthy(
+        self, work: Workload, tell: Callable[[str], Awaitable[None]], placed: Callable[[], None] = lambda: None
+    ) -> str:
+        """The engine's address once it answers. tell: what it waits for, when that changes; placed: its process runs now.
 
         Raises WorkerLost, DeadlineExceeded; both with the end of its log.
         """
@@ -126,6 +129,7 @@ class Launcher:
                 raise WorkerLost(f"the engine ended while it started. {await self._last_words(work.name, status)}")
             if waits and status.phase is Phase.RUNNING:
                 waits, deadline = False, time.monotonic() + self.limits.start
+                placed()
             message = status.message if waits else "the engine loads the model"
             if message and message != said:
                 said = message
@@ -136,7 +140,8 @@ class Launcher:
         if waits:
             raise DeadlineExceeded(f"the engine found no place to run: {said}")
         raise DeadlineExceeded(
-            f"the engine did not answer within {self.limits.start:.0f} s. {await self._last_words(work.name)}"
+            f"the engine did not answer within {self.limits.start:.0f} s (FABRICTUNE_ENGINE_START_SECONDS; in the chart "
+            f"engine.startSeconds). {await self._last_words(work.name)}"
         )
 
     async def _answers(self, url: str) -> bool:
@@ -181,9 +186,12 @@ class Launcher:
 
     async def probe(self, revision: Revision, work: Workload, address: str, reference: Reference) -> None:
         """Compare a running engine with the reference. Raises FailedPrecondition when it is too far off."""
-        dtype, length = (work.argv[work.argv.index(flag) + 1] for flag in ("--dtype", "--max-model-len"))
-        wanted = revision.spec.parity
-        result = await parity.probe(self.session, address, revision.deployment, reference, dtype, wanted, int(length))
+        engine, wanted = ENGINES[revision.spec.engine], revision.spec.parity
+        flags = (engine.flags["dtype"], engine.flags["max_model_len"])
+        dtype, length = (work.argv[work.argv.index(flag) + 1] for flag in flags)
+        result = await parity.probe(
+            self.session, address, revision.deployment, reference, dtype, wanted, int(length), engine.forced_tokens
+        )
         revision.parity = asdict(result)
         parity.check(result, wanted)
 

@@ -10,7 +10,17 @@ from services.inference.routes import Target
 
 
 def check_prompt(body: Mapping[str, Any], target: Target) -> None:
-    """Raises InvalidData, reason PROMPT_TOO_LONG, when a prompt has more characters than the revision's spec allows."""
+    """Raises InvalidData.
+
+    Reason PROMPT_TOO_LONG: a prompt has more characters than the revision's spec allows; TOOLS_NOT_SUPPORTED: it has `tools`,
+    and the revision's engine can neither hold an answer to them nor read calls out of it.
+    """
+    if body.get("tools") and not target.tools:
+        raise InvalidData(
+            f"the engine of {target.deployment} takes no `tools` (spec.engine); write them into the prompt, as AgentFabric "
+            "does, or serve the model with engine: vllm",
+            reason_override="TOOLS_NOT_SUPPORTED",
+        )
     if not target.max_prompt_characters:
         return
     found = _characters(body.get("messages")) + _characters(body.get("prompt"))

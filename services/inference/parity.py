@@ -4,6 +4,9 @@ The engine is given the reference's token ids and asked for the log-probabilitie
 sampled and both see the same text. The top tokens must agree at ≥ 99 % of positions (where the reference's best two
 lie closer than the dtype can tell apart, either is right) and the forced tokens' log-probabilities must be close on
 average. Exact equality would refuse healthy GPUs.
+
+An engine that takes no token ids is asked with the reference's conversations instead, and must see the same tokens: so its
+chat template is compared, too.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any
 import aiohttp
 
 from services.common.errors import FailedPrecondition, Unavailable
-from services.inference.reference import ForcedText, Reference
+from services.inference.reference import PROMPTS, Conversation, ForcedText, Reference
 from services.inference.spec import Parity
 
 TOLERANCE = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.1}
@@ -24,6 +27,9 @@ TOLERANCE = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.1}
 TIE = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.25}
 """The best two tokens of the reference are a tie when they lie no further apart, nats: engines round logits to their dtype, and
 bfloat16 has steps of 0.125 from 16 on, one for each of the two."""
+
+OTHER_TOKENS = 8
+"""So many at a prompt's end may be other ones: what a chat template adds to begin an answer."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,20 @@ class EngineText:
 
 async def probe(
     session: aiohttp.ClientSession, address: str, served_name: str, reference: Reference, engine_dtype: str,
-    parity: Parity, max_model_len: int = 0,
+    parity: Parity, max_model_len: int = 0, forced_tokens: bool = True,
 ) -> ParityResult:  # fmt: skip
-    """Ask the engine and compare. max_model_len: texts are cut to it if > 0. Raises FailedPrecondition, Unavailable."""
+    """Ask the engine and compare. max_model_len: texts are cut to it if > 0. forced_tokens: it takes token ids as a prompt.
+
+    Raises FailedPrecondition, Unavailable.
+    """
     texts, asked = [], []
+    if not forced_tokens:
+        for turns, text in zip(PROMPTS, reference.sequences, strict=True):
+            if turns[0][0] != "text":
+                cut, said = await _ask_chat(session, address, served_name, turns, text)
+                asked.append(cut)
+                texts.append(said)
+        return compare(asked, texts, reference.dtype, engine_dtype, parity)
     for text in reference.sequences:
         cut = cut_text(text, max_model_len - 1) if max_model_len else text
         asked.append(cut)
@@ -109,16 +125,40 @@ def cut_text(text: ForcedText, length: int) -> ForcedText:
 
 
 async def _ask(session: aiohttp.ClientSession, address: str, served_name: str, text: ForcedText) -> EngineText:
-    body = {"model": served_name, "prompt": list(text.tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
+    body = {"model": served_name, "prompt": list(text.tokens)}
+    answer = await _post(session, f"{address}/v1/completions", body)
+    return read_engine_text(text.tokens, answer["choices"][0].get("prompt_logprobs") or [])
+
+
+async def _ask_chat(
+    session: aiohttp.ClientSession, address: str, served_name: str, turns: Conversation, text: ForcedText
+) -> tuple[ForcedText, EngineText]:
+    """The part of the reference's text that is the engine's prompt, too, and what the engine says of it."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    body = {"model": served_name, "messages": messages, "return_details": True}
+    answer = await _post(session, f"{address}/v1/chat/completions", body)
+    tokens = [int(token) for token in answer.get("prompt_token_ids") or ()]
+    both = min(len(tokens), len(text.tokens))
+    shared = next((i for i in range(both) if tokens[i] != text.tokens[i]), both)
+    if shared < max(2, both - OTHER_TOKENS):
+        raise _failed(
+            f"the engine renders another prompt than the model's chat template: of {both} tokens the first {shared} agree",
+            {},
+        )
+    positions = (answer.get("prompt_logprobs") or [])[:shared]
+    return cut_text(text, shared), read_engine_text(text.tokens[:shared], positions)
+
+
+async def _post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> dict[str, Any]:
+    asked = {**body, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
     try:
-        async with session.post(f"{address}/v1/completions", json=body) as response:
+        async with session.post(url, json=asked) as response:
             if response.status != 200:
                 said = (await response.text())[:500]
                 raise _failed(f"the engine refused the parity probe with HTTP {response.status}: {said}", {})
-            answer = await response.json()
+            return dict(await response.json())
     except (aiohttp.ClientError, TimeoutError) as error:
         raise Unavailable(f"the engine went away during the parity probe: {error!r}") from None
-    return read_engine_text(text.tokens, answer["choices"][0].get("prompt_logprobs") or [])
 
 
 def read_engine_text(tokens: tuple[int, ...], positions: list[Mapping[str, Mapping[str, Any]] | None]) -> EngineText:

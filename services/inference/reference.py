@@ -24,7 +24,10 @@ from services.common.errors import FabrictuneError, FailedPrecondition, InvalidD
 PROMPTS_VERSION = 1
 """Raise it with every change of PROMPTS: references of another version are computed again."""
 
-PROMPTS: tuple[tuple[tuple[str, str], ...], ...] = (
+Conversation = tuple[tuple[str, str], ...]
+"""(role, content) each; one of the role "text" is plain text."""
+
+PROMPTS: tuple[Conversation, ...] = (
     (
         ("system", "You are a helpful assistant."),
         ("user", "What is the capital of France?"),

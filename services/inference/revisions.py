@@ -61,7 +61,8 @@ class Revision:
     restarts: int = 0
     """Times that its engine crashed and was started again since it was last well for a while."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """How long each step of the last start took: fetch, load, reference, probe, adapters, first_token, total."""
+    """How long each step of the last start took: fetch, place (until its process runs), load (until it answers), reference
+    (beside that, where there is memory), probe, first_token, adapters, total."""
     adapters: dict[str, str] = field(default_factory=dict)
     """Digests of the adapters that are loaded, by id."""
 

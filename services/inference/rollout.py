@@ -21,6 +21,7 @@ from services.inference.adapters import engine_model
 from services.inference.canary import Canaries
 from services.inference.drive import Driver
 from services.inference.engine import Hardware, engine_name
+from services.inference.engines import ENGINES
 from services.inference.launch import Artifacts, Launcher, Limits
 from services.inference.revisions import COMING, Deployment, Revision, State, check_traffic, move
 from services.inference.routes import RouteTable, Target
@@ -276,7 +277,7 @@ class Rollout:
         ready = revision.state is State.READY
         address = self._driver.addresses.get(revision.name, "") if ready else ""
         ids = (revision.deployment, revision.revision)
-        spec = revision.spec
+        spec, engine = revision.spec, ENGINES[revision.spec.engine]
         adapters = {a: engine_model(revision.deployment, a, digest) for a, digest in revision.adapters.items()}
         coming = {name.rpartition("/")[2]: "" for name in spec.adapters}
         return Target(
@@ -286,6 +287,8 @@ class Rollout:
             ready=ready,
             loading=revision.state in COMING,
             room=spec.max_in_flight,
+            says_served_name=engine.says_served_name,
+            tools=engine.tools,
             max_prompt_characters=spec.limits.max_prompt_characters or 0,
             adapters=adapters if ready else coming,
         )

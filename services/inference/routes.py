@@ -55,6 +55,10 @@ class Target:
     """Requests that may be in flight, or wait while it loads; 0: any number."""
     max_prompt_characters: int = 0
     """0: any number; the engine counts tokens."""
+    says_served_name: bool = True
+    """Whether its engine's answers call the model that, too."""
+    tools: bool = True
+    """Whether a request may have `tools`."""
     adapters: Mapping[str, str] = field(default_factory=dict)
     """Adapter id → what its engine calls it."""
 

@@ -1,7 +1,7 @@
 """What a revision is asked to be: which model, how it is computed, how close it must come to its reference.
 
-Mirrors fabrictune.v1.RevisionSpec. `engine_args` go to vLLM as they are; the few flags that fabrictune sets from other
-fields are refused there by name, since vLLM would let the later of two win without a word.
+Mirrors fabrictune.v1.RevisionSpec. `engine_args` go to the engine as they are; the few flags that fabrictune sets from
+other fields are refused there by name (`engines`), since engines let the later of two win without a word.
 """
 
 from __future__ import annotations
@@ -9,40 +9,23 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from services.common.errors import InvalidSpec
 from services.common.resources import ID_PATTERN, Resources, Seconds
 from services.common.validation import violations_of
+from services.inference.engines import ENGINES, Engine, EngineName
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-OWNED_FLAGS = {
-    "--model": "set spec.model",
-    "--tokenizer": "the tokenizer is part of spec.model",
-    "--served-model-name": "clients use the deployment's id",
-    "--host": "the engine listens on loopback; clients use the gateway",
-    "--port": "the cluster picks it",
-    "--uds": "the gateway reaches the engine by TCP",
-    "--root-path": "the gateway expects /v1",
-    "--dtype": "set spec.dtype",
-    "--max-model-len": "set spec.max_model_len",
-    "--max-num-seqs": "set spec.max_concurrency",
-    "--tensor-parallel-size": "set spec.resources.gpus",
-    "-tp": "set spec.resources.gpus",
-    "--enable-lora": "set spec.adapters or spec.lora.max_adapters",
-    "--max-loras": "set spec.lora.max_adapters",
-    "--max-cpu-loras": "set spec.lora.max_adapters",
-    "--max-lora-rank": "set spec.lora.max_rank",
-    "--lora-modules": "set spec.adapters",
-    "--shutdown-timeout": "the cluster's grace period decides it",
-    "--config": "it would override flags unseen; name them here instead",
-    "--api-key": "arguments can be read by every user of the machine; the gateway checks tokens",
-    "--hf-token": "arguments can be read by every user of the machine; models come from the artifact store",
-    "--ssl-keyfile": "TLS ends at the gateway",
-    "--ssl-certfile": "TLS ends at the gateway",
-}
-"""Flags of vLLM that may not stand in engine_args, and what to do instead."""
 
 
 def _check_model(name: str) -> str:
@@ -57,12 +40,19 @@ def _check_engine_args(args: tuple[str, ...]) -> tuple[str, ...]:
     for arg in args:
         if "\0" in arg or "{port}" in arg:
             raise ValueError(f"{arg!r} holds what an argument cannot hold")
-        flag = arg.partition("=")[0].replace("_", "-")
-        # argparse also takes any unambiguous beginning of a flag, so --max-model is --max-model-len.
-        owned = next((o for o in OWNED_FLAGS if flag.startswith("-") and len(flag) > 2 and o.startswith(flag)), "")
-        if owned:
-            raise ValueError(f"{flag} is set by fabrictune and cannot be given here: {OWNED_FLAGS[owned]}")
     return args
+
+
+def _owned_flag(arg: str, engine: Engine) -> str:
+    """What to do instead of naming a flag that fabrictune sets; empty when it may be named."""
+    flag = arg.partition("=")[0].replace("_", "-")
+    if not flag.startswith("-") or len(flag) <= 2:
+        return ""
+    if flag in engine.owned:
+        return f"{flag} is set by fabrictune and cannot be given here: {engine.owned[flag]}"
+    # argparse also takes any unambiguous beginning of a flag, so --max-model is --max-model-len.
+    owned = next((o for o in engine.owned if o.startswith(flag)), "")
+    return f"{flag} is set by fabrictune and cannot be given here: {engine.owned[owned]}" if owned else ""
 
 
 def _check_adapters(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -144,6 +134,7 @@ class RevisionSpec(BaseModel):
         description="tokens of prompt and answer; absent: what the model can, at most 8192 on a CPU",
     )
     max_concurrency: int = Field(default=16, ge=1, le=4096, description="answers that the engine writes side by side")
+    engine: EngineName = Field(default="vllm", description="vllm, or swift: `swift deploy`, ms-swift's server")
     engine_args: Annotated[tuple[str, ...], AfterValidator(_check_engine_args)] = ()
     resources: Resources = Field(default_factory=lambda: Resources.model_validate({}))
     parity: Parity = Field(default_factory=lambda: Parity.model_validate({}))
@@ -151,9 +142,31 @@ class RevisionSpec(BaseModel):
     lora: Lora = Field(default_factory=lambda: Lora.model_validate({}))
     limits: RequestLimits = Field(default_factory=lambda: RequestLimits.model_validate({}))
 
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _default_engine(cls, engine: Any) -> Any:
+        return engine or "vllm"
+
+    @field_validator("engine_args")
+    @classmethod
+    def _leave_owned_flags(cls, args: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        engine = ENGINES[info.data.get("engine", "vllm")]
+        if refused := next(filter(None, (_owned_flag(arg, engine) for arg in args)), ""):
+            raise ValueError(refused)
+        return args
+
+    @field_validator("adapters")
+    @classmethod
+    def _loads_adapters(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if names and not ENGINES[info.data.get("engine", "vllm")].adapters:
+            raise ValueError("this engine loads no adapters while it runs: merge them, or use engine: vllm")
+        return names
+
     @property
     def max_adapters(self) -> int:
         """Adapters that there is room for."""
+        if not ENGINES[self.engine].adapters:
+            return 0
         return len(self.adapters) if self.lora.max_adapters is None else self.lora.max_adapters
 
     @property

@@ -124,6 +124,15 @@ def test_an_engine_prepares_its_model_before_it_serves_and_holds_no_keys(render:
     assert {m["mountPath"] for m in container(pod)["volumeMounts"]} == {"/models", "/tmp", "/dev/shm"}
 
 
+def test_an_engine_has_started_when_it_names_its_model_within_the_budget_that_the_server_knows(render: Render) -> None:
+    objects = render(engine={"startSeconds": 600})
+    probe = container(pod_of(objects, "engine"))["startupProbe"]
+    assert probe["httpGet"]["path"] == "/v1/models"
+    assert probe["periodSeconds"] * probe["failureThreshold"] == 600
+    server = objects.get("Deployment", "fabrictune-inference")
+    assert env(server)["FABRICTUNE_ENGINE_START_SECONDS"] == "600"
+
+
 def test_arguments_pass_through(render: Render) -> None:
     objects = render(engine={"args": ["--swap-space", "4"]}, jobs={"merging": {"args": ["--verbose"]}})
     assert container(pod_of(objects, "engine"))["args"] == ["--swap-space", "4"]

@@ -2,37 +2,26 @@
 
 The deployment, its gateway, the recorder, the object store, the command, modelscope-agent 0.7.1 and its tool amap_weather
 are the real ones. What is scripted is the engine: a small server where vLLM stands, which answers as a model would that was
-trained on such rows. So this tests the wire, not a model: examples/agentfabric/weather.yaml trains one, and takes minutes.
+trained on such rows. So this tests the wire; test_agentfabric_trained.py trains one and serves it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import secrets
-import subprocess
+import re
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from services.common.artifacts import Artifacts
 from services.common.clusters import Workload, WorkloadStatus
 from services.common.clusters.local import LocalCluster
-from services.common.config import ServerConfig, StoreConfig
-from services.common.server import Server
-from services.common.store import open_store
-from services.inference.engine import describe_model, detect_hardware, reference_dtype
-from services.inference.host import open_inference
-from services.inference.reference import PROMPTS_VERSION, ForcedText, Reference, reference_key, reference_to_json
-from services.inference.revisions import State
-from services.inference.spec import parse_spec
+from services.common.config import StoreConfig
+from services.inference.reference import PROMPTS_VERSION, ForcedText, Reference
+from tests.house import House, open_house
 
 pytestmark = [
     pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("roleplay"),
@@ -44,7 +33,7 @@ TOLD = "朝阳区现在的天气是晴，气温25度。"
 ENGINE = r"""
 import asyncio, json, re, sys
 from aiohttp import web
-async def health(_): return web.Response()
+async def models(_): return web.json_response({"object": "list", "data": [{"id": "weather"}]})
 async def completions(_):
     said = [None, {"6": {"logprob": -0.1, "rank": 1}}, {"7": {"logprob": -0.2, "rank": 1}}]
     return web.json_response({"choices": [{"prompt_logprobs": said}]})
@@ -72,7 +61,7 @@ async def chat(request):
     await response.write(b"data: [DONE]\n\n")
     return response
 app = web.Application()
-app.add_routes([web.get("/health", health), web.post("/v1/completions", completions)])
+app.add_routes([web.get("/v1/models", models), web.post("/v1/completions", completions)])
 app.router.add_post("/v1/chat/completions", chat)
 web.run_app(app, host="127.0.0.1", port=int(sys.argv[sys.argv.index("--port") + 1]), print=None)
 """
@@ -86,67 +75,14 @@ class ScriptedEngines(LocalCluster):
         return await super().create(replace(workload, argv=(sys.executable, "-c", ENGINE, *workload.argv[3:])))
 
 
-@dataclass
-class House:
-    """A deployment "weather" and how to call the command."""
-
-    folder: Path
-    endpoint: str
-    gateway: str
-
-    async def call(self, *argv: str, status: int = 0) -> str:
-        """Run a program of this environment; its stdout, or stderr when it is to fail."""
-        env = {k: v for k, v in os.environ.items() if not k.startswith("FABRICTUNE_")}
-        env |= {"FABRICTUNE_ENDPOINT": self.endpoint, "COLUMNS": "200"}
-        done = await asyncio.to_thread(
-            subprocess.run, argv, cwd=self.folder, env=env, capture_output=True, text=True, timeout=200
-        )
-        assert done.returncode == status, f"{argv}: {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
-        return done.stdout if status == 0 else done.stderr
-
-    async def fabrictune(self, *arguments: str, status: int = 0) -> str:
-        return await self.call(sys.executable, "-m", "fabrictune", *arguments, status=status)
-
-    def lines(self, name: str) -> list[Any]:
-        return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def house(object_store: StoreConfig, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[House]:
     folder = tmp_path_factory.mktemp("agentfabric")
     (folder / "model").mkdir()
     (folder / "model/config.json").write_text("{}")
     (folder / "model/model.safetensors").write_bytes(b"")
-    async with open_house(folder, object_store, ScriptedEngines(folder / "cluster")) as house:
+    async with open_house(folder, object_store, ScriptedEngines(folder / "cluster"), REFERENCE) as house:
         yield house
-
-
-@asynccontextmanager
-async def open_house(folder: Path, object_store: StoreConfig, cluster: LocalCluster) -> AsyncIterator[House]:
-    """Serve `folder/model` as the deployment "weather", recording; its engine repeats REFERENCE."""
-    store = open_store(object_store.model_copy(update={"bucket": f"test-{secrets.token_hex(6)}"}))
-    artifacts = Artifacts(store, folder / "cache")
-    digest = (await asyncio.to_thread(artifacts.publish, folder / "model", "models/m", "model")).digest
-    dtype = reference_dtype(describe_model("models/m", digest, folder / "model"), detect_hardware())
-    reference = replace(REFERENCE, model_digest=digest, dtype=dtype)
-    store.put_json(reference_key(digest, dtype), reference_to_json(reference))
-    async with AsyncExitStack() as stack:
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("FABRICTUNE_RECORD", "true")
-        patch.setenv("FABRICTUNE_RECORD_FLUSH_SECONDS", "600")  # only asking for it writes it
-        await cluster.start()
-        stack.push_async_callback(cluster.close)
-        config = ServerConfig(port=0, gateway_port=0, metrics_port=0, drain_seconds=0)
-        inference = await open_inference(stack, config, store, artifacts, cluster, None)
-        server = Server([inference.service], config, None)
-        await server.start()
-        stack.push_async_callback(server.close)
-        wanted = parse_spec({"model": "models/m"})
-        await inference.rollout.create_revision("weather", "r-1", wanted, take_traffic=True)
-        made = await inference.rollout.wait("weather", "r-1")
-        assert made.state is State.READY, made.message
-        yield House(folder, f"127.0.0.1:{server.port}", inference.url)
-        await inference.rollout.delete("weather")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -189,3 +125,15 @@ async def test_traffic_that_there_is_none_of_says_how_it_is_recorded(house: Hous
     argv = ("datasets", "from-traffic", "--deployment", "deployments/other", "-o", "none.jsonl")
     assert "`fabrictune up --record`" in await house.fabrictune(*argv, status=65)
     assert not list(house.folder.glob("none*"))
+
+
+async def test_deploy_says_how_long_it_took_to_the_first_token_step_by_step(house: House) -> None:
+    told = await house.fabrictune("deploy", "models/m", "--as", "timed")
+    assert re.search(
+        r"first token after [\d.]+ s: fetch [\d.]+ s, place .+, load .+, parity .+, first token [\d.]+ s", told
+    )
+    [revision] = json.loads(await house.fabrictune("--json", "deploy", "models/m", "--as", "timed"))["revisions"]
+    seconds = revision["start_seconds"]
+    assert set(seconds) == {"fetch", "place", "load", "reference", "probe", "first_token", "total"}
+    assert sum(seconds.values()) - 2 * seconds["total"] < 0.2
+    await house.fabrictune("undeploy", "deployments/timed")

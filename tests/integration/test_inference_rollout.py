@@ -36,7 +36,7 @@ from aiohttp import web
 if "--broken" in sys.argv:
     sys.exit("error: unrecognized arguments: --broken")
 shift = 1.0 if "--wrong" in sys.argv else 0.0
-async def health(_): return web.Response()
+async def models(_): return web.Response(status=503 if "--loading" in sys.argv else 200)
 asked = 0
 async def chat(request):
     global asked
@@ -56,7 +56,7 @@ async def completions(request):
     said = [None, {"6": {"logprob": -0.1 - shift, "rank": 1}}, {"7": {"logprob": -0.2 - shift, "rank": 1}}]
     return web.json_response({"choices": [{"prompt_logprobs": said}]})
 app = web.Application()
-app.add_routes([web.get("/health", health), web.post("/v1/completions", completions)])
+app.add_routes([web.get("/v1/models", models), web.post("/v1/completions", completions)])
 app.router.add_post("/v1/chat/completions", chat)
 web.run_app(app, host="127.0.0.1", port=int(sys.argv[sys.argv.index("--port") + 1]), print=None)
 """
@@ -77,7 +77,7 @@ class House:
     saved: dict[str, str] = field(default_factory=dict)
     rollouts: list[Rollout] = field(default_factory=list)
 
-    def open(self, keep_warm: float = 300) -> Rollout:
+    def open(self, keep_warm: float = 300, start: float = 20) -> Rollout:
         async def fetch_model(_: str) -> Model:
             return describe_model("models/m", "d", self.folder)
 
@@ -94,7 +94,7 @@ class House:
             del self.saved[deployment]
 
         artifacts = Artifacts(fetch_model, fetch_reference, store_reference, save, forget)
-        limits = Limits(start=20, drain=1, keep_warm=keep_warm, restarts=2, first_pause=0.05, poll=0.05)
+        limits = Limits(start=start, drain=1, keep_warm=keep_warm, restarts=2, first_pause=0.05, poll=0.05)
         self.rollouts.append(Rollout(self.cluster, self.routes, artifacts, Hardware(0, 2, 8 * 1024**3), limits))
         return self.rollouts[-1]
 
@@ -172,6 +172,15 @@ async def test_an_engine_that_does_not_start_fails_with_its_log_and_what_to_do(h
     made = await rollout.wait("x", "a")
     assert made.state is State.FAILED
     assert "does not know" in made.message and "unrecognized arguments: --broken" in made.message
+
+
+async def test_an_engine_that_listens_but_names_no_model_is_not_ready_and_its_budget_for_loading_ends(
+    house: House,
+) -> None:
+    rollout = house.open(start=2)
+    await rollout.create_revision("x", "a", spec("--loading"), take_traffic=True)
+    made = await rollout.wait("x", "a")
+    assert made.state is State.FAILED and "did not answer within 2 s (FABRICTUNE_ENGINE_START_SECONDS" in made.message
 
 
 async def test_a_crashed_engine_is_started_again_and_its_traffic_stays(house: House) -> None:

@@ -18,6 +18,7 @@ from services.inference.engine import (
     read_hardware,
     render_engine,
 )
+from services.inference.engines import ENGINES
 from services.inference.parity import EngineText, check, compare, cut_text, read_engine_text
 from services.inference.reference import (
     PROMPTS_VERSION,
@@ -27,7 +28,7 @@ from services.inference.reference import (
     reference_to_json,
 )
 from services.inference.revisions import Deployment, Revision, State, check_traffic, from_json, move, to_json
-from services.inference.spec import OWNED_FLAGS, Parity, parse_spec
+from services.inference.spec import Parity, parse_spec
 
 LAPTOP = Hardware(gpus=0, cores=2, memory_bytes=24 * 1024**3, cpu_flags=frozenset({"avx2"}))
 CONFIG = {"max_position_embeddings": 4096, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -55,10 +56,18 @@ def test_every_bad_field_is_named_at_once() -> None:
     assert fields == ["spec.model", "spec.max_model_len", "spec.engine_args", "spec.parity.min_agreement"]
 
 
-@pytest.mark.parametrize("flag", [*OWNED_FLAGS, "--max-model", "--served_model_name", "--api-key=secret"])
-def test_a_flag_that_fabrictune_sets_is_refused_however_it_is_written(flag: str) -> None:
+OTHERWISE = [
+    ("vllm", "--max-model"),
+    ("vllm", "--served_model_name"),
+    ("swift", "--vllm_max_num"),
+    ("swift", "--api_key=s"),
+]
+
+
+@pytest.mark.parametrize(("engine", "flag"), [*((e, f) for e in ENGINES for f in ENGINES[e].owned), *OTHERWISE])
+def test_a_flag_that_fabrictune_sets_is_refused_however_it_is_written(engine: str, flag: str) -> None:
     with pytest.raises(InvalidSpec, match="is set by fabrictune"):
-        parse_spec({"model": "models/m", "engine_args": [flag, "x"]})
+        parse_spec({"model": "models/m", "engine": engine, "engine_args": [flag, "x"]})
 
 
 def test_other_engine_args_pass_through_last_so_that_they_win(model: Model) -> None:
@@ -75,7 +84,7 @@ def test_a_cpu_engine_is_eager_float32_offline_and_on_loopback(model: Model) -> 
         assert part in argv
     assert work.env["VLLM_CPU_KVCACHE_SPACE"] == "1" and work.env["HF_HUB_OFFLINE"] == "1"
     assert int(work.argv[work.argv.index("--block-size") + 1]) % 32 == 0
-    assert "--trust-remote-code" not in argv and (work.port, work.health_path) == (8000, "/health")
+    assert "--trust-remote-code" not in argv and (work.port, work.health_path) == (8000, "/v1/models")
 
 
 def test_a_gpu_engine_is_compiled_bfloat16_over_all_its_gpus(model: Model) -> None:
@@ -84,6 +93,40 @@ def test_a_gpu_engine_is_compiled_bfloat16_over_all_its_gpus(model: Model) -> No
     argv = " ".join(work.argv)
     assert "--enforce-eager" not in argv and "--dtype bfloat16 " in argv and "--tensor-parallel-size 2" in argv
     assert work.gpus == 2 and "VLLM_CPU_KVCACHE_SPACE" not in work.env
+
+
+VLLM = """
+-m vllm.entrypoints.openai.api_server --model MODEL --served-model-name x --host 127.0.0.1 --port {port} --dtype float32
+--max-model-len 4096 --max-num-seqs 16 --uvicorn-log-level warning --shutdown-timeout 10 --enable-auto-tool-choice
+--tool-parser-plugin services.inference.tool_parser --tool-call-parser agentfabric --enforce-eager --block-size 32 --seed 1
+"""
+SWIFT = """
+-m swift.cli.deploy --model MODEL --model_type llama --served_model_name x --host 127.0.0.1 --port {port} --torch_dtype float32
+--vllm_max_model_len 4096 --vllm_max_num_seqs 16 --infer_backend vllm --template dummy --template_backend jinja
+--load_args false --verbose false --log_interval -1 --log_level warning --vllm_enforce_eager true
+--vllm_engine_kwargs {"block_size":32} --seed 1
+"""
+
+
+@pytest.mark.parametrize(("engine", "golden"), [("", VLLM), ("vllm", VLLM), ("swift", SWIFT)])
+def test_each_engine_is_a_table_of_arguments(model: Model, engine: str, golden: str) -> None:
+    llama = replace(model, config={**model.config, "architectures": ["LlamaForCausalLM"]})
+    spec = parse_spec({"model": "models/m", "engine": engine, "engine_args": ["--seed", "1"]})
+    work = render_engine("x", "r", spec, llama, LAPTOP)
+    assert [a.replace(str(model.folder), "MODEL") for a in work.argv[1:]] == golden.split()
+    assert ("USE_HF" in work.env) == (engine == "swift")
+
+
+def test_swift_deploy_loads_no_adapters_and_says_so() -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        parse_spec({"model": "models/m", "engine": "swift", "adapters": ["adapters/a"]})
+    assert [v.field for v in caught.value.violations] == ["spec.adapters"]
+
+
+def test_swift_deploy_gets_no_model_that_brings_code(model: Model, folder: Path) -> None:
+    (folder / "modeling_m.py").write_text("")
+    with pytest.raises(InvalidSpec, match="runs code that a model brings"):
+        render_engine("x", "r", parse_spec({"model": "models/m", "engine": "swift"}), model, LAPTOP)
 
 
 def test_auto_is_bfloat16_only_where_the_cpu_multiplies_it() -> None:

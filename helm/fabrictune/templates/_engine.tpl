@@ -30,7 +30,7 @@ spec:
           {{- end }}
           ports:
             - {name: http, containerPort: 8000}
-          startupProbe: {httpGet: {path: /health, port: http}, periodSeconds: 2, failureThreshold: 900}
+          startupProbe: {httpGet: {path: /v1/models, port: http}, periodSeconds: 2, timeoutSeconds: 5, failureThreshold: {{ div (int $own.startSeconds) 2 }}}
           readinessProbe: {httpGet: {path: /health, port: http}, periodSeconds: 5, timeoutSeconds: 5}
       volumes:
         - name: models

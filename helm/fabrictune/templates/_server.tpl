@@ -20,6 +20,7 @@
 {{- if eq .service "inference" }}
 - {name: FABRICTUNE_OWNER, value: {{ $fullname }}-inference}
 {{ include "fabrictune.env.engineHardware" .root }}
+- {name: FABRICTUNE_ENGINE_START_SECONDS, value: {{ .root.Values.engine.startSeconds | quote }}}
 {{- end }}
 {{- end }}
 
