@@ -213,7 +213,7 @@ class KubernetesCluster:
         while True:
             await asyncio.sleep(TEND_SECONDS)
             now = datetime.now(UTC)
-            for name in list(self._picture.mains):
+            for name in [name for name in self._picture.mains if not self._picture.has_ended(name)]:
                 try:
                     await self._tend_one(name, now)
                 except FabrictuneError as error:

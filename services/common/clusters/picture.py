@@ -74,6 +74,11 @@ class Picture:
         port = main["spec"]["template"]["spec"]["containers"][0]["ports"][0]["containerPort"]
         return read_engine(seen, f"http://{name}.{self._client.namespace}:{port}")
 
+    def has_ended(self, name: str) -> bool:
+        """Whether a workload is known to have ended."""
+        told = self._told.get(name)
+        return told is not None and told.phase in (Phase.SUCCEEDED, Phase.FAILED)
+
     async def follow(self, kind: str, seen: asyncio.Event, **selectors: Any) -> None:
         """List, then watch from there, for ever; `seen` is set once the first list is here."""
         pause = FIRST_PAUSE_SECONDS
@@ -103,7 +108,8 @@ class Picture:
         for thing in sorted(objects, key=_event_time) if kind == "Event" else objects:
             self._apply(kind, "ADDED", thing)
 
-    def _apply(self, kind: str, change: str, thing: Manifest) -> None:
+    def _apply(self, kind: str, change: str, whole: Manifest) -> None:
+        thing = _lighten(kind, whole)
         name, there = thing["metadata"]["name"], change != "DELETED"
         if kind == "Event":
             self._tell(self._warn(thing, there))
@@ -155,6 +161,20 @@ class Picture:
         self._told[name] = status
         for queue in self.watchers:
             queue.put_nowait(status)
+
+
+def _lighten(kind: str, whole: Manifest) -> Manifest:
+    """An object without what nobody reads here, most of its bytes: servers keep thousands of them."""
+    thing = {**whole, "metadata": {k: v for k, v in whole["metadata"].items() if k != "managedFields"}}
+    spec = whole.get("spec") or {}
+    if kind == "Job":
+        thing["spec"] = {k: v for k, v in spec.items() if k != "template"}
+    elif kind == "Pod":
+        thing["spec"] = {
+            "nodeName": spec.get("nodeName"),
+            "containers": [{"name": c["name"]} for c in spec.get("containers") or []],
+        }
+    return thing
 
 
 def _event_time(event: Manifest) -> str:
