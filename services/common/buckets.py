@@ -23,7 +23,7 @@ from minio.credentials import AWSConfigProvider
 from minio.error import MinioException, S3Error
 
 from services.common.errors import FabrictuneError, InvalidSpec, NotFound, PermissionDenied, Unavailable
-from services.common.store import DENIED, MISSING
+from services.common.store import DENIED, MISSING, RETRIES
 
 AMAZON = "https://s3.amazonaws.com"
 EXPIRY = timedelta(hours=12)
@@ -107,7 +107,7 @@ def _connect(host: str, secure: bool, ca_file: str) -> minio.Minio:
         region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None,
         http_client=urllib3.PoolManager(
             timeout=urllib3.Timeout(connect=5, read=60),
-            retries=urllib3.Retry(total=2, connect=2, backoff_factor=0.1, status_forcelist=[500, 502, 503, 504]),
+            retries=RETRIES,
             ca_certs=ca_file or None,
         ),
     )

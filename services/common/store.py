@@ -33,6 +33,8 @@ CONNECTIONS = 16
 EXPIRY = timedelta(hours=1)
 MISSING = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchUpload", "NotFound"})
 DENIED = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Forbidden"})
+RETRIES = urllib3.Retry(total=4, connect=2, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504])
+"""Of one request: 3 s for a store that is busy or just begins, at once for one that is not there."""
 FULL = frozenset({"StorageFull", "XMinioStorageFull", "QuotaExceeded", "InsufficientStorage"})
 
 
@@ -48,7 +50,7 @@ class Store:
             num_pools=4,
             maxsize=CONNECTIONS,
             timeout=urllib3.Timeout(connect=3, read=60),
-            retries=urllib3.Retry(total=2, connect=2, backoff_factor=0.1, status_forcelist=[500, 502, 503, 504]),
+            retries=RETRIES,
             ca_certs=str(config.ca_file) if config.ca_file else None,
         )
         self.client = minio.Minio(

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,12 +136,10 @@ class EmbeddedStore:
         return note
 
     def _wait_ready(self, note: _Note) -> None:
-        endpoint = f"http://127.0.0.1:{note.ports['s3.port']}"
-        http = urllib3.PoolManager(timeout=1, retries=False)
         deadline = time.monotonic() + START_SECONDS
         while True:
-            with contextlib.suppress(urllib3.exceptions.HTTPError):
-                if http.request("GET", f"{endpoint}/healthz").status == 200:
+            with contextlib.suppress(urllib3.exceptions.HTTPError, ValueError):
+                if _serves(note.ports):
                     return
             if self._process is not None:
                 self._process.poll()  # so that one that died at once does not look alive
@@ -173,6 +172,15 @@ class EmbeddedStore:
             return _Note(**json.loads((self._folder / "weed.json").read_text()))
         except (FileNotFoundError, ValueError, TypeError):
             return None
+
+
+def _serves(ports: Mapping[str, int]) -> bool:
+    """Whether S3 answers and the volumes, which announce themselves a moment later, can be read."""
+    http = urllib3.PoolManager(timeout=1, retries=False)
+    if http.request("GET", f"http://127.0.0.1:{ports['s3.port']}/healthz").status != 200:
+        return False
+    status = http.request("GET", f"http://127.0.0.1:{ports['master.port']}/dir/status").json()
+    return bool(status.get("Topology", {}).get("DataCenters"))
 
 
 def _free_ports() -> dict[str, int]:
