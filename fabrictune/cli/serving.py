@@ -21,16 +21,8 @@ State = inference_pb2.Revision
 agentfabric = typer.Typer(
     name="agentfabric", help="Point ModelScope's AgentFabric at a deployment.", no_args_is_help=True
 )
-START_STEPS: Mapping[str, str] = {
-    "fetch": "fetch",
-    "place": "place",
-    "load": "load",
-    "reference": "reference",
-    "probe": "parity",
-    "first_token": "first token",
-    "adapters": "adapters",
-}
-"""Steps of Revision.start_seconds, in their order, as people read them."""
+START_STEPS = ("fetch", "place", "load", "reference", "probe", "first_token", "adapters")
+"""Steps of Revision.start_seconds, in their order."""
 Name = Annotated[str, typer.Argument(help="Such as deployments/quickstart; the only one there is when absent.")]
 
 
@@ -67,7 +59,7 @@ def deploy(
 
 def describe_start(seconds: Mapping[str, float]) -> str:
     """How long a revision took to its first token, step by step."""
-    steps = [f"{words} {seconds[step]:.1f} s" for step, words in START_STEPS.items() if step in seconds]
+    steps = [f"{step.replace('_', ' ')} {seconds[step]:.1f} s" for step in START_STEPS if step in seconds]
     total = f"first token after {seconds['total']:.1f} s: " if "total" in seconds else ""
     return total + ", ".join(steps)
 

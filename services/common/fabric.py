@@ -151,7 +151,7 @@ def render_prefix(tools: Sequence[Tool], language: str) -> str:
 
 def render_call(call: Call) -> str:
     """A call as RolePlay's parser wants it: two lines, strict JSON in one line, no trailing blanks."""
-    return f"Action: {call[0]}\nAction Input: {call[1]}\n"
+    return f"Action: {call.name}\nAction Input: {call.arguments}\n"
 
 
 def render_result(observation: str | None) -> str:

@@ -138,7 +138,8 @@ class EmbeddedStore:
     def _wait_ready(self, note: _Note) -> None:
         deadline = time.monotonic() + START_SECONDS
         while True:
-            with contextlib.suppress(urllib3.exceptions.HTTPError, ValueError):
+            # Not there yet, or not yet JSON: asked again until the deadline, which tells the log's end.
+            with contextlib.suppress(urllib3.exceptions.HTTPError, json.JSONDecodeError):
                 if _serves(note.ports):
                     return
             if self._process is not None:

@@ -89,4 +89,6 @@ def stands_together(spec: Spec) -> bool:
 
 def expected_json(calls: Sequence[Call]) -> bytes:
     """Calls as tools.jsonl has them."""
-    return b"[%b]" % b",".join([b'{"name":%b,"arguments":%b}' % (orjson.dumps(c[0]), c[1].encode()) for c in calls])
+    return b"[%b]" % b",".join(
+        [b'{"name":%b,"arguments":%b}' % (orjson.dumps(c.name), c.arguments.encode()) for c in calls]
+    )
