@@ -1,9 +1,9 @@
 """A thousand jobs through gRPC on a cluster: how long Create, Get and List take, and what the server needs.
 
 Run it in a folder where `fabrictune connect` runs, after a conversion has made `datasets/e2e` (or name another with
-BENCH_ROWS); BENCH_JOBS is their number (1000), BENCH_THREADS that of clients (8), BENCH_NAMESPACE the
-release's namespace (to read the server's memory). For nodes that only pretend (kwok) give the conversion's Jobs their selector and toleration in the release's values.
-The port-forward of `connect` is part of what is measured; FABRICTUNE_ENDPOINT names another way in.
+BENCH_ROWS). BENCH_JOBS is their number (1000), BENCH_THREADS that of clients (8), BENCH_NAMESPACE the release's namespace
+(to read the server's memory). For nodes that only pretend (kwok) give the conversion's Jobs their selector and toleration
+in the release's values. The port-forward of `connect` is part of what is measured; FABRICTUNE_ENDPOINT names another way in.
 """
 
 from __future__ import annotations
