@@ -154,7 +154,7 @@ def test_a_file_is_fetched_again_only_when_it_has_changed(shop: Shop) -> None:
 
 
 def test_packed_rows_stay_packed(shop: Shop) -> None:
-    shop.files["/rows.jsonl.gz"] = gzip.compress(ROWS)
+    shop.files["/rows.jsonl.gz"] = gzip.compress(ROWS, mtime=0)
     assert find_rows(f"{shop.address}/rows.jsonl.gz").path.read_bytes() == shop.files["/rows.jsonl.gz"]
 
 
@@ -172,10 +172,10 @@ def test_json_lines_under_another_name_become_jsonl(shop: Shop) -> None:
         ("rows.json", b'[{"a": 1}, {"a": 2}]\n', "jq -c '.[]'"),
         ("rows.json", b'{\n "a": 1\n}', "one JSON object over several lines"),
         ("rows.jsonl", b"id,text\n1,a\n", 'it begins with "id,text'),
-        ("rows.jsonl", gzip.compress(ROWS), "it is gzip data"),
+        ("rows.jsonl", gzip.compress(ROWS, mtime=0), "it is gzip data"),
         ("rows.jsonl.gz", ROWS, "is no .gz file"),
-        ("rows.jsonl.gz", gzip.compress(b"<html>"), "is not JSON lines"),
-        ("rows.jsonl.gz", gzip.compress(ROWS)[:9], "cannot be unpacked"),
+        ("rows.jsonl.gz", gzip.compress(b"<html>", mtime=0), "is not JSON lines"),
+        ("rows.jsonl.gz", gzip.compress(ROWS, mtime=0)[:9], "cannot be unpacked"),
         ("rows.jsonl.zst", ROWS, "is no .zst file"),
         ("rows.parquet", b"<html>", "is no .parquet file; it is an HTML page"),
     ],
@@ -186,7 +186,7 @@ def test_what_is_no_rows_file_is_refused_and_not_kept(shop: Shop, name: str, dat
         find_rows(f"{shop.address}/{name}")
     assert said in str(refused.value)
     assert shop.address in str(refused.value)
-    shop.files[f"/{name}"] = {"gz": gzip.compress(ROW), "zst": b"\x28\xb5\x2f\xfd", "parquet": b"PAR1"}.get(
+    shop.files[f"/{name}"] = {"gz": gzip.compress(ROW, mtime=0), "zst": b"\x28\xb5\x2f\xfd", "parquet": b"PAR1"}.get(
         name.rpartition(".")[2], ROW
     )
     assert find_rows(f"{shop.address}/{name}").path.read_bytes() == shop.files[f"/{name}"]
