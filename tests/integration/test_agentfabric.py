@@ -130,7 +130,8 @@ async def test_traffic_that_there_is_none_of_says_how_it_is_recorded(house: Hous
 async def test_deploy_says_how_long_it_took_to_the_first_token_step_by_step(house: House) -> None:
     told = await house.fabrictune("deploy", "models/m", "--as", "timed")
     assert re.search(
-        r"first token after [\d.]+ s: fetch [\d.]+ s, place .+, load .+, reference .+, probe .+, first token [\d.]+ s", told
+        r"first token after [\d.]+ s: fetch [\d.]+ s, place .+, load .+, reference .+, probe .+, first token [\d.]+ s",
+        told,
     )
     [revision] = json.loads(await house.fabrictune("--json", "deploy", "models/m", "--as", "timed"))["revisions"]
     seconds = revision["start_seconds"]
