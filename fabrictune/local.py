@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from google.protobuf import json_format
 
-from fabrictune.download import Trust
 from fabrictune.errors import ApiError
 from fabrictune.v1 import conversion_pb2, job_pb2, training_pb2
+
+if TYPE_CHECKING:
+    from fabrictune.download import Trust
 
 EMBEDDED_MODELS: Mapping[str, str] = {"models/smollm2-135m-instruct": "smollm2-135m-instruct"}
 """Base models that come with the set-up: artifact name → what `fabrictune models import` takes."""
@@ -168,6 +170,8 @@ def prepared_model(source: str) -> Iterator[tuple[Path, dict[str, str]]]:
 
 def sign_bucket_rows(uri: str, names_rows: Callable[[str], bool]) -> tuple[Trust, Sequence[Any]]:
     """Whom to trust, and the rows files of s3://bucket/prefix: (path, address, size) each."""
+    from fabrictune.download import Trust
+
     signed = _services("services.common.buckets").sign_rows(uri, names_rows)
     return Trust(signed.plain_host, signed.ca_file), signed.files
 

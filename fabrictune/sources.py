@@ -20,12 +20,14 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
-from fabrictune.download import OnProgress, check_address, download, shown
 from fabrictune.errors import ApiError
 from fabrictune.row_files import SUFFIXES, check_rows, kept_name, may_hold_rows, names_rows
+
+if TYPE_CHECKING:
+    from fabrictune.download import OnProgress
 
 MAX_BYTES = 20_000_000_000
 HUB = re.compile(r"(hf|ms):([\w.-]+/[\w.-]+?)(?::([\w.-]+))?(?:@([\w./-]+))?")
@@ -84,7 +86,11 @@ def is_remote(uri: str) -> bool:
 
 def public_uri(uri: str) -> str:
     """A source as it may be written down: a signed address loses its signature."""
-    return shown(uri) if uri.startswith(("http://", "https://")) else uri
+    if not uri.startswith(("http://", "https://")):
+        return uri
+    from fabrictune.download import shown
+
+    return shown(uri)
 
 
 def find_rows(uri: str, folder: Path = Path(), on_progress: OnProgress = lambda _have, _total: None) -> Rows:
@@ -106,6 +112,8 @@ def find_rows(uri: str, folder: Path = Path(), on_progress: OnProgress = lambda 
 
 
 def _fetch_web(uri: str, cache: Path, max_bytes: int, on_progress: OnProgress) -> Rows:
+    from fabrictune.download import check_address, download, shown
+
     name = unquote(PurePosixPath(check_address(uri).path).name)
     if not may_hold_rows(name) or "/" in name:
         raise ApiError(f"{shown(uri)} names no rows: it must end in one of {', '.join(SUFFIXES)}", "INVALID_ARGUMENT")
@@ -117,6 +125,7 @@ def _fetch_web(uri: str, cache: Path, max_bytes: int, on_progress: OnProgress) -
 
 def _fetch_bucket(uri: str, cache: Path, max_bytes: int, on_progress: OnProgress) -> Rows:
     from fabrictune import local
+    from fabrictune.download import download
 
     trust, found = local.sign_bucket_rows(uri, names_rows)
     total = sum(file.size for file in found)

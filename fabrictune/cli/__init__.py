@@ -1,4 +1,7 @@
-"""The `fabrictune` command. Every command takes --json, and ends with one clear error and a non-zero status when it fails."""
+"""The `fabrictune` command. Every command takes --json, and ends with one clear error and a non-zero status when it fails.
+
+A command imports what only it needs (HTTP, YAML, the services) when it runs: all others, and --help, start without.
+"""
 
 from __future__ import annotations
 

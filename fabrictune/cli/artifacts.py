@@ -11,10 +11,8 @@ import typer
 from google.protobuf import json_format
 from rich.tree import Tree
 
-from fabrictune import publishing, transfer
 from fabrictune.cli.context import console, print_json, print_message, print_rows, say, settings, to_dict
 from fabrictune.cli.progress import new_progress
-from fabrictune.cli.publish import publish_artifact
 from fabrictune.client import COLLECTIONS, Client
 from fabrictune.errors import ApiError
 from fabrictune.v1 import artifact_pb2
@@ -48,6 +46,8 @@ def get_artifact(name: Name) -> None:
 @app.command("pull")
 def pull_artifact(name: Name, folder: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
     """Download an artifact; an interrupted download goes on where it stopped."""
+    from fabrictune import transfer
+
     with settings().connect() as client:
         size = client.artifacts.get(name).size_bytes
         with new_progress() as display:
@@ -80,8 +80,12 @@ def push_artifact(
 
     Sending the same files again changes nothing. A hub's token comes from HF_TOKEN or MODELSCOPE_API_TOKEN.
     """
+    from fabrictune import publishing
+
     address = publishing.parse_address(target)
     if address is not None:
+        from fabrictune.cli.publish import publish_artifact
+
         publish_artifact(source, address, public, license_id, report or [], leave_out or [], dry_run)
         return
     if public or license_id or report or leave_out or dry_run:
@@ -157,6 +161,8 @@ def push_with_bar(
     client: Client, folder: Path, name: str, kind: str, metadata: Mapping[str, str] | None = None
 ) -> artifact_pb2.Artifact:
     """Push with a progress bar."""
+    from fabrictune import transfer
+
     if settings().json:
         return transfer.push(client, folder, name, kind, metadata)
     with new_progress() as display:

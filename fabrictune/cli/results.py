@@ -13,7 +13,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fabrictune import transfer
 from fabrictune.cli.context import console, program
 from fabrictune.cli.serving import model_config
 from fabrictune.client import Client
@@ -86,6 +85,8 @@ def _cell(m: Mapping[str, Any], narrow: bool) -> str:
 
 
 def _show_report(client: Client, outputs: Mapping[str, str]) -> None:
+    from fabrictune import transfer
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "report"
         transfer.pull(client, outputs["evaluation-after"], folder)
@@ -100,6 +101,8 @@ def _show_report(client: Client, outputs: Mapping[str, str]) -> None:
 
 def _ask(client: Client, deployment: str, dataset: str, row_id: str, scratch: Path) -> None:
     """Ask the deployed model one held-out question, as AgentFabric would."""
+    from fabrictune import transfer
+
     folder = scratch / "dataset"
     transfer.pull(client, dataset, folder)
     rows = map(json.loads, (folder / "test.jsonl").read_text(encoding="utf-8").splitlines())

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from fabrictune.cli.artifacts import push_with_bar
 from fabrictune.cli.context import console, errors, print_json, print_message, settings
@@ -222,6 +221,8 @@ def read_spec(file: Path | None) -> dict[str, Any]:
     """A YAML mapping, or {} without a file. Raises ApiError."""
     if file is None:
         return {}
+    import yaml
+
     try:
         read = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -318,6 +319,8 @@ def _parse_range(text: str) -> dict[str, int]:
 
 
 def _parse_setting(text: str) -> tuple[str, Any]:
+    import yaml
+
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ApiError(f"--set {text!r} must look like learning_rate=1e-4", "INVALID_ARGUMENT")

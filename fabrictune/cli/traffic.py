@@ -13,7 +13,6 @@ from fabrictune.cli.artifacts import push_with_bar
 from fabrictune.cli.context import console, print_json, settings
 from fabrictune.cli.serving import only_deployment
 from fabrictune.errors import ApiError
-from fabrictune.traffic import fetch_records, list_records, parse_since
 
 
 def make_rows(
@@ -30,6 +29,9 @@ def make_rows(
     `up --record` records; admins may read it. The rows have AgentFabric's form: `fabrictune convert --format agentfabric`.
     What was left out, and why, stands beside them in …left-out.jsonl. Look at the rows before you train on them.
     """
+    from fabrictune import local
+    from fabrictune.traffic import fetch_records, list_records, parse_since
+
     begin = parse_since(since)
     if not output.name.endswith(".jsonl"):
         raise ApiError(f"--output {output} must end in .jsonl, as rows files do", "INVALID_ARGUMENT")
@@ -39,8 +41,6 @@ def make_rows(
     for file in (output, left_out):
         if file.exists():
             raise ApiError(f"{file} exists; choose another name", "ALREADY_EXISTS")
-    from fabrictune import local
-
     with tempfile.TemporaryDirectory(prefix="fabrictune-traffic-", dir=output.absolute().parent) as scratch:
         here = Path(scratch)
         if folder is not None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from fabrictune.cli.context import console, print_json, settings
 from fabrictune.connection import is_alive, read_up_file
@@ -138,6 +137,8 @@ def new_token(
     """Make an API key: printed once, kept only as a hash."""
     if role not in ("viewer", "operator", "admin"):
         raise ApiError(f"{role!r} is no role; there are viewer, operator, admin", "INVALID_ARGUMENT")
+    import yaml
+
     entries = yaml.safe_load(file.read_text()) if file.exists() else []
     if not isinstance(entries, list):
         raise ApiError(f"{file} is no tokens file: it must hold a list", "INVALID_ARGUMENT")
