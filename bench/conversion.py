@@ -1,11 +1,14 @@
 """Conversion of generated ms_agent rows (bench/rows.py), beside the recipe's published script: speed, memory, the disk.
 
-30,000 rows of 2,300 and of 3,300 bytes; `python -m bench.conversion --full`, or BENCH_ROWS=3000000, adds a round of so many. The
-script is not ours to give: FABRICTUNE_BASELINE_CONVERTER names it, else ../shared/baseline/published_converter.py beside the
-clone is taken, else ours is measured alone. BENCH_TOKENIZER names a model's folder, for token lengths. The script reads
-the prompt with expressions, checks nothing and leaves the turns as they are; ours parses, validates and writes tools.jsonl
-as well, in a seeded order, split by tool, with a report. rows/s counts all rows given, those that either leaves out too.
-"CPU s" are those that processors worked: on a machine that others use too they tell more than the clock.
+30,000 rows of 2,300 and of 3,300 bytes (BENCH_SIZES); `python -m bench.conversion --full`, or BENCH_ROWS=3000000, adds a
+round of so many of the script, of ours, and of ours with everything on. The script is not ours to give:
+FABRICTUNE_BASELINE_CONVERTER names it, else ../shared/baseline/published_converter.py beside the clone is taken, else ours
+is measured alone. BENCH_TOKENIZER names a model's folder, for token lengths.
+
+The script reads the prompt with expressions, checks nothing and leaves the turns as they are. "parse, check, render" is what
+ours does of that, one row after the other; "all" writes tools.jsonl as well, in a seeded order, split by tool, with a report.
+rows/s counts all rows given, those that either leaves out too. "CPU s" are those that processors worked: on a machine that
+others use too they tell more than the clock.
 """
 
 from __future__ import annotations
@@ -21,24 +24,26 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.conversion_table import KEEP, ONE, SCRIPT, TWO, Found, Sample, Variant, judge, show
+from bench.conversion_table import KEEP, ONE, RENDER, SCRIPT, TWO, Found, Sample, Variant, judge, show
 from bench.measure import ROOT
 from bench.processes import python, watch
 from bench.rows import write_rows
 
-SIZES, FEW, MANY = (2300, 3300), 30_000, 3_000_000
+SIZES = tuple(map(int, os.environ.get("BENCH_SIZES", "2300 3300").split()))
+FEW, MANY = 30_000, 3_000_000
 ROUNDS = 3
 """Of the few rows; many are converted once."""
 
 EXACT, NEAR = ({"duplicates": how} for how in ("exact", "near"))
 VARIANTS = (
     SCRIPT,
+    RENDER,
     ONE,
     TWO,
-    Variant("… layout split", KEEP, "split"),
-    Variant("… layouts split and inline", KEEP, "both"),
-    Variant("… exact duplicates removed", EXACT),
-    Variant("… near duplicates removed", NEAR),
+    Variant("… layout split", KEEP, "split", few_only=True),
+    Variant("… layouts split and inline", KEEP, "both", few_only=True),
+    Variant("… exact duplicates removed", EXACT, few_only=True),
+    Variant("… near duplicates removed", NEAR, few_only=True),
 )
 
 
@@ -55,7 +60,8 @@ def run() -> bool:
                 megabytes = write_rows(count, size, rows, half_lines=False) / 1e6
                 disk = _measure_disk(rows, folder / "copy")
                 earlier = found.get((counts[0], size), {})
-                fitting = [v for v in variants if _fits(v, earlier.get(v, ()), count / counts[0], folder, console)]
+                asked = [v for v in variants if count <= FEW or not v.few_only]
+                fitting = [v for v in asked if _fits(v, earlier.get(v, ()), count / counts[0], folder, console)]
                 found[count, size] = _measure(fitting, rows, folder, ROUNDS if count <= FEW else 1)
                 show(f"{count:,} rows of {size} bytes", found[count, size], count, megabytes, disk, console)
     judge(found, SIZES, MANY, console)
@@ -78,7 +84,7 @@ def _choose_variants(console: Console) -> Iterator[Variant]:
                 "the published script is not there (FABRICTUNE_BASELINE_CONVERTER names it): ours is measured alone"
             )
     if tokenizer:
-        yield Variant("… token lengths", {**KEEP, "tokenizer": tokenizer})
+        yield Variant("… token lengths", {**KEEP, "tokenizer": tokenizer}, few_only=True)
     else:
         console.print("token lengths are not measured: BENCH_TOKENIZER names no model's folder")
     yield Variant("… everything on" if tokenizer else "… everything but token lengths", everything, "both")
@@ -115,6 +121,7 @@ def _convert(variant: Variant, rows: Path, folder: Path) -> Sample:
     if variant.spec is None:
         argv += ["--script", str(_find_script())]
     else:
+        argv += ["--render-only"] * variant.render_only
         argv += ["--spec", json.dumps({"sources": [{"uri": str(rows), "layout": variant.layout}], **variant.spec})]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
     try:

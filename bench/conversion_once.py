@@ -1,7 +1,9 @@
 """One conversion in a process of its own: `python -m bench.conversion_once ROWS.jsonl OUT --spec JSON --processes N`.
 
-Or, with `--script FILE`, the published converter instead, run by the same Python in the same way. Prints the seconds, imports
-not counted, those that processors worked for it (children too), and what became of the rows, as JSON.
+Or, with `--script FILE`, the published converter instead, run by the same Python in the same way; or, with `--render-only`, what
+the script does and no more: rows are read, parsed, checked and rendered in their own order, without tools.jsonl, order, splits
+and report. Prints the seconds, imports not counted, those that processors worked for it (children too), and what became of
+the rows, as JSON.
 """
 
 from __future__ import annotations
@@ -31,6 +33,34 @@ def convert(rows: Path, output: Path, spec: dict[str, Any]) -> dict[str, Any]:
     begin = _now()
     result = STAGE.run(meant, inputs, output, Silent())
     return _since(begin) | {"left_out": result["rows_rejected"]}
+
+
+def render(rows: Path, output: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    """Only the part of our stage that the script has too: every check of a row, and its training rows' messages."""
+    import orjson
+
+    from services.conversion.reading import to_row, understand_row
+    from services.conversion.refusals import Refused
+    from services.conversion.rendering import Renderer
+    from services.conversion.sources import cut_chunks, read_rows
+    from services.conversion.worker import STAGE
+
+    meant = STAGE.spec.model_validate(spec)
+    source, renderer, left_out = meant.all_sources[0], Renderer(meant, as_json=True), 0
+    output.mkdir()
+    begin = _now()
+    with (output / "train.jsonl").open("wb", buffering=1 << 18) as file:
+        for chunk in cut_chunks([(0, rows)]):
+            for raw in read_rows(chunk, meant.max_row_bytes):
+                try:
+                    row = to_row(understand_row(raw, source, meant), chunk, raw.offset)
+                except Refused:
+                    left_out += 1
+                    continue
+                for _, example in renderer.alone(row, row.tools):
+                    told = {"id": row.id, "source": row.file, "messages": example.messages}
+                    file.write(orjson.dumps(told, option=orjson.OPT_APPEND_NEWLINE))
+    return _since(begin) | {"left_out": left_out}
 
 
 def run_script(script: Path, rows: Path, output: Path) -> dict[str, Any]:
@@ -66,11 +96,15 @@ def _main() -> None:
     parser.add_argument("--spec", type=json.loads, default="{}")
     parser.add_argument("--processes", default="1")
     parser.add_argument("--script", type=Path)
+    parser.add_argument("--render-only", action="store_true")
     told = parser.parse_args()
     os.environ["FABRICTUNE_PROCESSES"] = told.processes
     spec = {"sources": [{"uri": str(told.rows)}], **told.spec}
-    print(json.dumps(run_script(told.script, told.rows, told.output) if told.script else
-                     convert(told.rows, told.output, spec)))  # fmt: skip
+    if told.script:
+        result = run_script(told.script, told.rows, told.output)
+    else:
+        result = (render if told.render_only else convert)(told.rows, told.output, spec)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

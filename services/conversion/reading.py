@@ -134,7 +134,7 @@ class _Reader:
         report.rows_in += 1
         source = self._sources[chunk.source]
         try:
-            row = _to_row(understand_row(raw, source, self._spec), chunk, raw.offset)
+            row = to_row(understand_row(raw, source, self._spec), chunk, raw.offset)
             if self._spec.max_row_characters:
                 self._check_length(row)
         except Refused as refused:
@@ -150,7 +150,7 @@ class _Reader:
         told = self._spec.self_cognition
         for number, conversation in enumerate(make_conversations(told.count, told.name, told.author, self._spec.seed)):
             self.summary.report.rows_in += 1
-            self._put(_to_row(conversation, chunk, number), chunk.number, self._sources[chunk.source])
+            self._put(to_row(conversation, chunk, number), chunk.number, self._sources[chunk.source])
 
     def close(self) -> None:
         """Write what is still held, and the summary."""
@@ -248,7 +248,8 @@ def smallest_tools(pool: dict[str, tuple[int, Tool]]) -> list[tuple[int, Tool]]:
     return heapq.nsmallest(POOL, pool.values())
 
 
-def _to_row(conversation: Conversation, chunk: Chunk, offset: int) -> Row:
+def to_row(conversation: Conversation, chunk: Chunk, offset: int) -> Row:
+    """A conversation with the place that it stood at. offset: as `RawRow` has it."""
     row_id, tools, rounds, system, instruction = conversation
     own = row_id or f"{chunk.name}@{offset}"
     return Row(own, chunk.name, offset, chunk.source, tools, rounds, system, instruction)
