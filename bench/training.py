@@ -53,17 +53,17 @@ def run() -> bool:
 
 def _time_bare(folder: Path, work: Path) -> float:
     """The plan of the same spec, run as a shell would run it."""
+    from services.training.admission import hardware_here
     from services.training.presets import load_preset
     from services.training.spec import Spec
-    from services.training.swift import Family, Hardware, Paths, plan_sft
+    from services.training.swift import Family, Paths, plan_sft
 
     work.mkdir()
     shutil.copyfile(folder / "rows" / "train.jsonl", work / "train.jsonl")
     names = {"dataset": "datasets/d", "base_model": "models/m", "preset": "smollm2-cpu"}
     spec = Spec.model_validate({**names, "arguments": ARGUMENTS})
-    hardware = Hardware(threads=len(os.sched_getaffinity(0)))
     paths = Paths(folder / "model", work)
-    command = plan_sft(spec, load_preset(spec.preset), paths, hardware, Family("llama", "chatml"))
+    command = plan_sft(spec, load_preset(spec.preset), paths, hardware_here(spec), Family("llama", "chatml"))
     return _time(command.argv, {**os.environ, **command.env}, work)
 
 

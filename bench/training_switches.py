@@ -19,14 +19,16 @@ BASE: dict[str, Any] = {
     "per_device_eval_batch_size": 4, "gradient_checkpointing": True, "use_logits_to_keep": False, "eval_strategy": "steps",
     "eval_steps": 1000, "save_steps": 1000, "target_regex": r".*_proj", "logging_steps": 4, "torch_dtype": "float32",
 }  # fmt: skip
+THREE = {"gradient_checkpointing": False, "use_logits_to_keep": True, "group_by_length": True}
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     # name, what differs from the case before it is named; all from BASE
     ("recomputing (the default recipe)", {}),
     ("group_by_length", {"group_by_length": True}),
     ("no recomputing", {"gradient_checkpointing": False}),
     ("no recomputing, logits of answers only", {"gradient_checkpointing": False, "use_logits_to_keep": True}),
-    ("all three", {"gradient_checkpointing": False, "use_logits_to_keep": True, "group_by_length": True}),
-    ("bfloat16", {"torch_dtype": "bfloat16"}),
+    ("all three", THREE),
+    ("torch_dtype: auto (bfloat16 where this CPU multiplies it)", {"torch_dtype": "auto"}),
+    ("… and all three", {"torch_dtype": "auto", **THREE}),
 )
 
 

@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 import grpc
 from google.protobuf import json_format
 
-from fabrictune.connection import DEADLINE_SECONDS, find_endpoint, open_channel
-from fabrictune.errors import ApiError, from_rpc, from_status
+from fabrictune.channel import DEADLINE_SECONDS, from_rpc, from_status, open_channel
+from fabrictune.connection import find_endpoint
+from fabrictune.errors import ApiError
+from fabrictune.names import CANCELLED, FAILED
 from fabrictune.v1 import (
     artifact_pb2,
     artifact_pb2_grpc,
@@ -38,11 +40,6 @@ from fabrictune.v1 import (
     training_pb2,
     training_pb2_grpc,
 )
-
-SUCCEEDED, FAILED, CANCELLED = job_pb2.Execution.SUCCEEDED, job_pb2.Execution.FAILED, job_pb2.Execution.CANCELLED
-ENDED = (SUCCEEDED, FAILED, CANCELLED)
-COLLECTIONS = ("datasets", "models", "adapters", "reports")
-"""Of artifacts, by what they are."""
 
 
 class Kind(NamedTuple):

@@ -8,15 +8,18 @@ import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from google.protobuf import json_format
 
 from fabrictune import transfer
 from fabrictune.card import TEXTS, render_card
-from fabrictune.client import COLLECTIONS, Client
 from fabrictune.errors import ApiError
+from fabrictune.names import COLLECTIONS
 from fabrictune.v1 import artifact_pb2
+
+if TYPE_CHECKING:
+    from fabrictune.client import Client
 
 HUBS = {"hf": "hf", "modelscope": "ms"}
 """Scheme of an address → the hub, as sources and base models spell it."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fabrictune.client import Client
 from fabrictune.sources import Rows, find_rows, is_artifact
+
+if TYPE_CHECKING:
+    from fabrictune.client import Client
 
 
 def push_rows(

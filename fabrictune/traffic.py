@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 
-from fabrictune.client import Client
 from fabrictune.errors import ApiError
 from fabrictune.transfer import open_http
+
+if TYPE_CHECKING:
+    from fabrictune.client import Client
 
 UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 

@@ -11,13 +11,16 @@ import shutil
 import ssl
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 
-from fabrictune.client import Client
 from fabrictune.connection import read_connection
 from fabrictune.errors import ApiError
 from fabrictune.v1 import artifact_pb2
+
+if TYPE_CHECKING:
+    from fabrictune.client import Client
 
 CHUNK = 1 << 20
 OnBytes = Callable[[int], None]

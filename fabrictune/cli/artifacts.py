@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from google.protobuf import json_format
@@ -13,9 +13,12 @@ from rich.tree import Tree
 
 from fabrictune.cli.context import console, print_json, print_message, print_rows, say, settings, to_dict
 from fabrictune.cli.progress import new_progress
-from fabrictune.client import COLLECTIONS, Client
 from fabrictune.errors import ApiError
+from fabrictune.names import COLLECTIONS
 from fabrictune.v1 import artifact_pb2
+
+if TYPE_CHECKING:
+    from fabrictune.client import Client
 
 KINDS = {"datasets": "dataset", "models": "model", "adapters": "adapter", "reports": "report"}
 app = typer.Typer(

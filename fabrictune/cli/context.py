@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from google.protobuf import json_format
@@ -18,8 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fabrictune.client import Client
 from fabrictune.errors import ApiError
+
+if TYPE_CHECKING:
+    from fabrictune.client import Client
 
 EXIT_INTERRUPTED = 130
 # google.rpc.Code → sysexits.h; the same table as the workers' (services.common.errors).
@@ -36,9 +38,9 @@ EXIT_CODES: Mapping[str, int] = {
     "DEADLINE_EXCEEDED": 78,
     "CANCELLED": 143,
 }
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, emoji=False)
 """Wide where it is piped: `grep` and `awk` want a row on one line."""
-errors = Console(stderr=True)
+errors = Console(stderr=True, emoji=False)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Settings:
 
     def connect(self) -> Client:
         """A client for the chosen server."""
+        from fabrictune.client import Client
+
         return Client(self.endpoint, ca_file=self.ca_file)
 
 

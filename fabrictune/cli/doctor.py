@@ -16,7 +16,6 @@ import typer
 
 from fabrictune.cli.context import console, print_json, settings
 from fabrictune.cli.up import find_running
-from fabrictune.client import Client
 from fabrictune.connection import find_endpoint
 from fabrictune.errors import ApiError
 
@@ -126,6 +125,8 @@ def _ports() -> Iterator[Finding]:
 def _server(here: bool) -> Finding:
     endpoint = settings().endpoint or find_endpoint()
     try:
+        from fabrictune.client import Client
+
         with Client(endpoint, timeout=5) as client:
             next(iter(client.pipelines.list()), None)
     except ApiError as error:

@@ -8,8 +8,8 @@ import typer
 
 from fabrictune.cli.context import print_message, print_rows, settings
 from fabrictune.cli.progress import follow
-from fabrictune.client import CANCELLED, ENDED, FAILED
-from fabrictune.errors import ApiError, from_status
+from fabrictune.errors import ApiError
+from fabrictune.names import CANCELLED, ENDED, FAILED
 from fabrictune.v1 import job_pb2
 
 app = typer.Typer(
@@ -98,6 +98,8 @@ def delete_job(name: Name) -> None:
 def raise_failure(name: str, execution: job_pb2.Execution) -> None:
     """Raise the ApiError that a job ended with, if it did not succeed."""
     if execution.state == FAILED:
+        from fabrictune.channel import from_status
+
         error = from_status(execution.error)
         raise ApiError(f"{name} failed: {error.message}", error.code, error.reason, error.violations)
     if execution.state == CANCELLED:

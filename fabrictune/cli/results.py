@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.panel import Panel
@@ -15,7 +15,9 @@ from rich.text import Text
 
 from fabrictune.cli.context import console, program
 from fabrictune.cli.serving import model_config
-from fabrictune.client import Client
+
+if TYPE_CHECKING:
+    from fabrictune.client import Client
 
 BY_GROUP = ("calls", "right_tool", "exact_arguments", "no_call")
 NARROW_FROM = 2

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress
@@ -17,11 +17,14 @@ from fabrictune.cli.context import console, print_json, print_message, settings,
 from fabrictune.cli.jobs import raise_failure
 from fabrictune.cli.progress import find_with_bar, new_progress, print_log, show_progress
 from fabrictune.cli.stages import read_sources, read_spec
-from fabrictune.client import ENDED, SUCCEEDED, Client
 from fabrictune.errors import ApiError
+from fabrictune.names import ENDED, SUCCEEDED
 from fabrictune.rows import push_rows
 from fabrictune.sources import resolve_alias
 from fabrictune.v1 import job_pb2
+
+if TYPE_CHECKING:
+    from fabrictune.client import Client
 
 POLL_SECONDS = 0.5
 

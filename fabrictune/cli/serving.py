@@ -6,16 +6,18 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from fabrictune.cli.context import console, print_json, print_message, print_rows, say, settings, to_dict
 from fabrictune.cli.stages import read_spec
-from fabrictune.client import Client
-from fabrictune.errors import ApiError, from_status
+from fabrictune.errors import ApiError
 from fabrictune.v1 import inference_pb2
+
+if TYPE_CHECKING:
+    from fabrictune.client import Client
 
 State = inference_pb2.Revision
 agentfabric = typer.Typer(
@@ -204,6 +206,8 @@ def _wait_ready(client: Client, name: str) -> inference_pb2.Deployment:
             deployment = client.inference.get(name)
             for revision in deployment.revisions:
                 if revision.state == State.FAILED:
+                    from fabrictune.channel import from_status
+
                     raise from_status(revision.error)
                 status.update(f"{name}: {State.State.Name(revision.state).lower()}  {revision.message}")
             if deployment.traffic:

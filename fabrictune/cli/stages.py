@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,10 +18,12 @@ from fabrictune.cli.estimate import estimate_training, show_estimate
 from fabrictune.cli.jobs import raise_failure
 from fabrictune.cli.preview import preview_sources, show_preview
 from fabrictune.cli.progress import StageListener, find_with_bar, follow, new_progress
-from fabrictune.client import Jobs
 from fabrictune.errors import ApiError
 from fabrictune.rows import push_rows
 from fabrictune.sources import is_artifact, public_uri, resolve_alias
+
+if TYPE_CHECKING:
+    from fabrictune.client import Jobs
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Write into this new folder, in this process, without a server.")

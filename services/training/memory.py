@@ -26,10 +26,12 @@ _OPTIMIZER: tuple[tuple[re.Pattern[str], float], ...] = (
     (re.compile(r"^sgd"), 0.0),
     (re.compile(r""), 2.0),  # the two moments of Adam
 )
+_PLAIN_LOSSES = frozenset({"default", "last_round", "all"})
+"""loss_scale whose tokens count once or not at all, so the model computes its loss itself."""
 OVERHEAD: Mapping[str, int] = {
     # Python, torch, ms-swift, tokenizer and allocator: resident memory before the first step without the weights,
     # measured with ms-swift 4.6.0 and torch 2.13.0+cpu
-    "cpu": 540 << 20,
+    "cpu": 520 << 20,
     # the CUDA context, cuBLAS' workspace and what the caching allocator cannot hand out; not measured here
     "gpu": 1200 << 20,
 }
@@ -149,9 +151,13 @@ def _layers_walked_back(shape: ModelShape, arguments: Mapping[str, Any]) -> int:
 
 
 def _logits(shape: ModelShape, arguments: Mapping[str, Any], load: Load, compute: int) -> int:
-    """The output over the vocabulary: itself, in float32 with its log-softmax, and the gradients of these."""
+    """The output over the vocabulary: itself, in float32 with its log-softmax, and the gradients of these.
+
+    ms-swift computes a loss of weighted tokens itself, over all tokens: two copies more.
+    """
+    copies = 3 if set(str(arguments.get("loss_scale", "default")).split("+")) <= _PLAIN_LOSSES else 5
     kept = 0.5 if arguments.get("use_logits_to_keep") else 1.0  # of answers only; half a row, where nothing is known
-    each = 4 + 4 + 4 + (compute if compute != 4 else 0)
+    each = 4 * copies + (compute if compute != 4 else 0)
     return int(load.batch * load.length * kept) * shape.vocabulary * each
 
 

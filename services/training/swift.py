@@ -150,16 +150,15 @@ def plan_arguments(spec: Spec, preset: Preset, hardware: Hardware) -> dict[str, 
         arguments["gradient_accumulation_steps"] = fit_accumulation(int(batch), per_device, hardware.world_size)
     if arguments.get("torch_dtype") == "auto":
         arguments |= _fast_dtype(hardware)
+    if arguments.get("torch_dtype") == "bfloat16" and not hardware.gpus:
+        # transformers wants to be told that a CPU is meant; without it only the weights are bfloat16
+        arguments = {"bf16": True, "use_cpu": True, **arguments}
     return arguments
 
 
 def _fast_dtype(hardware: Hardware) -> dict[str, Any]:
-    """bfloat16 where it is multiplied natively, else float32. transformers wants to be told that a CPU is meant."""
-    if hardware.gpus:
-        return {"torch_dtype": "bfloat16"}
-    return (
-        {"torch_dtype": "bfloat16", "bf16": True, "use_cpu": True} if hardware.bfloat16 else {"torch_dtype": "float32"}
-    )
+    """bfloat16 where it is multiplied natively, else float32."""
+    return {"torch_dtype": "bfloat16" if hardware.gpus or hardware.bfloat16 else "float32"}
 
 
 def seed_of(spec: Spec) -> int:

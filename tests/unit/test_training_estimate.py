@@ -116,6 +116,8 @@ def test_each_choice_moves_its_own_part_of_the_memory() -> None:
     assert parts(gradient_checkpointing=False)["activations"] > 10 * plain["activations"]
     assert parts(batch=1)["logits"] == plain["logits"] / 2
     assert parts(use_logits_to_keep=True)["logits"] == plain["logits"] / 2
+    assert parts(loss_scale="last_round")["logits"] == plain["logits"]
+    assert parts(loss_scale="agentfabric")["logits"] == plain["logits"] * (4 * 5 + 2) / (4 * 3 + 2)
     assert parts(world_size=8)["gradients"] == 2 * plain["gradients"]
     assert parts(optim="adamw_8bit")["optimizer"] < plain["optimizer"]
     full = parts(tuner_type="full")

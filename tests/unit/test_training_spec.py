@@ -144,6 +144,11 @@ def test_an_auto_dtype_is_what_the_hardware_multiplies_fast(hardware: Hardware, 
     assert [flags.get("--bf16"), flags.get("--use_cpu")] == (["true", "true"] if told else [None, None])
 
 
+def test_bfloat16_that_a_spec_names_is_computed_on_a_cpu_too() -> None:
+    flags = _flags(_plan(Hardware(), preset="smollm2-cpu", arguments={"torch_dtype": "bfloat16"}))
+    assert [flags["--torch_dtype"], flags["--bf16"], flags["--use_cpu"]] == ["bfloat16", "true", "true"]
+
+
 def test_a_preset_without_evaluation_takes_no_validation_set() -> None:
     flags = _flags(_plan(Hardware(), preset="smollm2-cpu"))
     assert flags["--eval_strategy"] == "no"
