@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 
 from services.common.errors import FailedPrecondition, InvalidData, Unavailable
-from services.inference.engine import Model
+from services.inference.engine import Model, adapter_model
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank takes (vllm 0.32, config/lora.py), without 1."""
@@ -47,11 +47,6 @@ class Adapter:
     def id(self) -> str:
         """The last part of its name."""
         return self.name.rpartition("/")[2]
-
-
-def engine_model(deployment: str, adapter_id: str, digest: str) -> str:
-    """What the engine calls an adapter."""
-    return f"{deployment}:{adapter_id}:{digest[:12]}"
 
 
 def describe_adapter(name: str, digest: str, folder: Path, created_by: Mapping[str, Any]) -> Adapter:
@@ -132,7 +127,7 @@ def largest_rank(wanted: int | None, adapters: Sequence[Adapter]) -> int:
 
 async def load_adapter(session: aiohttp.ClientSession, address: str, deployment: str, adapter: Adapter) -> None:
     """Load it into a running engine unless it is there. Raises FailedPrecondition (refused), Unavailable."""
-    name = engine_model(deployment, adapter.id, adapter.digest)
+    name = adapter_model(deployment, adapter.id, adapter.digest)
     if name in await list_models(session, address):
         return
     body = {"lora_name": name, "lora_path": str(adapter.folder)}

@@ -17,8 +17,8 @@ from services.common.clusters import Cluster
 from services.common.errors import FabrictuneError, FailedPrecondition, Unavailable, WorkerLost
 from services.common.logs import get_logger
 from services.common.metrics import REGISTRY
-from services.inference.adapters import Adapter, check_base, engine_model, largest_rank, load_adapter, unload_adapter
-from services.inference.engine import Hardware, Model, engine_name, render_engine
+from services.inference.adapters import Adapter, check_base, largest_rank, load_adapter, unload_adapter
+from services.inference.engine import Hardware, Model, adapter_model, engine_name, render_engine
 from services.inference.launch import Artifacts, Launcher, Limits, run_both
 from services.inference.revisions import Deployment, Revision, State, move
 from services.inference.spec import RevisionSpec
@@ -77,7 +77,8 @@ class Driver:
                 self.addresses.pop(revision.name, None)
                 move(revision, State.PENDING, f"the engine crashed; it is started again in {pause:.0f} s. {lost}")
                 await self.publish(owner)
-                await self.cluster.delete(name)
+                if not await self.launcher.is_coming(name):
+                    await self.cluster.delete(name)
                 await asyncio.sleep(pause)
         except FabrictuneError as error:
             await self._fail(owner, revision, error)
@@ -119,7 +120,7 @@ class Driver:
         revision.adapters = {a.id: a.digest for a in adapters}
         await self.publish(owner)  # no new request asks for what is unloaded now
         for adapter_id, digest in before.items() - revision.adapters.items():
-            await unload_adapter(self.launcher.session, address, engine_model(owner.id, adapter_id, digest))
+            await unload_adapter(self.launcher.session, address, adapter_model(owner.id, adapter_id, digest))
 
     async def _fail(self, owner: Deployment, revision: Revision, error: FabrictuneError) -> None:
         self._log.warning("revision failed", revision=revision.name, error=error.message)
@@ -134,8 +135,8 @@ class Driver:
         model = await self.artifacts.fetch_model(spec.model)
         adapters = await self._adapters(spec, model)
         work = render_engine(
-            revision.deployment, revision.revision, spec, model, self.hardware,
-            [f"{a.name}={a.digest}" for a in adapters], largest_rank(spec.lora.max_rank, adapters),
+            revision.deployment, revision.revision, spec, model, self.hardware, adapters,
+            largest_rank(spec.lora.max_rank, adapters),
         )  # fmt: skip
         revision.seconds = {"fetch": round(time.monotonic() - clock, 2)}
         adopted = adopt and await self.launcher.runs_already(work)
@@ -199,7 +200,7 @@ class Driver:
     async def _load(self, revision: Revision, address: str, adapters: list[Adapter]) -> None:
         for adapter in adapters:
             await load_adapter(self.launcher.session, address, revision.deployment, adapter)
-            await self.launcher.smoke(address, engine_model(revision.deployment, adapter.id, adapter.digest))
+            await self.launcher.smoke(address, adapter_model(revision.deployment, adapter.id, adapter.digest))
 
     async def _timed(self, revision: Revision, step: str, work: Coroutine[Any, Any, _T]) -> _T:
         clock = time.monotonic()

@@ -14,13 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from services.common.clusters import Workload
 from services.common.cpu import cpu_flags, multiplies_bfloat16
 from services.common.errors import InvalidData, InvalidSpec, Violation
 from services.inference.engines import ENGINES, model_type
 from services.inference.spec import RevisionSpec
+
+if TYPE_CHECKING:
+    from services.inference.adapters import Adapter
 
 GIB = 1024**3
 CPU_MAX_MODEL_LEN = 8192
@@ -115,11 +118,16 @@ def engine_name(deployment: str, revision: str) -> str:
     return f"engine-{deployment[:23].rstrip('-')}-{revision[:22].rstrip('-')}-{mark}"
 
 
+def adapter_model(deployment: str, adapter_id: str, digest: str) -> str:
+    """What an engine calls an adapter."""
+    return f"{deployment}:{adapter_id}:{digest[:12]}"
+
+
 def render_engine(
     deployment: str, revision: str, spec: RevisionSpec, model: Model, hardware: Hardware,
-    adapters: Sequence[str] = (), max_rank: int = 16,
+    adapters: Sequence[Adapter] = (), max_rank: int = 16,
 ) -> Workload:  # fmt: skip
-    """The engine of one revision. adapters: "name=digest"; a pod fetches them when it starts. Raises InvalidSpec."""
+    """The engine of one revision. adapters: a pod fetches and loads them when it starts. Raises InvalidSpec."""
     config = model.config
     dtype = choose_dtype(spec.dtype, hardware)
     gpus = spec.resources.gpus or min(hardware.gpus, 1)
@@ -157,7 +165,11 @@ def render_engine(
         lora += ["--max-lora-rank", str(max_rank)]
         env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # the gateway passes only /v1 chat and completions on
     if model.remote:
-        env |= {"FABRICTUNE_ADAPTERS": ",".join(adapters)} if adapters else {}
+        if adapters:
+            # Every pod has them before it answers, one that takes the place of a lost one and one of several, too.
+            modules = (f"{adapter_model(deployment, a.id, a.digest)}={a.folder}" for a in adapters)
+            lora += ["--lora-modules", *modules]
+            env["FABRICTUNE_ADAPTERS"] = ",".join(f"{a.name}={a.digest}" for a in adapters)
         env |= {
             "FABRICTUNE_MODEL": model.name,
             "FABRICTUNE_MODEL_DIGEST": model.digest,

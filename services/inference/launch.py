@@ -106,6 +106,11 @@ class Launcher:
             and not status.stopping
         )
 
+    async def is_coming(self, name: str) -> bool:
+        """Whether the cluster is about to run it, perhaps once more after its pod was lost."""
+        status = await self.cluster.get(name)
+        return status is not None and status.phase is Phase.PENDING and not status.stopping
+
     async def start(self, work: Workload) -> None:
         """Give it to the cluster; one of that name that is another, or has ended, goes first."""
         status = await self.cluster.get(work.name)
@@ -154,11 +159,13 @@ class Launcher:
             return False
 
     async def watch(self, name: str) -> str:
-        """Until the engine has gone; returns why."""
+        """Until the engine has gone, or the cluster has put another in its place; returns why."""
         while True:
             status = await self.cluster.get(name)
             if status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
                 return await self._last_words(name, status)
+            if status.phase is Phase.PENDING:
+                return f"its pod was lost: {status.message}"
             await asyncio.sleep(self.limits.poll)
 
     async def _last_words(self, name: str, status: WorkloadStatus | None = None) -> str:

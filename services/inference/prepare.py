@@ -3,7 +3,7 @@
     python -m services.inference.prepare
 
 The inference service says which in FABRICTUNE_MODEL, _MODEL_DIGEST, _REFERENCE_DTYPE, _TRUST_REMOTE_CODE and _ADAPTERS
-("name=digest,…"; vLLM is told to load them when it answers, so that it is READY only with all of them). The reference
+("name=digest,…"; vLLM's --lora-modules names their folders, so that the pod is Ready only with all of them). The reference
 is computed here since this image has transformers and this pod the memory; the service itself has neither.
 """
 

@@ -17,10 +17,9 @@ import aiohttp
 from services.common.clusters import Cluster
 from services.common.errors import AlreadyExists, FailedPrecondition, InvalidSpec, NotFound, Violation
 from services.common.logs import get_logger
-from services.inference.adapters import engine_model
 from services.inference.canary import Canaries
 from services.inference.drive import Driver
-from services.inference.engine import Hardware, engine_name
+from services.inference.engine import Hardware, adapter_model, engine_name
 from services.inference.engines import ENGINES
 from services.inference.launch import Artifacts, Launcher, Limits
 from services.inference.revisions import COMING, Deployment, Revision, State, check_traffic, move
@@ -278,7 +277,7 @@ class Rollout:
         address = self._driver.addresses.get(revision.name, "") if ready else ""
         ids = (revision.deployment, revision.revision)
         spec, engine = revision.spec, ENGINES[revision.spec.engine]
-        adapters = {a: engine_model(revision.deployment, a, digest) for a, digest in revision.adapters.items()}
+        adapters = {a: adapter_model(revision.deployment, a, digest) for a, digest in revision.adapters.items()}
         coming = {name.rpartition("/")[2]: "" for name in spec.adapters}
         return Target(
             *ids,

@@ -69,10 +69,25 @@ class SmallEngines(LocalCluster):
         return await super().create(replace(workload, argv=(sys.executable, "-c", ENGINE, *workload.argv[3:])))
 
 
+class LostPods(SmallEngines):
+    """While `lost`, engines wait for a place again, as Kubernetes says of a Deployment whose pod is gone."""
+
+    lost = False
+    deleted = 0
+
+    async def get(self, name: str) -> WorkloadStatus | None:
+        status = await super().get(name)
+        return replace(status, phase=Phase.PENDING, message="waits for a node") if status and self.lost else status
+
+    async def delete(self, name: str) -> None:
+        self.deleted += 1
+        await super().delete(name)
+
+
 @dataclass
 class House:
     folder: Path
-    cluster: LocalCluster
+    cluster: LostPods
     routes: RouteTable = field(default_factory=RouteTable)
     saved: dict[str, str] = field(default_factory=dict)
     rollouts: list[Rollout] = field(default_factory=list)
@@ -107,7 +122,7 @@ class House:
 async def house(tmp_path: Path) -> AsyncIterator[House]:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    cluster = SmallEngines(tmp_path / "cluster")
+    cluster = LostPods(tmp_path / "cluster")
     await cluster.start()
     house = House(tmp_path, cluster)
     yield house
@@ -196,6 +211,20 @@ async def test_a_crashed_engine_is_started_again_and_its_traffic_stays(house: Ho
     async with asyncio.timeout(5):
         async with house.routes.hold("x", 5) as target:
             assert target.revision == "a"
+
+
+async def test_an_engine_whose_pod_is_lost_is_not_ready_until_the_cluster_runs_it_again(house: House) -> None:
+    rollout = house.open()
+    await ready(rollout, "a", take_traffic=True)
+    house.cluster.lost = True
+    async with asyncio.timeout(20):
+        async for deployment in rollout.watch("x"):
+            revision = deployment.revisions["a"]
+            if revision.state is State.READY and not house.cluster.lost:
+                break
+            if revision.state is State.LOADING and "waits for a node" in revision.message:
+                house.cluster.lost = False
+    assert revision.restarts == 1 and house.cluster.deleted == 0 and rollout.get("x").traffic == {"a": 100}
 
 
 async def test_a_new_process_adopts_the_engine_that_still_runs(house: House) -> None:
