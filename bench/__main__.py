@@ -9,7 +9,16 @@ import importlib
 import sys
 from collections.abc import Callable
 
-NAMES = ("transfer", "merging", "conversion", "training", "training_memory", "training_switches", "serving")
+NAMES = (
+    "transfer",
+    "merging",
+    "conversion",
+    "training",
+    "training_memory",
+    "training_switches",
+    "serving",
+    "serving_vllm",
+)
 ON_A_CLUSTER = ("kubernetes",)
 """Run by name only: they need a release that `fabrictune connect` has reached."""
 

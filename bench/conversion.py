@@ -24,7 +24,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.conversion_table import KEEP, ONE, RENDER, SCRIPT, TWO, Found, Sample, Variant, judge, show
+from bench.conversion_table import KEEP, ONE, RENDER, RENDER_TWO, SCRIPT, TWO, Found, Sample, Variant, judge, show
 from bench.measure import ROOT
 from bench.processes import python, watch
 from bench.rows import write_rows
@@ -38,6 +38,7 @@ EXACT, NEAR = ({"duplicates": how} for how in ("exact", "near"))
 VARIANTS = (
     SCRIPT,
     RENDER,
+    RENDER_TWO,
     ONE,
     TWO,
     Variant("… layout split", KEEP, "split", few_only=True),

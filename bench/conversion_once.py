@@ -14,8 +14,13 @@ import os
 import runpy
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # imports are not to be timed
+    from services.conversion.sources import Chunk
+    from services.conversion.spec import Spec
 
 
 def convert(rows: Path, output: Path, spec: dict[str, Any]) -> dict[str, Any]:
@@ -37,30 +42,41 @@ def convert(rows: Path, output: Path, spec: dict[str, Any]) -> dict[str, Any]:
 
 def render(rows: Path, output: Path, spec: dict[str, Any]) -> dict[str, Any]:
     """Only the part of our stage that the script has too: every check of a row, and its training rows' messages."""
+    from services.conversion.processes import count_processes, run_tasks
+    from services.conversion.sources import cut_chunks
+    from services.conversion.worker import STAGE
+
+    meant = STAGE.spec.model_validate(spec)
+    output.mkdir()
+    begin = _now()
+    chunks, processes = cut_chunks([(0, rows)]), count_processes()
+    tasks = [(meant, chunks[number::processes], output / f"train-{number}.jsonl") for number in range(processes)]
+    left_out = run_tasks(_render_chunks, tasks, lambda _: None)
+    return _since(begin) | {"left_out": sum(left_out)}
+
+
+def _render_chunks(spec: Spec, chunks: Sequence[Chunk], target: Path, _: Callable[[int], None]) -> int:
+    """How many rows were left out."""
     import orjson
 
     from services.conversion.reading import to_row, understand_row
     from services.conversion.refusals import Refused
     from services.conversion.rendering import Renderer
-    from services.conversion.sources import cut_chunks, read_rows
-    from services.conversion.worker import STAGE
+    from services.conversion.sources import read_rows
 
-    meant = STAGE.spec.model_validate(spec)
-    source, renderer, left_out = meant.all_sources[0], Renderer(meant, as_json=True), 0
-    output.mkdir()
-    begin = _now()
-    with (output / "train.jsonl").open("wb", buffering=1 << 18) as file:
-        for chunk in cut_chunks([(0, rows)]):
-            for raw in read_rows(chunk, meant.max_row_bytes):
+    source, renderer, left_out = spec.all_sources[0], Renderer(spec, as_json=True), 0
+    with target.open("wb", buffering=1 << 18) as file:
+        for chunk in chunks:
+            for raw in read_rows(chunk, spec.max_row_bytes):
                 try:
-                    row = to_row(understand_row(raw, source, meant), chunk, raw.offset)
+                    row = to_row(understand_row(raw, source, spec), chunk, raw.offset)
                 except Refused:
                     left_out += 1
                     continue
                 for _, example in renderer.alone(row, row.tools):
                     told = {"id": row.id, "source": row.file, "messages": example.messages}
                     file.write(orjson.dumps(told, option=orjson.OPT_APPEND_NEWLINE))
-    return _since(begin) | {"left_out": left_out}
+    return left_out
 
 
 def run_script(script: Path, rows: Path, output: Path) -> dict[str, Any]:

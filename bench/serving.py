@@ -40,7 +40,7 @@ def run() -> bool:
 
 async def _run() -> None:
     upstream, _, end_upstream = _start(_upstream, "")
-    addresses, gateway_cpu, end_gateway = _start(_gateway, upstream)
+    addresses, gateway_cpu, end_gateway = start_gateway(upstream)
     address, port = addresses.split()
     table = Table(title=f"{TOKENS} tokens a stream, one each {PAUSE * 1000:.0f} ms", title_justify="left")
     for column in ("clients", "direct p50 ms", "HTTP added ms", "CPU µs / token", "gRPC added ms", "CPU µs / token"):
@@ -113,6 +113,14 @@ def _start(
         return float(ours.recv())
 
     return address, cpu, process.kill
+
+
+def start_gateway(upstream: str) -> tuple[str, Callable[[], float], Callable[[], None]]:
+    """A gateway of its own process in front of an address: ("http://… gRPC-port", seconds of CPU so far, what ends it).
+
+    Its only deployment is `x`, which the upstream calls x too.
+    """
+    return _start(_gateway, upstream)
 
 
 def _upstream(pipe: Connection, _: str) -> None:

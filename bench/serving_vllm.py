@@ -1,0 +1,184 @@
+"""The gateway beside a real vLLM asked directly: tokens a second, time to the first token. Goal: at least 98 % of its throughput.
+
+SmolLM2-135M with random prompts of 100 words, 64 tokens an answer, all streamed, by clients that ask again as soon as they
+are answered. The ways take turns in each round. Engine, gateway and clients share the machine's cores: on few of them the
+gateway's CPU time is taken from the engine, as it is for users of such a machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+import grpc
+from rich.console import Console
+from rich.table import Table
+
+from bench.measure import ROOT
+from bench.serving import start_gateway
+from fabrictune import local
+from fabrictune.v1 import inference_pb2, inference_pb2_grpc
+
+TOKENS, ROUNDS = 64, int(os.environ.get("BENCH_ROUNDS", "3"))
+CLIENTS = {1: 3, 8: 2, 32: 1}
+"""Clients at a time → requests of each in a round."""
+READY_SECONDS = 300
+GOAL = 0.98
+WORDS = "sun river table green seven walk music paper cold bright stone letter window".split()
+
+
+class Found(NamedTuple):
+    """One way, in one round."""
+
+    tokens_per_second: float
+    first_token: float
+    """Median milliseconds to the first event."""
+
+
+def run() -> bool:
+    """Print the table; True: the goal is met with every number of clients."""
+    with local.prepared_model("smollm2-135m-instruct") as (model, _), tempfile.TemporaryFile() as log:
+        address, engine = _start_vllm(model, log)
+        try:
+            return asyncio.run(_run(address))
+        finally:
+            engine.terminate()
+            engine.wait()
+
+
+async def _run(engine: str) -> bool:
+    await _wait(engine)
+    addresses, _, end_gateway = start_gateway(engine)
+    address, port = addresses.split()
+    ways: dict[str, Callable[[int], Awaitable[Found]]] = {
+        "vLLM directly": partial(_ask_http, engine),
+        "gateway, HTTP": partial(_ask_http, address),
+        "gateway, gRPC": partial(_ask_grpc, port),
+    }
+    table = Table(title=f"{TOKENS} tokens an answer, median of {ROUNDS}", title_justify="left")
+    for column in ("clients", "", "tokens/s", "of vLLM's", "first token ms"):
+        table.add_column(column, justify="left" if not column else "right")
+    good = True
+    try:
+        for way in ways.values():
+            await way(1)  # warm
+        for clients in CLIENTS:
+            rounds = [{name: await way(clients) for name, way in ways.items()} for _ in range(ROUNDS)]
+            direct = _median(rounds, "vLLM directly", 0)
+            for name in ways:
+                part = _median(rounds, name, 0) / direct
+                good &= part >= GOAL
+                cells = (f"{part * direct:.0f}", f"{part:.1%}", f"{_median(rounds, name, 1):.0f}")
+                table.add_row(str(clients), name, *cells)
+                print(clients, name, *cells, flush=True)
+    finally:
+        end_gateway()
+    Console(width=100).print(table)
+    print(f"goal: at least {GOAL:.0%} of vLLM's throughput; {'met' if good else 'missed'}")
+    return good
+
+
+def _median(rounds: list[dict[str, Found]], name: str, place: int) -> float:
+    return statistics.median(found[name][place] for found in rounds)
+
+
+def _prompt(number: int) -> str:
+    """Other words each time, so that no prefix is cached."""
+    return " ".join(random.choices(WORDS, k=100)) + f" {number}"
+
+
+Ask = Callable[[int], Awaitable[tuple[float, int]]]
+"""(a client's number) → (seconds to the first text, tokens of the answer)."""
+
+
+async def _gather(clients: int, ask: Ask) -> Found:
+    async def client(number: int) -> list[tuple[float, int]]:
+        return [await ask(number) for _ in range(CLIENTS[clients])]
+
+    begin = time.perf_counter()
+    answers = [answer for each in await asyncio.gather(*map(client, range(clients))) for answer in each]
+    seconds = time.perf_counter() - begin
+    first = statistics.median(first for first, _ in answers)
+    return Found(sum(tokens for _, tokens in answers) / seconds, first * 1000)
+
+
+async def _ask_http(address: str, clients: int) -> Found:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def ask(number: int) -> tuple[float, int]:
+            body: dict[str, Any] = {"model": "x", "stream": True, "max_tokens": TOKENS, "ignore_eos": True}
+            body["messages"] = [{"role": "user", "content": _prompt(number)}]
+            begin, first = time.perf_counter(), 0.0
+            async with session.post(f"{address}/v1/chat/completions", json=body) as response:
+                async for line in response.content:
+                    if not first and line.startswith(b"data: ") and _says(line[6:]):
+                        first = time.perf_counter() - begin
+            return first, TOKENS
+
+        return await _gather(clients, ask)
+
+
+def _says(event: bytes) -> bool:
+    """Whether an event holds text, and not only the role."""
+    choices = json.loads(event)["choices"] if event.startswith(b"{") else ()
+    return bool(choices and choices[0]["delta"].get("content"))
+
+
+async def _ask_grpc(port: str, clients: int) -> Found:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+
+        async def ask(number: int) -> tuple[float, int]:
+            request = inference_pb2.GenerateRequest(
+                deployment="deployments/x",
+                messages=[inference_pb2.Message(role="user", content=_prompt(number))],
+                sampling=inference_pb2.Sampling(max_tokens=TOKENS),
+            )
+            begin, first, tokens = time.perf_counter(), 0.0, 0
+            async for piece in stub.Generate(request):
+                first = first or (time.perf_counter() - begin if piece.text else 0.0)
+                tokens = piece.usage.completion_tokens or tokens
+            return first, tokens  # Generate has no ignore_eos: an answer may be shorter
+
+        return await _gather(clients, ask)
+
+
+def _start_vllm(folder: Path, log: Any) -> tuple[str, subprocess.Popen[bytes]]:
+    """The engine that a revision of this model would have."""
+    from services.inference.engine import describe_model, detect_hardware, render_engine
+    from services.inference.spec import RevisionSpec
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    model = describe_model("models/x", "0" * 64, folder)
+    spec = RevisionSpec(model="models/x", max_model_len=1024, max_concurrency=max(CLIENTS))
+    work = render_engine("x", "r-1", spec, model, detect_hardware())
+    argv = [word.replace("{port}", str(port)) for word in work.argv]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **work.env}
+    return f"http://127.0.0.1:{port}", subprocess.Popen(argv, env=env, stdout=log, stderr=log)
+
+
+async def _wait(engine: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        for _ in range(READY_SECONDS):
+            try:
+                async with session.get(f"{engine}/health") as response:
+                    if response.ok:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(1)
+    raise RuntimeError(f"vLLM was not ready after {READY_SECONDS} s")
