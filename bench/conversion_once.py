@@ -55,8 +55,8 @@ def render(rows: Path, output: Path, spec: dict[str, Any]) -> dict[str, Any]:
     return _since(begin) | {"left_out": sum(left_out)}
 
 
-def _render_chunks(spec: Spec, chunks: Sequence[Chunk], target: Path, _: Callable[[int], None]) -> int:
-    """How many rows were left out."""
+def _render_chunks(spec: Spec, chunks: Sequence[Chunk], target: Path, tell: Callable[[int], None]) -> int:
+    """How many rows were left out. tell: nobody looks at the progress."""
     import orjson
 
     from services.conversion.reading import to_row, understand_row

@@ -36,7 +36,21 @@ CLIENTS = {1: 3, 8: 2, 32: 1}
 """Clients at a time → requests of each in a round."""
 READY_SECONDS = 300
 GOAL = 0.98
-WORDS = "sun river table green seven walk music paper cold bright stone letter window".split()
+WORDS = [
+    "sun",
+    "river",
+    "table",
+    "green",
+    "seven",
+    "walk",
+    "music",
+    "paper",
+    "cold",
+    "bright",
+    "stone",
+    "letter",
+    "window",
+]
 
 
 class Found(NamedTuple):
