@@ -9,6 +9,9 @@ BIN    := .venv/bin
 API    := fabrictune/v1/.generated
 RUN    ?= examples/quickstart.yaml
 
+# Images often forbid Python to keep what it has compiled; vLLM then compiles for 20 s each time that it is imported.
+unexport PYTHONDONTWRITEBYTECODE
+
 # No test and no example asks a hub for anything.
 export HF_HUB_OFFLINE ?= 1
 

@@ -182,6 +182,9 @@ def render_engine(
             # Two revisions run side by side while one takes over: bound to cores they would fight for the same one.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(hardware.cores),
+            # vLLM computes in its engine's process, not in one more, which would import all of vLLM once again (seconds of
+            # the start, 0.7 GB) and be asked through shared memory by spinning, a core less for computing.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             # vLLM 0.32 compiles its sampler on CPUs even with --enforce-eager, which needs a C++ compiler; a slim image
             # and a bare machine have none, and the engine would die at its first answer (InvalidCxxCompiler).
             "TORCHDYNAMO_DISABLE": "1",

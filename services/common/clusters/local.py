@@ -48,6 +48,7 @@ class LocalCluster:
         self._folder = folder
         self._max_jobs = max_jobs
         self._environment = dict(os.environ if environment is None else environment)
+        self._environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an engine would compile for 20 s at every start
         self._entries: dict[str, Entry] = {}
         self._watchers: set[asyncio.Queue[WorkloadStatus]] = set()
         self._loop_task: asyncio.Task[None] | None = None
