@@ -71,11 +71,11 @@ class Driver:
                 adopt = False
                 revision.restarts += 1
                 if revision.restarts > self.limits.restarts:
-                    raise WorkerLost(f"the engine crashed {revision.restarts} times in a row. {lost}")
+                    raise WorkerLost(f"the engine was lost {revision.restarts} times in a row. {lost}")
                 pause = min(self.limits.first_pause * 2 ** (revision.restarts - 1), 60)
                 self._log.warning("engine lost", revision=revision.name, restarts=revision.restarts, pause=pause)
                 self.addresses.pop(revision.name, None)
-                move(revision, State.PENDING, f"the engine crashed; it is started again in {pause:.0f} s. {lost}")
+                move(revision, State.PENDING, f"the engine was lost; it is started again in {pause:.0f} s. {lost}")
                 await self.publish(owner)
                 if not await self.launcher.is_coming(name):
                     await self.cluster.delete(name)

@@ -165,7 +165,7 @@ class Launcher:
             if status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
                 return await self._last_words(name, status)
             if status.phase is Phase.PENDING:
-                return f"its pod was lost: {status.message}"
+                return f"Its pod is gone: {status.message}"
             await asyncio.sleep(self.limits.poll)
 
     async def _last_words(self, name: str, status: WorkloadStatus | None = None) -> str:
