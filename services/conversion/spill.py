@@ -16,7 +16,7 @@ import msgspec
 
 from services.common.fabric import Round, Tool
 
-BUCKET_BYTES, LARGEST_BUCKET, FEW_BUCKETS = 4 << 20, 8 << 20, 64
+BUCKET_BYTES, LARGEST_BUCKET, FEW_BUCKETS = 4 << 20, 5 << 20, 64
 """Of the sources' bytes: few buckets are small, so that processes have the same to do; from so many on they grow."""
 BUFFER_BYTES = 6 << 20
 """Of all buckets of a name together, in one process."""
