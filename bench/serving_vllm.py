@@ -118,7 +118,7 @@ async def _ask_http(address: str, clients: int) -> Found:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def ask(number: int) -> tuple[float, int]:
-            body: dict[str, Any] = {"model": "x", "stream": True, "max_tokens": TOKENS}
+            body: dict[str, Any] = {"model": "x", "stream": True, "max_tokens": TOKENS, "temperature": 0.7}
             body["messages"] = [{"role": "user", "content": _prompt(number)}]
             body["stream_options"] = {"include_usage": True}
             begin, first, last = time.perf_counter(), 0.0, b""
@@ -146,7 +146,7 @@ async def _ask_grpc(port: str, clients: int) -> Found:
             request = inference_pb2.GenerateRequest(
                 deployment="deployments/x",
                 messages=[inference_pb2.Message(role="user", content=_prompt(number))],
-                sampling=inference_pb2.Sampling(max_tokens=TOKENS),
+                sampling=inference_pb2.Sampling(max_tokens=TOKENS, temperature=0.7),
             )
             begin, first, tokens = time.perf_counter(), 0.0, 0
             async for piece in stub.Generate(request):
