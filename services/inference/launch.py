@@ -23,11 +23,11 @@ from services.inference.engine import (
     IDLE_SECONDS,
     Hardware,
     Model,
-    explain_failure,
     reference_dtype,
     trusts_remote_code,
 )
 from services.inference.engines import ENGINES
+from services.inference.failures import explain_failure
 from services.inference.reference import Reference, run_reference
 from services.inference.revisions import Deployment, Revision
 from services.inference.spec import RevisionSpec

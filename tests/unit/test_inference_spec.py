@@ -15,11 +15,11 @@ from services.inference.engine import (
     choose_dtype,
     describe_model,
     engine_name,
-    explain_failure,
     read_hardware,
     render_engine,
 )
 from services.inference.engines import ENGINES
+from services.inference.failures import explain_failure
 from services.inference.parity import EngineText, check, compare, cut_text, read_engine_text
 from services.inference.reference import (
     PROMPTS_VERSION,
