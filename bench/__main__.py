@@ -6,6 +6,7 @@ These figures are ratios of medians of rounds in turn, since machines are noisy;
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Callable
 
@@ -29,6 +30,7 @@ def main() -> None:
     unknown = [name for name in wanted if name not in (*NAMES, *ON_A_CLUSTER)]
     if unknown:
         sys.exit(f"there is no benchmark {', '.join(unknown)}; there are {', '.join((*NAMES, *ON_A_CLUSTER))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `finally` ends the servers that a benchmark has started
     failed = False
     for name in wanted:
         run: Callable[[], bool] = importlib.import_module(f"bench.{name}").run
