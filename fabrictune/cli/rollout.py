@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fabrictune.cli.context import console, print_json, settings, to_dict
-from fabrictune.cli.stages import read_spec
+from fabrictune.cli.specs import read_spec
 from fabrictune.errors import ApiError
 from fabrictune.v1 import inference_pb2
 

@@ -16,7 +16,7 @@ from fabrictune.cli.artifacts import import_with_bar, push_with_bar
 from fabrictune.cli.context import console, print_json, print_message, settings, to_dict
 from fabrictune.cli.jobs import raise_failure
 from fabrictune.cli.progress import find_with_bar, new_progress, print_log, show_progress
-from fabrictune.cli.stages import read_sources, read_spec
+from fabrictune.cli.specs import read_sources, read_spec
 from fabrictune.errors import ApiError
 from fabrictune.names import ENDED, SUCCEEDED
 from fabrictune.rows import push_rows

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from fabrictune.cli.context import console, print_json, print_message, print_rows, say, settings, to_dict
-from fabrictune.cli.stages import read_spec
+from fabrictune.cli.specs import read_spec
 from fabrictune.errors import ApiError
 from fabrictune.v1 import inference_pb2
 

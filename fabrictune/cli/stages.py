@@ -6,7 +6,7 @@ on the endpoint and follows it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +18,10 @@ from fabrictune.cli.estimate import estimate_training, show_estimate
 from fabrictune.cli.jobs import raise_failure
 from fabrictune.cli.preview import preview_sources, show_preview
 from fabrictune.cli.progress import StageListener, find_with_bar, follow, new_progress
+from fabrictune.cli.specs import name_adapters, name_sources, parse_range, parse_setting, read_spec, read_template
 from fabrictune.errors import ApiError
 from fabrictune.rows import push_rows
-from fabrictune.sources import is_artifact, public_uri, resolve_alias
+from fabrictune.sources import is_artifact, public_uri
 
 if TYPE_CHECKING:
     from fabrictune.client import Jobs
@@ -64,10 +65,10 @@ def convert(
     Every row is converted or refused by name (rejects.jsonl); tools are split, so that none is in two parts.
     """
     spec = read_spec(spec_file)
-    spec["sources"] = _name_sources(sources or [], {"format": form, "layout": layout}, spec)
+    spec["sources"] = name_sources(sources or [], {"format": form, "layout": layout}, spec)
     folder = spec_file.parent if spec_file and not sources else Path()
     if distractors:
-        spec["distractors"] = _parse_range(distractors)
+        spec["distractors"] = parse_range(distractors)
     if seed is not None:
         spec["seed"] = seed
     if preview:
@@ -108,7 +109,7 @@ def train(
     if preset:
         spec["preset"] = preset
     if argument:
-        spec["arguments"] = {**spec.get("arguments", {}), **dict(_parse_setting(a) for a in argument)}
+        spec["arguments"] = {**spec.get("arguments", {}), **dict(parse_setting(a) for a in argument)}
     if asked := {k: v for k, v in {"gpus": gpus, "nodes": nodes}.items() if v is not None}:
         spec["resources"] = {**spec.get("resources", {}), **asked}
     if estimate:
@@ -153,18 +154,18 @@ def merge(
         raise ApiError(
             f"{len(adapter)} --adapter need as many --weight, not {len(weights)}, or none", "INVALID_ARGUMENT"
         )
-    told = {"engine": engine, "combination": combination, "chat_template": _read_template(chat_template)}
+    told = {"engine": engine, "combination": combination, "chat_template": read_template(chat_template)}
     spec: dict[str, Any] = {key: value for key, value in told.items() if value}
     if output is not None:
         if stream:
             raise ApiError("--stream is from store to store; --output writes a folder here", "INVALID_ARGUMENT")
-        local = _name_adapters([f"adapters/local-{i}" for i in range(len(adapter))], weights)
+        local = name_adapters([f"adapters/local-{i}" for i in range(len(adapter))], weights)
         roles = ["adapter"] if "adapter" in local else [f"adapters/{i}" for i in range(len(adapter))]
         folders = {role: Path(folder) for role, folder in zip(roles, adapter, strict=True)}
         inputs = {"base_model": Path(model), **folders}
         _run_here("merging", spec | {"base_model": "models/local", **local}, inputs, output, dry_run)
         return
-    spec |= {"base_model": model, **_name_adapters(adapter, weights), **({"stream": True} if stream else {})}
+    spec |= {"base_model": model, **name_adapters(adapter, weights), **({"stream": True} if stream else {})}
     with settings().connect() as client:
         _start(client.merging, spec, job_id, dry_run, detach)
 
@@ -219,61 +220,6 @@ def evaluate(
         _start(client.evaluation, spec, job_id, dry_run, detach)
 
 
-def read_spec(file: Path | None) -> dict[str, Any]:
-    """A YAML mapping, or {} without a file. Raises ApiError."""
-    if file is None:
-        return {}
-    import yaml
-
-    try:
-        read = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ApiError(f"{file} cannot be read: {error.strerror}", "NOT_FOUND") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ApiError(f"{file} is not YAML: {error}", "INVALID_ARGUMENT") from None
-    if not isinstance(read, dict):
-        raise ApiError(f"{file} must hold a mapping, such as `training: …`", "INVALID_ARGUMENT")
-    return read
-
-
-def read_sources(conversion: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The sources of a conversion's spec. Raises ApiError."""
-    sources = conversion.get("sources")
-    if not isinstance(sources, list) or not all(isinstance(s, dict) and isinstance(s.get("uri"), str) for s in sources):
-        raise ApiError("conversion.sources must be a list of mappings with a `uri`", "INVALID_ARGUMENT")
-    return sources
-
-
-def _name_sources(named: Sequence[str], options: Mapping[str, str], spec: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The sources of the command, with the options for all of them; without any, those of the spec, each with its own."""
-    given = {key: value for key, value in options.items() if value}
-    if named:
-        return [resolve_alias({"uri": uri, **given}) for uri in named]
-    if given or "sources" not in spec:
-        raise ApiError(
-            "name the rows to convert, or give a --spec with `sources` and their options", "INVALID_ARGUMENT"
-        )
-    return [resolve_alias(source) for source in read_sources(spec)]
-
-
-def _name_adapters(names: Sequence[str], weights: Sequence[float]) -> dict[str, Any]:
-    """A spec's adapter, or its adapters when there are several or weights."""
-    if len(names) == 1 and not weights:
-        return {"adapter": names[0]}
-    return {
-        "adapters": [{"adapter": n, "weight": w} for n, w in zip(names, weights or [1.0] * len(names), strict=True)]
-    }
-
-
-def _read_template(told: str) -> str:
-    """A spec's chat_template: the text of the file, where there is one of this name."""
-    file = Path(told)
-    try:
-        return file.read_text(encoding="utf-8") if told and file.is_file() else told
-    except (OSError, UnicodeDecodeError) as error:
-        raise ApiError(f"{file} cannot be read: {error}", "INVALID_ARGUMENT") from None
-
-
 def _find_here(uri: str, folder: Path) -> Path:
     if is_artifact(uri) and not (folder / uri).exists():
         raise ApiError(
@@ -311,19 +257,3 @@ def _run_here(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, Path], ou
         print_json({"output": str(output), "metadata": metadata})
     else:
         console.print(f"[green]✓[/] wrote [bold]{output}[/]", highlight=False)
-
-
-def _parse_range(text: str) -> dict[str, int]:
-    low, _, high = text.partition(":")
-    if not (low.isdigit() and (high or low).isdigit()):
-        raise ApiError(f"--distractors {text!r} must look like 0:3", "INVALID_ARGUMENT")
-    return {"min": int(low), "max": int(high or low)}
-
-
-def _parse_setting(text: str) -> tuple[str, Any]:
-    import yaml
-
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ApiError(f"--set {text!r} must look like learning_rate=1e-4", "INVALID_ARGUMENT")
-    return key.replace("-", "_"), yaml.safe_load(value)

@@ -22,7 +22,8 @@ from services.inference.launch import Limits
 from services.inference.recorder import open_recorder
 from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
-from services.inference.service import InferenceService, Traffic, stored_artifacts, stored_deployments
+from services.inference.service import InferenceService, Traffic
+from services.inference.stored import stored_artifacts, stored_deployments
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from google.protobuf import empty_pb2, json_format
+from google.protobuf import empty_pb2
 
 from fabrictune.v1 import inference_pb2, inference_pb2_grpc
 from services.common.artifacts import Artifacts as StoredArtifacts
@@ -20,21 +20,19 @@ from services.common.errors import FailedPrecondition, InvalidSpec, Violation
 from services.common.job_api import spec_dict
 from services.common.resources import check_id, split_name
 from services.common.store import Store
-from services.inference.adapters import Adapter, bases_of, check_base, describe_adapter, read_rank
+from services.inference.adapters import Adapter, bases_of, check_base, read_rank
 from services.inference.chat import read_chat
-from services.inference.engine import Model, describe_model, parse_model_config
+from services.inference.engine import Model
 from services.inference.generate import generate
-from services.inference.launch import Artifacts
-from services.inference.prepare import MODEL_FOLDER, adapter_folder
+from services.inference.messages import tell_deployment, tell_revision
+from services.inference.prepare import MODEL_FOLDER
 from services.inference.recorder import Recorder
-from services.inference.reference import Reference, reference_from_json, reference_key, reference_to_json
-from services.inference.revisions import CanaryRun, Deployment, Revision, from_json, to_json
+from services.inference.revisions import Deployment, Revision
 from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
 from services.inference.spec import RevisionSpec, parse_canary, parse_spec
 from services.inference.traffic import list_records
 
-SUFFIX = "/deployment.json"
 FLUSH_SECONDS = 10.0
 
 
@@ -220,108 +218,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return f"r-{hashlib.sha256(told.encode()).hexdigest()[:10]}"
 
     def _message(self, deployment: Deployment) -> inference_pb2.Deployment:
-        message = inference_pb2.Deployment(
-            name=f"deployments/{deployment.id}",
-            traffic=deployment.traffic,
-            revisions=[self._revision(r) for r in deployment.revisions.values()],
-            address=self._address,
-            served_model=deployment.id,
-        )
-        message.create_time.FromMilliseconds(int(deployment.create_time * 1000))
-        if deployment.canary is not None:
-            message.canary.CopyFrom(_canary_message(deployment.canary))
-        return message
+        return tell_deployment(deployment, self._address)
 
     def _revision(self, revision: Revision) -> inference_pb2.Revision:
-        message = inference_pb2.Revision(
-            name=revision.name,
-            state=revision.state.value,
-            served_model=revision.served_model,
-            address=self._address,
-            message=revision.message,
-            start_seconds=revision.seconds,
-        )
-        for adapter_id, digest in sorted(revision.adapters.items()):
-            served = f"{revision.deployment}:{adapter_id}"
-            message.adapters.add(name=f"adapters/{adapter_id}", digest=digest, served_model=served)
-        json_format.ParseDict(revision.spec.model_dump(mode="json", exclude_unset=True), message.spec)
-        if revision.error:
-            json_format.ParseDict(revision.error, message.error)
-        if revision.parity:
-            json_format.ParseDict(revision.parity, message.parity)
-        message.create_time.FromMilliseconds(int(revision.create_time * 1000))
-        if revision.ready_time:
-            message.ready_time.FromMilliseconds(int(revision.ready_time * 1000))
-        return message
-
-
-def stored_artifacts(store: Store, artifacts: StoredArtifacts, remote: bool = False) -> Artifacts:
-    """How a rollout reaches the object store. remote: engines fetch their model themselves, here it is only described."""
-
-    async def fetch_model(name: str) -> Model:
-        return await asyncio.to_thread(_describe_stored if remote else _fetch, artifacts, name)
-
-    async def fetch_reference(digest: str, dtype: str) -> Reference | None:
-        stored = await asyncio.to_thread(store.get_json, reference_key(digest, dtype))
-        return reference_from_json(stored) if stored else None
-
-    async def store_reference(reference: Reference) -> None:
-        key = reference_key(reference.model_digest, reference.dtype)
-        await asyncio.to_thread(store.put_json, key, reference_to_json(reference))
-
-    async def save(deployment: Deployment) -> None:
-        await asyncio.to_thread(store.put_json, f"deployments/{deployment.id}{SUFFIX}", to_json(deployment))
-
-    async def forget(deployment_id: str) -> None:
-        await asyncio.to_thread(store.delete, f"deployments/{deployment_id}{SUFFIX}")
-
-    async def fetch_adapter(name: str) -> Adapter:
-        return await asyncio.to_thread(_describe_stored_adapter if remote else _fetch_adapter, artifacts, name)
-
-    return Artifacts(fetch_model, fetch_reference, store_reference, save, forget, fetch_adapter)
-
-
-def _fetch(artifacts: StoredArtifacts, name: str) -> Model:
-    manifest = artifacts.get(name)
-    return describe_model(name, manifest.digest, artifacts.cached(name, manifest.digest))
-
-
-def _describe_stored(artifacts: StoredArtifacts, name: str) -> Model:
-    manifest = artifacts.get(name)
-    weights = sum(file.size for file in manifest.files if file.path.endswith(".safetensors"))
-    config = parse_model_config(artifacts.read(manifest, "config.json"), f"{name}/config.json")
-    return Model(name, manifest.digest, MODEL_FOLDER, config, weights, remote=True)
-
-
-def _fetch_adapter(artifacts: StoredArtifacts, name: str) -> Adapter:
-    manifest = artifacts.get(name)
-    return describe_adapter(name, manifest.digest, artifacts.cached(name, manifest.digest), manifest.created_by)
-
-
-def _describe_stored_adapter(artifacts: StoredArtifacts, name: str) -> Adapter:
-    manifest = artifacts.get(name)
-    rank = read_rank(artifacts.read(manifest, "adapter_config.json"), name)
-    folder = adapter_folder(manifest.digest)
-    return Adapter(name, manifest.digest, folder, rank, bases_of(manifest.created_by), {})
-
-
-def _canary_message(run: CanaryRun) -> inference_pb2.CanaryRun:
-    message = inference_pb2.CanaryRun(
-        candidate=run.candidate, state=run.state.value, percent=run.percent, reason=run.reason
-    )
-    json_format.ParseDict(run.policy.model_dump(mode="json"), message.policy)
-    message.create_time.FromMilliseconds(int(run.create_time * 1000))
-    for who, into in (("candidate", message.candidate_figures), ("stable", message.stable_figures)):
-        told = run.figures.get(who, {})
-        into.answers, into.failures = told.get("answers", 0), told.get("failures", 0)
-        into.p95_seconds = told.get("p95", 0.0)
-    return message
-
-
-def stored_deployments(store: Store) -> list[Deployment]:
-    """What an earlier process has left."""
-    found = [store.get_json(f"deployments/{name}{SUFFIX}") for name in store.list_folders("deployments/")]
-    return [from_json(plain) for plain in found if plain is not None]
+        return tell_revision(revision, self._address)
 
 
 def _deployment_id(name: str) -> str:
