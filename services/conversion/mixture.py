@@ -108,7 +108,7 @@ def add_distractors(tools: Sequence[Tool], pool: Sequence[Tool], count: int, see
 
     A tool that shares a telling word with one of the row's own is left out: it might fit the question as well.
     """
-    own = set().union(*(_words(t.name) for t in tools)) if tools else set()
+    own = set().union(*(telling_words(t.name) for t in tools)) if tools else set()
     names = {t.name for t in tools}
     chosen = list(tools)
     start, stride = seeded(seed, "distractor", row_id), _stride(len(pool))
@@ -117,7 +117,7 @@ def add_distractors(tools: Sequence[Tool], pool: Sequence[Tool], count: int, see
             break
         # A walk with a stride that has no factor in common with the pool's length visits every tool once.
         tool = pool[(start + step * stride) % len(pool)]
-        if tool.name not in names and not (_words(tool.name) & own):
+        if tool.name not in names and not (telling_words(tool.name) & own):
             names.add(tool.name)
             chosen.append(tool)
     return sorted(chosen, key=lambda t: seeded(seed, "place", row_id, t.name)) if len(chosen) > 1 else chosen
@@ -125,9 +125,9 @@ def add_distractors(tools: Sequence[Tool], pool: Sequence[Tool], count: int, see
 
 def fits_none(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> bool:
     """Whether a question about `query_tools` surely fits none of `tools`: no common name, no telling word in common."""
-    words = set().union(*(_words(t.name) for t in query_tools))
+    words = set().union(*(telling_words(t.name) for t in query_tools))
     names = {t.name for t in query_tools}
-    return not any(t.name in names or _words(t.name) & words for t in tools)
+    return not any(t.name in names or telling_words(t.name) & words for t in tools)
 
 
 def pick_one(options: Sequence[T], seed: int, *parts: object) -> T:
@@ -140,12 +140,13 @@ def pick_count(low: int, high: int, seed: int, *parts: object) -> int:
     return low + seeded(seed, "count", *parts) % (high - low + 1)
 
 
+@lru_cache(maxsize=16384)
+def telling_words(name: str) -> frozenset[str]:
+    """Words of a tool's name that say what it is about, in lower case."""
+    spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
+    return frozenset(w for w in re.findall(r"[^\W\d_]+", spaced.lower()) if w not in COMMON)
+
+
 @lru_cache(maxsize=16)
 def _stride(length: int) -> int:
     return next(s for s in range(7919, 7919 + length + 2) if math.gcd(s, length) == 1)
-
-
-@lru_cache(maxsize=16384)
-def _words(name: str) -> frozenset[str]:
-    spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
-    return frozenset(w for w in re.findall(r"[^\W\d_]+", spaced.lower()) if w not in COMMON)

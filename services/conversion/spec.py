@@ -61,6 +61,7 @@ class Refusals(_Model):
     """Questions of other rows, asked where their tool is not listed."""
 
     ratio: float = Field(0.0, ge=0, le=5, description="how many are added for each question of the training rows")
+    near: float = Field(0.0, ge=0, le=1, description="part of them that a tool of the same field nearly fits")
     answers: tuple[str, ...] = Field(REFUSALS, description="rotated; those in the question's language first")
 
     @field_validator("answers", mode="before")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +17,7 @@ import orjson
 from services.common.fabric import Example, Round, Tool, Turn, language_of, render_rows
 from services.common.fabric_json import begin_messages, list_functions, tool_json
 from services.conversion.drafts import Draft, expected_json, stands_together, unpack_draft
+from services.conversion.elsewhere import Elsewhere, Question
 from services.conversion.mixture import SPLITS, add_distractors, fits_none, pick_count, pick_one, seeded
 from services.conversion.processes import Tell
 from services.conversion.rendering import LAYOUTS, Renderer, in_language
@@ -27,9 +29,6 @@ from services.conversion.tokens import Tokenizer, open_tokenizer
 
 BUFFER_BYTES = 1 << 18
 """Of each file that is written."""
-
-Question = tuple[str, tuple[Tool, ...]]
-"""A question and the tools of its row."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,7 @@ class _Writer:
         # Only who counts characters or tokens asks for the text of a prompt.
         self._renderer = Renderer(plan.spec, as_json=not (plan.tokenizer or plan.spec.max_row_characters))
         self._together = stands_together(plan.spec)
+        self._elsewhere = Elsewhere(plan.asked)
         self._tokenizer: Tokenizer | None = open_tokenizer(Path(plan.tokenizer)) if plan.tokenizer else None
         self._lengths: list[Sequence[Mapping[str, Any]]] = []
         self.report = Report()
@@ -215,18 +215,17 @@ class _Writer:
 
     def _refusals(self, row_id: str, questions: int, tools: Sequence[Tool]) -> Iterator[Round]:
         """Questions of other rows that none of these tools fits, each with a refusal as its answer."""
-        spec, asked = self._spec, self._plan.asked
+        spec, elsewhere = self._spec, self._elsewhere
         # From none to twice as many as the ratio says: were it always the same number, a model could count, not read.
-        missing = pick_count(0, round(2 * questions * spec.refusals.ratio), spec.seed, "refusals", row_id)
+        wanted = pick_count(0, round(2 * questions * spec.refusals.ratio), spec.seed, "refusals", row_id)
+        # Rounded up as often as the rest says, so that the part is right where prompts have one refusal, too.
+        near = round(wanted * spec.refusals.near + seeded(spec.seed, "near", row_id) % 100 / 100 - 0.5)
         start = seeded(spec.seed, "refused", row_id)
-        for step in range(min(len(asked), 200)):
-            if not missing:
-                return
-            query, others = asked[(start + step) % len(asked)]
-            if fits_none(others, tools):
-                answers = in_language(spec.refusals.answers, language_of(query))
-                missing -= 1
-                yield Round(query, Turn(answer=pick_one(answers, spec.seed, row_id, query)))
+        found = list(islice(elsewhere.near(tools, start), near))
+        found += islice(elsewhere.far(tools, start), wanted - len(found))
+        for query in found:
+            answers = in_language(spec.refusals.answers, language_of(query))
+            yield Round(query, Turn(answer=pick_one(answers, spec.seed, row_id, query)))
 
     def _write(self, split: str, row_id: str, source: str, example: Example, tools: bytes) -> None:
         """One row, and its tools, as `list_functions` has them, beside it."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from services.common.errors import InvalidData
 from services.common.fabric import Tool
+from services.conversion.elsewhere import Elsewhere, nearly_fits
 from services.conversion.mixture import ToolGroups, add_distractors, assign_splits, fits_none
 from services.conversion.rows import make_tool
 
@@ -63,3 +64,34 @@ def test_a_group_in_two_named_splits_is_refused() -> None:
     groups.tie(["a", "b"])
     with pytest.raises(InvalidData, match="no tool may be in two splits"):
         assign_splits(groups, {groups.root("a"): {"train", "test"}}, 0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "listed", "nearly"),
+    [
+        ("get_local_time", "get_time_difference", True),
+        ("sports_team.get_schedule", "sportsTeam.topScorer", True),
+        ("get_weather", "get_news", False),  # far
+        ("get_distance", "calculate_distance", False),  # perhaps the same
+        ("calculate_triangle_area", "triangle.area", False),
+        ("get_local_time", "get_local_time", False),
+    ],
+)
+def test_a_near_miss_is_of_the_same_field_and_another_tool(asked: str, listed: str, nearly: bool) -> None:
+    assert nearly_fits([tool(asked)], [tool(listed)]) is nearly
+    assert nearly_fits([tool(asked)], [tool(listed), tool("other_thing")]) is nearly
+
+
+def test_a_question_that_one_of_the_listed_tools_may_fit_is_no_near_miss_of_another() -> None:
+    assert not nearly_fits([tool("get_local_time")], [tool("get_time_difference"), tool("local_time")])
+
+
+@given(st.integers(0, 1 << 64))
+def test_near_and_far_questions_are_told_apart_from_any_place_on(start: int) -> None:
+    asked = [(f"{a} {b}?", (tool(f"{a}_{b}"),)) for a in ("red", "green", "blue") for b in ("sun", "sea", "tree")]
+    tools = [tool("red_house"), tool("sun_rise")]
+    elsewhere = Elsewhere(asked)
+    assert set(elsewhere.near(tools, start)) == {q for q, _ in asked if "red" in q or "sun" in q}
+    assert set(elsewhere.far(tools, start)) == {q for q, _ in asked if "red" not in q and "sun" not in q}
+    assert not list(Elsewhere([]).near(tools, start))
+    assert not list(Elsewhere([]).far(tools, start))

@@ -183,6 +183,31 @@ def test_questions_share_a_prompt_and_refusals_fit_no_tool(tmp_path: Path) -> No
     assert 0 < refused <= 24  # from none to twice as many
 
 
+def test_refusals_are_near_misses_as_far_as_there_are_any(tmp_path: Path) -> None:
+    fields = [f"{field}_{what}" for field in ("weather", "music", "stock") for what in ("today", "history")]
+    source = write(tmp_path / "a.jsonl", *[row(n, tool) for n, tool in enumerate([*fields, "translate"])])
+    refused = {}
+    for near in (0, 1):
+        output, _ = convert(
+            tmp_path, source, folder=f"near-{near}", split={"test": 0, "validation": 0}, summaries=0,
+            refusals={"ratio": 1, "near": near, "answers": ["I can't."]},
+        )  # fmt: skip
+        found = []
+        for line, beside in zip(lines(output / "train.jsonl"), lines(output / "tools.jsonl"), strict=True):
+            listed = {t["function"]["name"] for t in beside["tools"]}
+            turns = line["messages"][1:]
+            for question, answer in zip(turns[::2], turns[1::2], strict=True):
+                if answer["content"] == "I can't.":
+                    asked = question["content"].rpartition(" ")[2].removesuffix("?")
+                    assert asked not in listed
+                    found.append(any(asked.partition("_")[0] == t.partition("_")[0] for t in listed))
+        refused[near] = found
+    assert refused[0]
+    assert not any(refused[0])
+    assert any(refused[1])
+    assert not all(refused[1])  # "translate" has none, and each other tool has one
+
+
 def test_gzip_and_folders_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
@@ -200,6 +225,7 @@ def test_gzip_and_folders_are_read(tmp_path: Path) -> None:
         {"sources": [{"uri": "a"}], "split": {"test": 0.6, "validation": 0.5}},
         {"sources": [{"uri": "a"}], "distractors": {"min": 3, "max": 1}},
         {"sources": [{"uri": "a"}], "questions": {"min": 0, "max": 1}},
+        {"sources": [{"uri": "a"}], "refusals": {"ratio": 1, "near": 1.5}},
         {"sources": [{"uri": "a"}], "unknown": 1},
     ],
 )

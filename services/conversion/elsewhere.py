@@ -1,0 +1,66 @@
+"""Questions of other rows that none of a prompt's tools fits: far ones, and near misses.
+
+A near miss is about a tool of the same field ("the time difference between two cities" where only `get_local_time` is listed).
+Far ones alone teach a small model to look for the field, not for the tool (docs/quickstart.md, "What was tried").
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+from services.common.fabric import Tool
+from services.conversion.mixture import fits_none, telling_words
+
+MOST_LOOKED_AT = 200
+"""Questions, until a far one is found."""
+
+Question = tuple[str, tuple[Tool, ...]]
+"""A question and the tools of its row."""
+
+
+class Elsewhere:
+    """Questions that may be asked where their tool is not listed."""
+
+    def __init__(self, asked: Sequence[Question]) -> None:
+        self._asked = asked
+        self._places: dict[str, list[int]] = defaultdict(list)
+        for place, (_, tools) in enumerate(asked):
+            for word in set().union(*(telling_words(t.name) for t in tools)):
+                self._places[word].append(place)
+
+    def far(self, tools: Sequence[Tool], start: int) -> Iterator[str]:
+        """Questions whose tools have nothing in common with these, from a place on."""
+        for step in range(min(len(self._asked), MOST_LOOKED_AT)):
+            query, others = self._asked[(start + step) % len(self._asked)]
+            if fits_none(others, tools):
+                yield query
+
+    def near(self, tools: Sequence[Tool], start: int) -> Iterator[str]:
+        """Questions that one of these tools nearly fits, from a place on."""
+        for place in self._from(start, set().union(*(telling_words(t.name) for t in tools))):
+            query, others = self._asked[place]
+            if nearly_fits(others, tools):
+                yield query
+
+    def _from(self, start: int, words: Iterable[str]) -> list[int]:
+        """Places of questions about any of these words, the first one at or behind the start."""
+        places = sorted({place for word in words for place in self._places.get(word, ())})
+        first = bisect_left(places, start % len(self._asked)) if places else 0
+        return places[first:] + places[:first]
+
+
+def nearly_fits(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> bool:
+    """Whether a question about `query_tools` is a near miss of `tools`: some have a telling word in common, and any two
+    that do have others that tell them apart. "get_distance" and "calculate_distance" have none, so they may be the same.
+    """
+    near = False
+    for asked in query_tools:
+        words = telling_words(asked.name)
+        for tool in tools:
+            others = telling_words(tool.name)
+            if asked.name == tool.name or (words & others and (words <= others or others <= words)):
+                return False
+            near = near or bool(words & others)
+    return near
