@@ -1,7 +1,7 @@
 """Questions of other rows that none of a prompt's tools fits: far ones, and near misses.
 
 A near miss is about a tool of the same field ("the time difference between two cities" where only `get_local_time` is listed).
-Far ones alone teach a small model to look for the field, not for the tool (docs/quickstart.md, "What was tried").
+Far ones alone teach a small model to look for the field, not for the tool (docs/quickstart.md, "Near misses").
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from services.common.fabric import Tool
-from services.conversion.mixture import fits_none, telling_words
+from services.conversion.mixture import telling_words, words_of
 
 MOST_LOOKED_AT = 200
 """Questions, until a far one is found."""
@@ -27,7 +27,7 @@ class Elsewhere:
         self._asked = asked
         self._places: dict[str, list[int]] = defaultdict(list)
         for place, (_, tools) in enumerate(asked):
-            for word in set().union(*(telling_words(t.name) for t in tools)):
+            for word in words_of(tools):
                 self._places[word].append(place)
 
     def far(self, tools: Sequence[Tool], start: int) -> Iterator[str]:
@@ -39,7 +39,7 @@ class Elsewhere:
 
     def near(self, tools: Sequence[Tool], start: int) -> Iterator[str]:
         """Questions that one of these tools nearly fits, from a place on."""
-        for place in self._from(start, set().union(*(telling_words(t.name) for t in tools))):
+        for place in self._from(start, words_of(tools)):
             query, others = self._asked[place]
             if nearly_fits(others, tools):
                 yield query
@@ -49,6 +49,12 @@ class Elsewhere:
         places = sorted({place for word in words for place in self._places.get(word, ())})
         first = bisect_left(places, start % len(self._asked)) if places else 0
         return places[first:] + places[:first]
+
+
+def fits_none(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> bool:
+    """Whether a question about `query_tools` surely fits none of `tools`: no common name, no telling word in common."""
+    words, names = words_of(query_tools), {t.name for t in query_tools}
+    return not any(t.name in names or telling_words(t.name) & words for t in tools)
 
 
 def nearly_fits(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> bool:

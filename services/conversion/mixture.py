@@ -108,7 +108,7 @@ def add_distractors(tools: Sequence[Tool], pool: Sequence[Tool], count: int, see
 
     A tool that shares a telling word with one of the row's own is left out: it might fit the question as well.
     """
-    own = set().union(*(telling_words(t.name) for t in tools)) if tools else set()
+    own = words_of(tools)
     names = {t.name for t in tools}
     chosen = list(tools)
     start, stride = seeded(seed, "distractor", row_id), _stride(len(pool))
@@ -121,13 +121,6 @@ def add_distractors(tools: Sequence[Tool], pool: Sequence[Tool], count: int, see
             names.add(tool.name)
             chosen.append(tool)
     return sorted(chosen, key=lambda t: seeded(seed, "place", row_id, t.name)) if len(chosen) > 1 else chosen
-
-
-def fits_none(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> bool:
-    """Whether a question about `query_tools` surely fits none of `tools`: no common name, no telling word in common."""
-    words = set().union(*(telling_words(t.name) for t in query_tools))
-    names = {t.name for t in query_tools}
-    return not any(t.name in names or telling_words(t.name) & words for t in tools)
 
 
 def pick_one(options: Sequence[T], seed: int, *parts: object) -> T:
@@ -145,6 +138,11 @@ def telling_words(name: str) -> frozenset[str]:
     """Words of a tool's name that say what it is about, in lower case."""
     spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
     return frozenset(w for w in re.findall(r"[^\W\d_]+", spaced.lower()) if w not in COMMON)
+
+
+def words_of(tools: Iterable[Tool]) -> frozenset[str]:
+    """Telling words of all these tools' names."""
+    return frozenset[str]().union(*(telling_words(t.name) for t in tools))
 
 
 @lru_cache(maxsize=16)

@@ -17,8 +17,8 @@ import orjson
 from services.common.fabric import Example, Round, Tool, Turn, language_of, render_rows
 from services.common.fabric_json import begin_messages, list_functions, tool_json
 from services.conversion.drafts import Draft, expected_json, stands_together, unpack_draft
-from services.conversion.elsewhere import Elsewhere, Question
-from services.conversion.mixture import SPLITS, add_distractors, fits_none, pick_count, pick_one, seeded
+from services.conversion.elsewhere import Elsewhere, Question, fits_none
+from services.conversion.mixture import SPLITS, add_distractors, pick_count, pick_one, seeded
 from services.conversion.processes import Tell
 from services.conversion.rendering import LAYOUTS, Renderer, in_language
 from services.conversion.report import Report, count
@@ -219,7 +219,7 @@ class _Writer:
         # From none to twice as many as the ratio says: were it always the same number, a model could count, not read.
         wanted = pick_count(0, round(2 * questions * spec.refusals.ratio), spec.seed, "refusals", row_id)
         # Rounded up as often as the rest says, so that the part is right where prompts have one refusal, too.
-        near = round(wanted * spec.refusals.near + seeded(spec.seed, "near", row_id) % 100 / 100 - 0.5)
+        near = int(wanted * spec.refusals.near + seeded(spec.seed, "near", row_id) % 100 / 100)
         start = seeded(spec.seed, "refused", row_id)
         found = list(islice(elsewhere.near(tools, start), near))
         found += islice(elsewhere.far(tools, start), wanted - len(found))

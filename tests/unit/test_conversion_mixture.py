@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from services.common.errors import InvalidData
 from services.common.fabric import Tool
-from services.conversion.elsewhere import Elsewhere, nearly_fits
-from services.conversion.mixture import ToolGroups, add_distractors, assign_splits, fits_none
+from services.conversion.elsewhere import Elsewhere, fits_none, nearly_fits
+from services.conversion.mixture import ToolGroups, add_distractors, assign_splits
 from services.conversion.rows import make_tool
 
 NAMES = st.lists(st.sampled_from([f"t{n}" for n in range(30)]), min_size=1, max_size=4)
