@@ -34,14 +34,14 @@ class Elsewhere:
         """Questions whose tools have nothing in common with these, from a place on."""
         for step in range(min(len(self._asked), MOST_LOOKED_AT)):
             query, others = self._asked[(start + step) % len(self._asked)]
-            if fits_none(others, tools):
+            if fits_none(others, tools) and not names_one(query, tools):
                 yield query
 
     def near(self, tools: Sequence[Tool], start: int) -> Iterator[str]:
         """Questions that one of these tools nearly fits, from a place on."""
         for place in self._from(start, words_of(tools)):
             query, others = self._asked[place]
-            if nearly_fits(others, tools):
+            if nearly_fits(others, tools) and not names_one(query, tools):
                 yield query
 
     def _from(self, start: int, words: Iterable[str]) -> list[int]:
@@ -70,3 +70,11 @@ def nearly_fits(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> bool:
                 return False
             near = near or bool(words & others)
     return near
+
+
+def names_one(query: str, tools: Sequence[Tool]) -> bool:
+    """Whether a question has all telling words of a tool's name, so that the tool may fit it: "the current weather at 13° N,
+    80° E" and `get_current_weather`, though its row calls `get_weather_by_coordinates`.
+    """
+    text = query.lower()
+    return any(words and all(word in text for word in words) for words in (telling_words(t.name) for t in tools))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from services.common.errors import InvalidData
 from services.common.fabric import Tool
-from services.conversion.elsewhere import Elsewhere, fits_none, nearly_fits
+from services.conversion.elsewhere import Elsewhere, fits_none, names_one, nearly_fits
 from services.conversion.mixture import ToolGroups, add_distractors, assign_splits
 from services.conversion.rows import make_tool
 
@@ -84,6 +84,23 @@ def test_a_near_miss_is_of_the_same_field_and_another_tool(asked: str, listed: s
 
 def test_a_question_that_one_of_the_listed_tools_may_fit_is_no_near_miss_of_another() -> None:
     assert not nearly_fits([tool("get_local_time")], [tool("get_time_difference"), tool("local_time")])
+
+
+@pytest.mark.parametrize(
+    ("question", "listed", "named"),
+    [
+        ("What is the current weather at 13° N?", "get_current_weather", True),  # its row calls another tool
+        ("Could you tell me the temperatures?", "temperature", True),
+        ("What is the weather?", "get_current_weather", False),
+        ("get the data", "get_data", False),  # no word of this name tells anything
+    ],
+)
+def test_a_question_that_names_a_listed_tool_is_not_refused(question: str, listed: str, named: bool) -> None:
+    assert names_one(question, [tool("other_thing"), tool(listed)]) is named
+    elsewhere = Elsewhere([(question, (tool("red_sun"),))])
+    assert list(elsewhere.far([tool(listed)], 0)) == ([] if named else [question])
+    near = [tool(listed), tool("red_house")]  # the second one is of the same field as the question's own
+    assert list(elsewhere.near(near, 0)) == ([] if named else [question])
 
 
 @given(st.integers(0, 1 << 64))
