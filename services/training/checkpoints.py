@@ -19,6 +19,8 @@ from services.common.reporter import Reporter
 
 _BEST = "best"
 """Folder in a kept checkpoint with the adapter of the best one so far, where that is another."""
+_MEAN = "mean"
+"""Folder in a checkpoint with the mean of the weights so far (swift_mean.py)."""
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 """Beside model*.safetensors, where every weight is trained."""
@@ -115,10 +117,11 @@ def restore_best(checkpoint: Path, run: Path) -> None:
 
 
 def choose(run: Path, resumed_from: Path | None, wanted: str, newest_step: int | None) -> tuple[int, Path]:
-    """(step, folder) of the adapter that is the job's output: the best by validation loss, or the last.
+    """(step, folder) of the adapter that is the job's output: the best by validation loss, the last, or the mean.
 
     newest_step: the last complete checkpoint of this run; None when a resumed run had nothing left to do. Without a
-    validation set, or where the best step was not saved, the last one is taken.
+    validation set, where the best step was not saved, or where a resumed job's checkpoint has no mean, the last one is
+    taken.
     """
     if newest_step is not None:
         last = checkpoint_folder(run, newest_step)
@@ -132,6 +135,8 @@ def choose(run: Path, resumed_from: Path | None, wanted: str, newest_step: int |
         best = checkpoint_folder(run, best_step)
         if weight_files(best):
             return int(best_step), best
+    if wanted == "mean" and weight_files(last / _MEAN):
+        return step, last / _MEAN
     return step, last
 
 

@@ -92,6 +92,8 @@ class Preset:
     arguments: Mapping[str, Any]
     effective_batch_size: int | None = None
     """Rows for each optimizer step over all GPUs; None: whatever the arguments give."""
+    checkpoint: str = "best"
+    """Which weights become the adapter: best, last or mean; see training.spec."""
 
 
 def preset_names() -> list[str]:
@@ -105,14 +107,15 @@ def load_preset(name: str) -> Preset:
     if name not in preset_names():
         raise KeyError(name)
     values = yaml.safe_load((_RECIPES / f"{name}.yaml").read_text())
-    unknown = set(values) - {"description", "extends", "effective_batch_size", "arguments"}
+    unknown = set(values) - {"description", "extends", "effective_batch_size", "checkpoint", "arguments"}
     if unknown or "description" not in values:
         raise InvalidSpec(f"recipes/{name}.yaml: unknown keys {sorted(unknown)}, or no description")
     parent = load_preset(values["extends"]) if "extends" in values else Preset("", "", {})
     merged = {**parent.arguments, **values["arguments"]}  # null takes an argument of the parent away
     arguments = {key: value for key, value in merged.items() if value is not None}
     batch = values.get("effective_batch_size", parent.effective_batch_size)
-    return Preset(name, values["description"], arguments, batch)
+    checkpoint = values.get("checkpoint", parent.checkpoint)
+    return Preset(name, values["description"], arguments, batch, checkpoint)
 
 
 def tuner_of(preset: Preset, arguments: Mapping[str, Any]) -> str:
@@ -129,8 +132,8 @@ def needed_packages(arguments: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def check_together(arguments: Mapping[str, Any]) -> list[Violation]:
-    """What is wrong with a preset's and a spec's arguments taken together."""
+def check_together(arguments: Mapping[str, Any], checkpoint: str = "best") -> list[Violation]:
+    """What is wrong with a preset's and a spec's arguments taken together, and with the checkpoint that is chosen."""
     found = []
     for key in ("packing", "padding_free"):
         if arguments.get(key) is True and arguments.get("attn_impl") not in _FLASH:
@@ -141,6 +144,15 @@ def check_together(arguments: Mapping[str, Any]) -> list[Violation]:
             Violation(f"spec.arguments.{key}", "tuner_type: full trains every weight; leave it out")
             for key in ("quant_method", "quant_bits", "use_dora", "use_rslora")
             if arguments.get(key)
+        ]
+    if checkpoint == "mean":
+        reasons = {"tuner_type: full": arguments.get("tuner_type") == "full", "fsdp": bool(arguments.get("fsdp"))}
+        found += [
+            Violation(
+                "spec.checkpoint", f"mean is of an adapter that every process has whole, so not with {key}; set last"
+            )
+            for key, wrong in reasons.items()
+            if wrong
         ]
     return found
 

@@ -56,7 +56,11 @@ class Spec(BaseModel):
         description="ms-swift arguments that override the preset's; effective_batch_size, trust_remote_code",
     )
     resources: Resources = Field(default_factory=lambda: Resources.model_validate({}))
-    checkpoint: Literal["best", "last"] = Field("best", description="best by validation loss, or last")
+    checkpoint: Literal["best", "last", "mean"] | None = Field(
+        None,
+        description="best by validation loss, last, or mean: of the weights over the second half of the steps; when absent, "
+        "the preset's",
+    )
     seed: int | None = Field(None, ge=0, lt=2**32, description=f"{DEFAULT_SEED} when absent")
 
     @field_validator("preset")
@@ -77,7 +81,7 @@ class Spec(BaseModel):
     def _fits_together(self) -> Spec:
         preset = load_preset(self.preset)
         arguments = {**preset.arguments, **self.arguments}
-        if wrong := check_together(arguments):
+        if wrong := check_together(arguments, self.chosen_checkpoint):
             raise ValueError("; ".join(f"{v.field.removeprefix('spec.')}: {v.description}" for v in wrong))
         batch = arguments.get("effective_batch_size", preset.effective_batch_size)
         world_size = max(self.resources.gpus, 1) * self.resources.nodes
@@ -87,6 +91,11 @@ class Spec(BaseModel):
             except InvalidSpec as error:
                 raise ValueError(error.violations[0].description) from None
         return self
+
+    @property
+    def chosen_checkpoint(self) -> str:
+        """Which weights become the adapter: the spec's word, else the preset's."""
+        return self.checkpoint or load_preset(self.preset).checkpoint
 
     @property
     def output(self) -> tuple[str, str]:

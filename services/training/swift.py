@@ -17,6 +17,7 @@ from services.training.presets import OWN, Preset, fit_accumulation, load_preset
 from services.training.spec import DEFAULT_SEED, Spec
 
 PLUGIN = Path(__file__).parent / "swift_plugin.py"
+MEAN_PLUGIN = Path(__file__).parent / "swift_mean.py"
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,7 @@ def plan_sft(spec: Spec, preset: Preset, paths: Paths, hardware: Hardware, famil
         "save_only_model": False,
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
-        "external_plugins": str(PLUGIN),
-        "callbacks": ["fabrictune", *_listed(arguments.get("callbacks"))],
+        **_plugins(spec, arguments),
         **({"resume_from_checkpoint": str(paths.checkpoint)} if paths.checkpoint else {}),
     }
     flags = [word for name, value in named.items() for word in (f"--{name}", *_words(value))]
@@ -193,6 +193,14 @@ def _launcher(hardware: Hardware) -> list[str]:
         *("--master_addr", hardware.master_addr, "--master_port", str(hardware.master_port)),
         *("-m", "swift.cli.sft"),
     ]
+
+
+def _plugins(spec: Spec, arguments: Mapping[str, Any]) -> dict[str, list[str]]:
+    # A checkpoint is told of by the plugin's callback, so the mean has to be in it by then.
+    files, callbacks = [str(PLUGIN)], ["fabrictune", *_listed(arguments.get("callbacks"))]
+    if spec.chosen_checkpoint == "mean":
+        files, callbacks = [*files, str(MEAN_PLUGIN)], ["fabrictune_mean", *callbacks]
+    return {"external_plugins": files, "callbacks": callbacks}
 
 
 def _validation(arguments: Mapping[str, Any], paths: Paths) -> dict[str, Any]:

@@ -281,11 +281,35 @@ def test_a_dataset_that_is_all_too_long_is_refused_before_ms_swift_starts(
 
 MASK = """
 import dataclasses, json, sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from swift.arguments import SftArguments
 from swift.model import get_processor
 from swift.template import get_template
 sys.path.insert(0, sys.argv[2])
-import swift_plugin
+import swift_mean, swift_plugin
+from transformers import AutoModelForCausalLM
+def average(folder, first, last, resume=None):
+    "Weights that are all 1 after step 1, all 2 after step 2, …, of 7 steps; a checkpoint after the last one."
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(sys.argv[1]), LoraConfig(r=2, target_modules="all-linear"))
+    accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+    args = SimpleNamespace(output_dir=folder, resume_from_checkpoint=resume)
+    mean = swift_mean.MeanOfWeights(args, SimpleNamespace(model=model, accelerator=accelerator))
+    state = SimpleNamespace(global_step=first - 1, max_steps=7, is_world_process_zero=True)
+    mean.on_train_begin(args, state, None)
+    for state.global_step in range(first, last + 1):
+        for name, weight in model.named_parameters():
+            if weight.requires_grad: torch.nn.init.constant_(weight, state.global_step)
+        mean.on_step_end(args, state, None)
+    checkpoint = Path(folder) / f"checkpoint-{last}"
+    model.save_pretrained(checkpoint)
+    mean.on_save(args, state, None)
+    own, of_all = (load_file(f / "adapter_model.safetensors") for f in (checkpoint, checkpoint / "mean")) \
+        if (checkpoint / "mean").exists() else (load_file(checkpoint / "adapter_model.safetensors"), {})
+    return {"same_names": set(own) == set(of_all), "means": sorted({v for t in of_all.values() for v in t.unique().tolist()})}
 processor = get_processor(sys.argv[1], model_type="llama")
 def encode(template, loss_scale, rows):
     template = get_template(processor, template_type=template, loss_scale=loss_scale, max_length=4096)
@@ -304,6 +328,10 @@ rows = list(map(json.loads, sys.stdin))
 wanted = [("chatml", "agentfabric"), ("qwen3", "agentfabric"), ("llama3", "agentfabric"), ("chatml", "default"),
           ("chatml", "first_word")]
 found = {f"{template} {scale}": encode(template, scale, rows) for template, scale in wanted}
+found["mean"] = {
+    "before": average(sys.argv[3] + "/a", 1, 3), "cut off": average(sys.argv[3] + "/b", 1, 5),
+    "resumed": average(sys.argv[3] + "/c", 6, 7, sys.argv[3] + "/b/checkpoint-5"), "whole": average(sys.argv[3] + "/d", 1, 7),
+}
 print("RESULT" + json.dumps({**found, "arguments": [f.name for f in dataclasses.fields(SftArguments)]}))
 """
 TWO_CALLS = (
@@ -338,12 +366,14 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def encoded(tiny_model: Path, converted: list[dict[str, Any]]) -> dict[str, Any]:
-    """What ms-swift's own templates make of rows, and the arguments that it knows; in a process of its own."""
+def encoded(
+    tiny_model: Path, converted: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What ms-swift's own templates make of rows, the arguments that it knows, and means of weights; in a process of its own."""
     rows = [*converted, _row(0, f"Let me look.\n{CALL}"), _row(1, SUMMARY)]
     stdin = "\n".join(json.dumps(row) for row in rows)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "USE_HF": "1", "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "-c", MASK, str(tiny_model), str(PLUGIN.parent)]
+    argv = [sys.executable, "-c", MASK, str(tiny_model), str(PLUGIN.parent), str(tmp_path_factory.mktemp("mean"))]
     done = subprocess.run(argv, input=stdin, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     result: dict[str, Any] = json.loads(done.stdout.rsplit("RESULT", 1)[1])
@@ -386,6 +416,29 @@ def test_calls_count_double_answers_once_and_results_and_prompts_nothing_to_the_
         doubled = "".join(text for weight, text in found if weight == 2.0)
         assert doubled == "".join(text for weight, text in wanted if weight == 2.0)
     assert len(encoded["rows"]) >= 5
+
+
+def test_the_mean_is_of_the_weights_after_each_step_of_the_second_half_also_over_a_break(
+    encoded: dict[str, Any],
+) -> None:
+    mean = encoded["mean"]
+    assert mean["before"] == {"same_names": False, "means": []}, "the first half of 7 steps are 3"
+    assert mean["cut off"] == {"same_names": True, "means": [4.5]}
+    assert mean["whole"] == mean["resumed"] == {"same_names": True, "means": [5.5]}
+
+
+def test_the_mean_is_the_output_where_it_is_wanted(tiny_model: Path, dataset: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    (output := tmp_path / "adapter").mkdir()
+    spec = _spec(max_steps=4, save_steps=4, eval_strategy="no").model_copy(update={"checkpoint": "mean"})
+    run(spec, {"dataset": dataset, "base_model": tiny_model}, output, listener := Listener(tmp_path))
+    weights = "adapter_model.safetensors"
+    made, last = load_file(output / weights), load_file(listener.checkpoints[4] / weights)
+    mean = load_file(listener.checkpoints[4] / "mean" / weights)
+    assert set(made) == set(last) == set(mean)
+    assert all((made[name] == mean[name]).all() for name in made)
+    assert any((made[name] != last[name]).any() for name in made), "the mean of two steps is not the last one"
 
 
 def test_the_first_word_of_a_turn_counts_more_and_that_of_a_call_most(encoded: dict[str, Any]) -> None:

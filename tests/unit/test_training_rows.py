@@ -174,6 +174,17 @@ def test_the_best_checkpoint_is_chosen_unless_the_last_is_wanted(tmp_path: Path)
     assert choose(tmp_path, None, "last", 4) == (4, tmp_path / "checkpoint-4")
 
 
+def test_the_mean_is_chosen_where_it_is_wanted_and_there(tmp_path: Path) -> None:
+    _checkpoint(tmp_path, 2)
+    folder = _checkpoint(tmp_path, 4, best_step=2)
+    assert choose(tmp_path, None, "mean", 4) == (4, folder), "a checkpoint of a job that kept no mean"
+    (folder / "mean").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / "mean" / name).write_text("{}")
+    assert choose(tmp_path, None, "mean", 4) == (4, folder / "mean")
+    assert choose(tmp_path, folder, "mean", None) == (4, folder / "mean")
+
+
 def test_a_resumed_run_with_nothing_left_to_do_takes_its_checkpoint(tmp_path: Path) -> None:
     before = _checkpoint(tmp_path / "before", 4)
     assert choose(tmp_path, before, "best", None) == (4, before)

@@ -115,6 +115,32 @@ def test_variants_of_lora_are_values_and_full_training_makes_a_model() -> None:
     assert Spec.model_validate({**NAMES, "preset": "agentfabric-dora"}).output == ("adapter", "adapters")
 
 
+def test_the_preset_says_which_weights_become_the_adapter_unless_the_spec_does() -> None:
+    chosen = {word: Spec.model_validate({**NAMES, "preset": "smollm2-cpu", **told}).chosen_checkpoint
+              for word, told in {"preset": {}, "spec": {"checkpoint": "last"}}.items()}  # fmt: skip
+    assert chosen == {"preset": "mean", "spec": "last"}
+    assert Spec.model_validate(NAMES).chosen_checkpoint == "best"
+
+
+def test_the_mean_is_kept_by_a_plugin_of_its_own_before_a_checkpoint_is_told_of() -> None:
+    command = _plan(Hardware(), preset="smollm2-cpu")
+    after = command.argv[command.argv.index("--external_plugins") + 1 :]
+    assert [Path(word).name for word in after[:2]] == ["swift_plugin.py", "swift_mean.py"]
+    after = command.argv[command.argv.index("--callbacks") + 1 :]
+    assert after[:2] == ["fabrictune_mean", "fabrictune"]
+    assert "fabrictune_mean" not in _plan(Hardware(), preset="smollm2-cpu", checkpoint="last").argv
+
+
+@pytest.mark.parametrize("arguments", [{"tuner_type": "full"}, {"fsdp": "fsdp2"}])
+def test_the_mean_of_more_than_an_adapter_is_refused(arguments: dict[str, Any]) -> None:
+    told = {**NAMES, "preset": "smollm2-cpu", "arguments": arguments}
+    with pytest.raises(
+        ValidationError, match="checkpoint: mean is of an adapter that every process has whole, so not with"
+    ):
+        Spec.model_validate(told)
+    assert Spec.model_validate({**told, "checkpoint": "last"})
+
+
 def test_an_unknown_preset_lists_those_that_exist() -> None:
     with pytest.raises(ValidationError, match=r"no preset .agentfabric.; there are agentfabric-dora, .*smollm2-cpu"):
         Spec.model_validate({**NAMES, "preset": "agentfabric"})
