@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -101,10 +101,6 @@ class Driver:
                 f"{revision.name} was started with room for {room} adapters, not for {len(names)}; make a new revision "
                 "with spec.lora.max_adapters"
             )
-        if model.remote:
-            raise FailedPrecondition(
-                f"{revision.name} runs in a pod that fetches its adapters when it starts; make a new revision with them"
-            )
         # What the engine was started with stays in its spec: after a crash it gets the same flags.
         lora = spec.lora.model_copy(update={"max_adapters": room, "max_rank": rank})
         wanted = spec.model_copy(update={"adapters": names, "lora": lora})
@@ -114,11 +110,21 @@ class Driver:
                 f"{large[0].name} has rank {large[0].rank}; the engine was started for {rank} at most. Make a new "
                 "revision with spec.lora.max_rank"
             )
-        before = dict(revision.adapters)
-        await self._load(revision, address, adapters)
+        before, old = dict(revision.adapters), await self._adapters(spec, model)
+        if model.remote:
+            await self._list(revision, {a.digest: a for a in (*old, *adapters)}.values())
+        try:
+            await self._load(revision, address, adapters, model.remote)
+        except FabrictuneError:
+            if model.remote:
+                await self._list(revision, old)
+            raise
         revision.spec = wanted
         revision.adapters = {a.id: a.digest for a in adapters}
         await self.publish(owner)  # no new request asks for what is unloaded now
+        if model.remote:
+            await self._list(revision, adapters)
+            return
         for adapter_id, digest in before.items() - revision.adapters.items():
             await unload_adapter(self.launcher.session, address, adapter_model(owner.id, adapter_id, digest))
 
@@ -135,9 +141,11 @@ class Driver:
         model = await self.artifacts.fetch_model(spec.model)
         adapters = await self._adapters(spec, model)
         work = render_engine(
-            revision.deployment, revision.revision, spec, model, self.hardware, adapters,
+            revision.deployment, revision.revision, spec, model, self.hardware,
             largest_rank(spec.lora.max_rank, adapters),
         )  # fmt: skip
+        if model.remote and spec.max_adapters:
+            await self._list(revision, adapters)  # its pods are Ready with all of these only
         revision.seconds = {"fetch": round(time.monotonic() - clock, 2)}
         adopted = adopt and await self.launcher.runs_already(work)
         await self.launcher.start(work)
@@ -175,7 +183,7 @@ class Driver:
             await self._timed(revision, "probe", self.launcher.probe(revision, work, address, reference))
             await self._timed(revision, "first_token", self.launcher.smoke(address, revision.deployment))
         if adapters:
-            await self._timed(revision, "adapters", self._load(revision, address, adapters))
+            await self._timed(revision, "adapters", self._load(revision, address, adapters, model.remote))
         revision.adapters = {a.id: a.digest for a in adapters}
         move(revision, State.READY)
         revision.ready_time = time.time()
@@ -197,10 +205,18 @@ class Driver:
             check_base(adapter, model)
         return adapters
 
-    async def _load(self, revision: Revision, address: str, adapters: list[Adapter]) -> None:
-        for adapter in adapters:
-            await load_adapter(self.launcher.session, address, revision.deployment, adapter)
-            await self.launcher.smoke(address, adapter_model(revision.deployment, adapter.id, adapter.digest))
+    async def _list(self, revision: Revision, adapters: Iterable[Adapter]) -> None:
+        assert self.artifacts.list_adapters is not None
+        await self.artifacts.list_adapters(revision.deployment, revision.revision, list(adapters))
+
+    async def _load(self, revision: Revision, address: str, adapters: list[Adapter], remote: bool) -> None:
+        names = [adapter_model(revision.deployment, adapter.id, adapter.digest) for adapter in adapters]
+        if remote:
+            await self.launcher.wait_for_models(engine_name(revision.deployment, revision.revision), set(names))
+        for adapter, name in zip(adapters, names, strict=True):
+            if not remote:
+                await load_adapter(self.launcher.session, address, revision.deployment, adapter)
+            await self.launcher.smoke(address, name)
 
     async def _timed(self, revision: Revision, step: str, work: Coroutine[Any, Any, _T]) -> _T:
         clock = time.monotonic()

@@ -10,20 +10,17 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from services.common.clusters import Workload
 from services.common.cpu import cpu_flags, multiplies_bfloat16
 from services.common.errors import InvalidData, InvalidSpec, Violation
 from services.inference.engines import ENGINES, model_type
 from services.inference.spec import RevisionSpec
-
-if TYPE_CHECKING:
-    from services.inference.adapters import Adapter
 
 GIB = 1024**3
 CPU_MAX_MODEL_LEN = 8192
@@ -96,16 +93,19 @@ def engine_name(deployment: str, revision: str) -> str:
     return f"engine-{deployment[:23].rstrip('-')}-{revision[:22].rstrip('-')}-{mark}"
 
 
+ADAPTERS_OF = "FABRICTUNE_ADAPTERS_OF"
+"""In a pod's environment: whose adapters its engine is to have, "deployment/revision"; see `follow`."""
+
+
 def adapter_model(deployment: str, adapter_id: str, digest: str) -> str:
     """What an engine calls an adapter."""
     return f"{deployment}:{adapter_id}:{digest[:12]}"
 
 
 def render_engine(
-    deployment: str, revision: str, spec: RevisionSpec, model: Model, hardware: Hardware,
-    adapters: Sequence[Adapter] = (), max_rank: int = 16,
+    deployment: str, revision: str, spec: RevisionSpec, model: Model, hardware: Hardware, max_rank: int = 16
 ) -> Workload:  # fmt: skip
-    """The engine of one revision. adapters: a pod fetches and loads them when it starts. Raises InvalidSpec."""
+    """The engine of one revision. Raises InvalidSpec."""
     config = model.config
     dtype = choose_dtype(spec.dtype, hardware)
     gpus = spec.resources.gpus or min(hardware.gpus, 1)
@@ -142,12 +142,9 @@ def render_engine(
         lora = ["--enable-lora", "--max-loras", str(room), "--max-cpu-loras", str(room)]
         lora += ["--max-lora-rank", str(max_rank)]
         env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # the gateway passes only /v1 chat and completions on
+        if model.remote:
+            env[ADAPTERS_OF] = f"{deployment}/{revision}"
     if model.remote:
-        if adapters:
-            # Every pod has them before it answers, one that takes the place of a lost one and one of several, too.
-            modules = (f"{adapter_model(deployment, a.id, a.digest)}={a.folder}" for a in adapters)
-            lora += ["--lora-modules", *modules]
-            env["FABRICTUNE_ADAPTERS"] = ",".join(f"{a.name}={a.digest}" for a in adapters)
         env |= {
             "FABRICTUNE_MODEL": model.name,
             "FABRICTUNE_MODEL_DIGEST": model.digest,

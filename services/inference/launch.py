@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ import aiohttp
 from services.common.clusters import Cluster, Phase, Workload, WorkloadStatus
 from services.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable, WorkerLost
 from services.inference import parity
-from services.inference.adapters import Adapter
+from services.inference.adapters import Adapter, list_models
 from services.inference.engine import (
     IDLE_SECONDS,
     Hardware,
@@ -50,6 +50,8 @@ class Artifacts:
     """By deployment id: it was deleted."""
     fetch_adapter: Callable[[str], Awaitable[Adapter]] | None = None
     """By "adapters/{id}"; None where there is no store."""
+    list_adapters: Callable[[str, str, Sequence[Adapter]], Awaitable[None]] | None = None
+    """By deployment and revision id: which adapters its engines are to have, where each pod sees to that itself."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Limits:
     """Crashes in a row after which a revision has failed."""
     first_pause: float = 1
     """Before the first restart; it doubles each time, up to a minute."""
+    adapters: float = 300
+    """Until all pods of an engine have the adapters that they are to have."""
     calm: float = 600
     """Having been READY for so long forgives earlier crashes."""
     poll: float = 0.25
@@ -157,6 +161,30 @@ class Launcher:
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
+
+    async def wait_for_models(self, name: str, models: set[str]) -> None:
+        """Until each pod of an engine serves them, whoever loads them there. Raises DeadlineExceeded, WorkerLost."""
+        deadline = time.monotonic() + self.limits.adapters
+        while True:
+            status = await self.cluster.get(name)
+            if status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
+                raise WorkerLost(f"the engine ended while its adapters changed. {await self._last_words(name, status)}")
+            missing = {pod: gone for pod in status.each if (gone := models - await self._models_of(pod))}
+            if status.each and not missing:
+                return
+            if time.monotonic() > deadline:
+                lacks = "; ".join(f"{pod} has no {', '.join(sorted(gone))}" for pod, gone in missing.items())
+                raise DeadlineExceeded(
+                    f"after {self.limits.adapters:.0f} s {lacks or 'no pod is ready'}; the log of the container `adapters` "
+                    "in its pod says why"
+                )
+            await asyncio.sleep(self.limits.poll)
+
+    async def _models_of(self, address: str) -> set[str]:
+        try:
+            return await list_models(self.session, address)
+        except Unavailable:
+            return set()
 
     async def watch(self, name: str) -> str:
         """Until the engine has gone, or the cluster has put another in its place; returns why."""

@@ -2,8 +2,7 @@
 
     python -m services.inference.prepare
 
-The inference service says which in FABRICTUNE_MODEL, _MODEL_DIGEST, _REFERENCE_DTYPE, _TRUST_REMOTE_CODE and _ADAPTERS
-("name=digest,…"; vLLM's --lora-modules names their folders, so that the pod is Ready only with all of them). The reference
+The inference service says which in FABRICTUNE_MODEL, _MODEL_DIGEST, _REFERENCE_DTYPE and _TRUST_REMOTE_CODE. The reference
 is computed here since this image has transformers and this pod the memory; the service itself has neither.
 """
 
@@ -51,11 +50,7 @@ def main() -> int:
             raise InvalidSpec(f"{', '.join(missing)} must be set; the inference service does it")
         trusted = os.environ.get("FABRICTUNE_TRUST_REMOTE_CODE") == "true"
         name, digest, dtype = asked.values()
-        adapters = [a.partition("=") for a in os.environ.get("FABRICTUNE_ADAPTERS", "").split(",") if a]
-        store = open_store(load_store())
-        for adapter, _, adapter_digest in adapters:
-            Artifacts(store, MODELS / "cache").cached(adapter, adapter_digest)
-        folder = prepare(store, MODELS, name, digest, dtype, trusted)
+        folder = prepare(open_store(load_store()), MODELS, name, digest, dtype, trusted)
     except FabrictuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

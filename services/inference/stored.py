@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from services.common.artifacts import Artifacts as StoredArtifacts
 from services.common.store import Store
 from services.inference.adapters import Adapter, bases_of, describe_adapter, read_rank
 from services.inference.engine import Model, describe_model, parse_model_config
+from services.inference.follow import write_list
 from services.inference.launch import Artifacts
 from services.inference.prepare import MODEL_FOLDER, adapter_folder
 from services.inference.reference import Reference, reference_from_json, reference_key, reference_to_json
@@ -41,11 +43,17 @@ def stored_artifacts(store: Store, artifacts: StoredArtifacts, remote: bool = Fa
 
     async def forget(deployment_id: str) -> None:
         await asyncio.to_thread(store.delete, f"deployments/{deployment_id}{SUFFIX}")
+        for key in await asyncio.to_thread(lambda: list(store.list_keys(f"deployments/{deployment_id}/adapters/"))):
+            await asyncio.to_thread(store.delete, key)
 
     async def fetch_adapter(name: str) -> Adapter:
         return await asyncio.to_thread(_describe_stored_adapter if remote else _fetch_adapter, artifacts, name)
 
-    return Artifacts(fetch_model, fetch_reference, store_reference, save, forget, fetch_adapter)
+    async def list_adapters(deployment: str, revision: str, adapters: Sequence[Adapter]) -> None:
+        await asyncio.to_thread(write_list, store, deployment, revision, adapters)
+
+    lister = list_adapters if remote else None
+    return Artifacts(fetch_model, fetch_reference, store_reference, save, forget, fetch_adapter, lister)
 
 
 def _fetch(artifacts: StoredArtifacts, name: str) -> Model:

@@ -10,13 +10,15 @@ from chart_schemas import VERSIONS, findings
 
 from services.common.clusters import Workload
 from services.common.clusters.manifests import fill_template, read_template
+from services.inference.follow import READY
 from tests.chart.objects import Objects, Render, container, env
 
 KINDS = ("conversion", "training", "merging", "evaluation")
 
 
 def work(kind: str, **more: Any) -> Workload:
-    return Workload(kind=kind, name=f"{kind}-abc", argv=("python", "-m", "x"), env={"FABRICTUNE_JOB": "j"}, **more)
+    told = {"env": {"FABRICTUNE_JOB": "j"}, **more}
+    return Workload(kind=kind, name=f"{kind}-abc", argv=("python", "-m", "x"), **told)
 
 
 def pod_of(objects: Objects, kind: str) -> dict[str, Any]:
@@ -32,7 +34,8 @@ def test_what_a_server_makes_of_a_template_is_valid_in_every_version(
     [data] = [m["data"] for m in render(case) if m["metadata"]["name"] == "fabrictune-templates"]
     (tmp_path / f"{kind}.yaml").write_text(data[f"{kind}.yaml"])
     template = read_template(tmp_path, kind)
-    for more in ({}, {"gpus": 2, "nodes": 2, "cpu": "4", "memory": "8Gi"}):
+    large = {"gpus": 2, "nodes": 2, "cpu": "4", "memory": "8Gi", "env": {"FABRICTUNE_ADAPTERS_OF": "x/r"}}
+    for more in ({}, large):
         if kind == "engine":
             more.pop("nodes", None)
         for manifest in fill_template(template, work(kind, **more)):
@@ -122,6 +125,20 @@ def test_an_engine_prepares_its_model_before_it_serves_and_holds_no_keys(render:
     assert prepare["image"] == container(pod)["image"]
     assert not [name for name in env(pod) if "KEY" in name]
     assert {m["mountPath"] for m in container(pod)["volumeMounts"]} == {"/models", "/tmp", "/dev/shm"}
+
+
+def test_an_engine_with_room_for_adapters_has_a_container_beside_it_that_alone_holds_keys(render: Render) -> None:
+    template = render().template("engine")
+    without = fill_template(template, work("engine"))[0]["spec"]["template"]["spec"]
+    assert [c["name"] for c in without["containers"]] == ["engine"]
+    pod = fill_template(template, work("engine", env={"FABRICTUNE_ADAPTERS_OF": "x/r"}))[0]["spec"]["template"]["spec"]
+    engine, beside = pod["containers"]
+    assert beside["command"] == ["python", "-m", "services.inference.follow"]
+    assert beside["readinessProbe"]["exec"]["command"] == ["test", "-f", str(READY)]
+    keys = [[e["name"] for e in c["env"] if "KEY" in e["name"]] for c in (engine, beside)]
+    assert keys == [[], ["FABRICTUNE_S3_ACCESS_KEY", "FABRICTUNE_S3_SECRET_KEY"]]
+    assert beside["resources"]["requests"] == {"cpu": "20m", "memory": "128Mi"}, "the engine's are its own"
+    assert {"name": "FABRICTUNE_ADAPTERS_OF", "value": "x/r"} in beside["env"]
 
 
 def test_an_engine_has_started_when_it_names_its_model_within_the_budget_that_the_server_knows(render: Render) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from services.common.errors import FailedPrecondition, InvalidData, InvalidSpec
-from services.inference.adapters import Adapter
 from services.inference.engine import (
     Hardware,
     Model,
@@ -157,17 +156,14 @@ def test_an_engine_in_a_pod_of_its_own_fetches_its_model_and_is_reached_from_out
     assert work.env["FABRICTUNE_REFERENCE_DTYPE"] == "float32" and work.env["FABRICTUNE_TRUST_REMOTE_CODE"] == "false"
 
 
-def test_every_pod_of_an_engine_loads_its_adapters_before_it_answers(model: Model) -> None:
+def test_a_pod_is_told_whose_adapters_its_engine_is_to_have_where_there_is_room_for_any(model: Model) -> None:
     remote = replace(model, folder=Path("/models/model"), remote=True)
-    adapters = [Adapter(f"adapters/{a}", f"{a * 40}", Path(f"/models/cache/{a * 40}"), 8, {}, {}) for a in "bc"]
-    work = render_engine("x", "r", parse_spec({"model": "models/m"}), remote, LAPTOP, adapters, 16)
-    assert work.env["FABRICTUNE_ADAPTERS"] == f"adapters/b={'b' * 40},adapters/c={'c' * 40}"
-    at = work.argv.index("--lora-modules")
-    assert work.argv[at + 1 : at + 3] == (
-        f"x:b:{'b' * 12}=/models/cache/{'b' * 40}", f"x:c:{'c' * 12}=/models/cache/{'c' * 40}"
-    )  # fmt: skip
-    local = render_engine("x", "r", parse_spec({"model": "models/m"}), model, LAPTOP, adapters, 16)
-    assert "--lora-modules" not in local.argv  # they are loaded once it answers, and may change
+    told = {"model": "models/m", "lora": {"max_adapters": 2}}
+    assert render_engine("x", "r", parse_spec(told), remote, LAPTOP).env["FABRICTUNE_ADAPTERS_OF"] == "x/r"
+    assert "FABRICTUNE_ADAPTERS_OF" not in render_engine("x", "r", parse_spec(told), model, LAPTOP).env
+    assert (
+        "FABRICTUNE_ADAPTERS_OF" not in render_engine("x", "r", parse_spec({"model": "models/m"}), remote, LAPTOP).env
+    )
 
 
 def test_the_hardware_of_other_nodes_is_told_as_json_and_nonsense_is_refused_by_name() -> None:

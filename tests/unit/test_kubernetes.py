@@ -197,7 +197,16 @@ def test_an_engine_that_crashed_is_failed_so_that_the_rollout_begins_anew() -> N
     pod["status"]["containerStatuses"] = [{"restartCount": 1, "ready": False, "lastState": _ended(139)}]
     assert read_engine(Seen(deployment, [pod]), "http://e:8000").phase is Phase.FAILED
     fine = read_engine(Seen(deployment, [_pod("Running", {"running": {"startedAt": _ago(1)}})]), "http://e:8000")
-    assert (fine.phase, fine.address) == (Phase.RUNNING, "http://e:8000")
+    assert (fine.phase, fine.address, fine.each) == (Phase.RUNNING, "http://e:8000", ())
+
+
+def test_an_engines_pods_are_named_each_once_they_are_ready() -> None:
+    deployment = {"kind": "Deployment", "metadata": {"name": "engine-x", "annotations": {}, "labels": {}}, "spec": {}}
+    pods = [_pod("Running", {"running": {"startedAt": _ago(1)}}) for _ in range(3)]
+    for number, (pod, ready) in enumerate(zip(pods, ("True", "False", "True"), strict=True)):
+        pod["status"] |= {"podIP": f"10.0.0.{number}", "conditions": [{"type": "Ready", "status": ready}]}
+    status = read_engine(Seen(deployment, pods), "http://e:8000")
+    assert status.each == ("http://10.0.0.0:8000", "http://10.0.0.2:8000")
 
 
 def test_the_time_in_the_queue_and_the_running_time_have_a_limit_each() -> None:

@@ -32,6 +32,11 @@ spec:
             - {name: http, containerPort: 8000}
           startupProbe: {httpGet: {path: /v1/models, port: http}, periodSeconds: 2, timeoutSeconds: 5, failureThreshold: {{ div (int $own.startSeconds) 2 }}}
           readinessProbe: {httpGet: {path: /health, port: http}, periodSeconds: 5, timeoutSeconds: 5}
+        {{- /* Gives the engine its adapters, also while it runs. An engine that has no room for any comes without it. */}}
+        - name: adapters
+          {{- $beside := merge (dict "own" (set (deepCopy $own) "resources" $own.adapters.resources)) $part }}
+          {{- include "fabrictune.engine.container" (merge (dict "env" (include "fabrictune.env.store" .) "command" (list "python" "-m" "services.inference.follow")) $beside) | nindent 10 }}
+          readinessProbe: {exec: {command: [test, -f, /tmp/adapters-are-there]}, periodSeconds: 2}
       volumes:
         - name: models
           {{- toYaml ($own.modelsVolume | default (dict "emptyDir" dict)) | nindent 10 }}

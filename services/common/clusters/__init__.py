@@ -74,6 +74,8 @@ class WorkloadStatus:
     end_time: datetime | None = None
     stopping: bool = False
     """Told to stop and not yet gone."""
+    each: tuple[str, ...] = ()
+    """Addresses of all its pods that are ready, where a cluster runs several behind one address."""
 
 
 class Cluster(Protocol):

@@ -94,10 +94,16 @@ def read_engine(seen: Seen, address: str) -> WorkloadStatus:
     running = next((p for p in pods if phase_of(p) == "Running"), None)
     if running is not None:
         began = started_at(running)
-        return _status(main, Phase.RUNNING, address=address, start=began, stopping=is_going(main))
+        port = address.rpartition(":")[2]
+        each = tuple(f"http://{p['status']['podIP']}:{port}" for p in pods if _is_ready(p))
+        return _status(main, Phase.RUNNING, address=address, start=began, stopping=is_going(main), each=each)
     waiting = next(iter(pods), None)
     message = why_pod_waits(waiting, seen.warnings) if waiting else _why_no_pod(seen)
     return _status(main, Phase.PENDING, message=message, stopping=is_going(main))
+
+
+def _is_ready(pod: Object) -> bool:
+    return any(c["type"] == "Ready" and c.get("status") == "True" for c in conditions_of(pod))
 
 
 def why_pod_waits(pod: Object, warnings: Mapping[str, str]) -> str:
@@ -140,10 +146,12 @@ def _why_no_pod(seen: Seen) -> str:
 def _status(
     main: Object, phase: Phase, attempt: int = 1, message: str = "", *, error: status_pb2.Status | None = None,
     address: str = "", start: datetime | None = None, end: datetime | None = None, stopping: bool = False,
+    each: tuple[str, ...] = (),
 ) -> WorkloadStatus:  # fmt: skip
     metadata = main["metadata"]
     digest = (metadata.get("annotations") or {}).get(DIGEST, "")
     kind = (metadata.get("labels") or {}).get(KIND, "")
     return WorkloadStatus(
-        metadata["name"], kind, digest, phase, attempt, message, error, address, start, end, stopping or is_going(main)
-    )
+        metadata["name"], kind, digest, phase, attempt, message, error, address, start, end, stopping or is_going(main),
+        each,
+    )  # fmt: skip
