@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from services.inference.engine import engine_name
 from tests.e2e.conftest import MODEL, ROOT, Release
 
 pytestmark = pytest.mark.timeout(1800)
@@ -72,17 +73,32 @@ def test_the_pipeline_ends_with_a_deployment_that_answers(release: Release, note
     begin = time.monotonic()
     said = release.fabrictune("run", release.write("run.yaml", spec), timeout=1500)
     note(f"from rows to a deployment: {time.monotonic() - begin:.0f} s")
-    connection = json.loads((release.folder / ".fabrictune" / "connection.json").read_text())
-    trust = ssl.create_default_context(cafile=connection["ca_file"] or None)
-    answer = httpx.post(
-        f"{connection['gateway']}/v1/chat/completions",
-        json={"model": "e2e", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 4},
-        headers={"Authorization": f"Bearer {connection['token']}"},
-        verify=trust,
-        timeout=120,
-    )
+    answer = _ask(release, "e2e")
     assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"], (said, answer.text)
+    connection, trust = _connection(release)
     assert httpx.get(f"{connection['gateway']}/v1/models", verify=trust).status_code == 401
+
+
+def test_adapters_come_and_go_in_a_running_engine_and_are_there_again_in_the_pod_that_takes_its_place(
+    release: Release, dataset: str, note: Note
+) -> None:
+    first = release.wait_state(release.train("first", 2), ENDED, 300) and "adapters/first"
+    spec = {"adapters": [first], "lora": {"max_adapters": 2}, "max_model_len": 1024}
+    release.fabrictune("deploy", MODEL, "--as", "beside", "--spec", release.write("beside.yaml", spec))
+    [row] = [r for r in release.json("deployments") if r["name"] == "deployments/beside"]
+    revision = f"{row['name']}/revisions/{row['revision']}"
+    release.wait_state(release.train("second", 2), ENDED, 300)
+    assert _ask(release, "beside:first").status_code == 200 and _ask(release, "beside:second").status_code == 404
+    before, begin = _engine(release, revision)["metadata"]["uid"], time.monotonic()
+    release.fabrictune("adapters", revision, first, "adapters/second")
+    note(f"one more adapter: {time.monotonic() - begin:.1f} s")
+    assert [_ask(release, f"beside:{name}").status_code for name in ("first", "second")] == [200, 200]
+    release.kubectl("delete", "pod", _engine(release, revision)["metadata"]["name"], "--wait=false")
+    release.until(lambda: (p := _engine(release, revision)) and p["metadata"]["uid"] != before, 120, "another pod")
+    release.until(lambda: _ask(release, "beside:second").status_code == 200, 300, "an answer of the second adapter")
+    release.fabrictune("adapters", revision, "adapters/second")
+    assert [_ask(release, f"beside:{name}").status_code for name in ("first", "second")] == [404, 200]
+    release.fabrictune("undeploy", "deployments/beside")
 
 
 def test_seventeen_gpus_wait_with_the_reason_and_fail_at_the_queue_timeout(release: Release, dataset: str) -> None:
@@ -295,6 +311,31 @@ def test_helm_uninstall_leaves_no_job_running(release: Release, dataset: str) ->
     release.run("helm", "uninstall", "fabrictune", "-n", release.namespace, "--timeout", "4m")
     release.until(lambda: not release.get("jobs")["items"], 60, "no Jobs")
     release.until(lambda: not _alive(release), 120, "no pods")
+
+
+def _connection(release: Release) -> tuple[dict[str, Any], ssl.SSLContext]:
+    connection = json.loads((release.folder / ".fabrictune" / "connection.json").read_text())
+    return connection, ssl.create_default_context(cafile=connection["ca_file"] or None)
+
+
+def _ask(release: Release, model: str) -> httpx.Response:
+    """A short chat through the gateway."""
+    connection, trust = _connection(release)
+    return httpx.post(
+        f"{connection['gateway']}/v1/chat/completions",
+        json={"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 4},
+        headers={"Authorization": f"Bearer {connection['token']}"},
+        verify=trust,
+        timeout=150,  # the gateway holds a request for two minutes
+    )
+
+
+def _engine(release: Release, revision: str) -> Any:
+    """The live pod of a revision's engine, or None."""
+    _, deployment, _, name = revision.split("/")
+    workload = engine_name(deployment, name)
+    pods = release.get("pods", "-l", f"fabrictune.dev/name={workload}")["items"]
+    return next((p for p in pods if not p["metadata"].get("deletionTimestamp")), None)
 
 
 def _want_pool(release: Release) -> None:
