@@ -141,8 +141,8 @@ async def house(store: Store, tmp_path: Path) -> AsyncIterator[House]:
     for name in ("one", "two", "bad"):
         (folder := tmp_path / name).mkdir()
         (folder / "adapter_config.json").write_text(json.dumps({"r": 8, "of": name}))
-        made = artifacts.publish(folder, f"adapters/{name}", "adapter", created_by={}, metadata={})
-        names[name] = f"x:{name}:{made.digest[:12]}"
+        adapter = artifacts.publish(folder, f"adapters/{name}", "adapter", created_by={}, metadata={})
+        names[name] = f"x:{name}:{adapter.digest[:12]}"
     stored = stored_artifacts(store, artifacts, remote=True)
     await stored.store_reference(Reference(digest, "float32", PROMPTS_VERSION, {}, (TEXT,)))
     pods, routes = [Pod(store, tmp_path / f"pod-{n}") for n in (1, 2)], RouteTable()

@@ -138,7 +138,7 @@ def test_the_mean_of_more_than_an_adapter_is_refused(arguments: dict[str, Any]) 
         ValidationError, match="checkpoint: mean is of an adapter that every process has whole, so not with"
     ):
         Spec.model_validate(told)
-    assert Spec.model_validate({**told, "checkpoint": "last"})
+    assert Spec.model_validate({**told, "checkpoint": "last"}).chosen_checkpoint == "last"
 
 
 def test_an_unknown_preset_lists_those_that_exist() -> None:
