@@ -86,7 +86,7 @@ def test_adapters_come_and_go_in_a_running_engine_and_are_there_again_in_the_pod
     spec = {"adapters": [first], "lora": {"max_adapters": 2}, "max_model_len": 1024}
     release.fabrictune("deploy", MODEL, "--as", "beside", "--spec", release.write("beside.yaml", spec))
     [row] = [r for r in release.json("deployments") if r["name"] == "deployments/beside"]
-    revision = f"{row['name']}/revisions/{row['revision']}"
+    [revision] = [r["name"] for r in row["revisions"]]
     release.wait_state(release.train("second", 2), ENDED, 300)
     assert _ask(release, "beside:first").status_code == 200 and _ask(release, "beside:second").status_code == 404
     before, begin = _engine(release, revision)["metadata"]["uid"], time.monotonic()
