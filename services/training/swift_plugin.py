@@ -149,7 +149,7 @@ class AgentFabricLossScale(LossScale):  # type: ignore[misc]
 
 
 _WORD = re.compile(r"[A-Za-z]+")
-FIRST_WORD, FIRST_WORD_OF_A_CALL = 3.0, 12.0
+FIRST_WORD, FIRST_WORD_OF_A_CALL = 3.0, 7.5
 """A turn has one word that decides and some thirty that follow from it. With equal weights the model refused too often
 (docs/quickstart.md, "What was tried")."""
 

@@ -446,9 +446,9 @@ def test_the_first_word_of_a_turn_counts_more_and_that_of_a_call_most(encoded: d
         turns = [m["content"] for m in row["messages"] if m["role"] == "assistant" and m.get("loss") is not False]
         words = [word[0] for turn in turns if (word := re.match("[A-Za-z]+", turn))]
         assert [(weight, text) for weight, text in runs if weight > 1] == [
-            (12.0 if word == "Action" else 3.0, word) for word in words
+            (7.5 if word == "Action" else 3.0, word) for word in words
         ]
-        assert all(weight in (0.0, 1.0, 3.0, 12.0) for weight, _ in runs)
+        assert all(weight in (0.0, 1.0, 3.0, 7.5) for weight, _ in runs)
 
 
 def test_the_list_of_arguments_is_that_of_the_installed_ms_swift(encoded: dict[str, Any]) -> None:
