@@ -94,8 +94,8 @@ class Driver:
             )
         spec, address = revision.spec, self.addresses[revision.name]
         model = await self.artifacts.fetch_model(spec.model)
-        rank = largest_rank(spec.lora.max_rank, await self._adapters(spec, model))
-        room = spec.max_adapters
+        old = await self._adapters(spec, model)
+        rank, room = largest_rank(spec.lora.max_rank, old), spec.max_adapters
         if len(names) > room:
             raise FailedPrecondition(
                 f"{revision.name} was started with room for {room} adapters, not for {len(names)}; make a new revision "
@@ -110,7 +110,7 @@ class Driver:
                 f"{large[0].name} has rank {large[0].rank}; the engine was started for {rank} at most. Make a new "
                 "revision with spec.lora.max_rank"
             )
-        before, old = dict(revision.adapters), await self._adapters(spec, model)
+        before = dict(revision.adapters)
         if model.remote:
             await self._list(revision, {a.digest: a for a in (*old, *adapters)}.values())
         try:

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from services.common.clusters import Workload
+from services.common.clusters import ADAPTERS_OF, Workload
 from services.common.cpu import cpu_flags, multiplies_bfloat16
 from services.common.errors import InvalidData, InvalidSpec, Violation
 from services.inference.engines import ENGINES, model_type
@@ -91,10 +91,6 @@ def engine_name(deployment: str, revision: str) -> str:
     """The workload's name, at most 63 characters; the hash keeps "a-b"/"c" and "a"/"b-c" apart."""
     mark = hashlib.sha256(f"{deployment}/{revision}".encode()).hexdigest()[:8]
     return f"engine-{deployment[:23].rstrip('-')}-{revision[:22].rstrip('-')}-{mark}"
-
-
-ADAPTERS_OF = "FABRICTUNE_ADAPTERS_OF"
-"""In a pod's environment: whose adapters its engine is to have, "deployment/revision"; see `follow`."""
 
 
 def adapter_model(deployment: str, adapter_id: str, digest: str) -> str:

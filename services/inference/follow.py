@@ -21,11 +21,12 @@ from pathlib import Path
 import aiohttp
 
 from services.common.artifacts import Artifacts
+from services.common.clusters import ADAPTERS_OF
 from services.common.config import load_store
 from services.common.errors import DataLoss, FabrictuneError, FailedPrecondition, InvalidSpec
 from services.common.store import Store, open_store
 from services.inference.adapters import Adapter, list_models, load_adapter, unload_adapter
-from services.inference.engine import ADAPTERS_OF, adapter_model
+from services.inference.engine import adapter_model
 from services.inference.prepare import MODELS
 
 ENGINE = "http://127.0.0.1:8000"

@@ -15,6 +15,9 @@ from typing import Protocol
 
 from google.rpc import status_pb2
 
+ADAPTERS_OF = "FABRICTUNE_ADAPTERS_OF"
+"""In an engine's environment: whose adapters it is to have, "deployment/revision"; see services.inference.follow."""
+
 
 @dataclass(frozen=True)
 class Workload:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from services.common.clusters import Workload
+from services.common.clusters import ADAPTERS_OF, Workload
 from services.common.errors import FailedPrecondition
 
 Manifest = dict[str, Any]
@@ -30,8 +30,8 @@ RESOURCES = "fabrictune.dev/resources"
 GPU_RESOURCE = "fabrictune.dev/gpu-resource"
 DEFAULT_GPU_RESOURCE = "nvidia.com/gpu"
 RENDEZVOUS_PORT = 29500
-BESIDE_ENGINES, BESIDE_NEEDS = "adapters", "FABRICTUNE_ADAPTERS_OF"
-"""The container that looks after an engine's adapters, and what it has to be told; an engine without room has none."""
+BESIDE_ENGINES = "adapters"
+"""The container that looks after an engine's adapters; an engine without room for any has none."""
 
 
 def read_template(folder: Path, kind: str) -> list[Manifest]:
@@ -104,7 +104,7 @@ def _fill_pod(main: Manifest, work: Workload) -> None:
     if work.nodes > 1:
         env |= {"MASTER_ADDR": f"{work.name}-0.{work.name}", "MASTER_PORT": str(RENDEZVOUS_PORT)}
     pod = template["spec"]
-    pod["containers"] = [c for c in pod["containers"] if c["name"] != BESIDE_ENGINES or BESIDE_NEEDS in env]
+    pod["containers"] = [c for c in pod["containers"] if c["name"] != BESIDE_ENGINES or ADAPTERS_OF in env]
     for container in [*pod.get("initContainers", []), *pod["containers"]]:
         rest = [entry for entry in container.get("env") or [] if entry["name"] not in env]
         container["env"] = [*rest, *({"name": key, "value": value} for key, value in env.items())]
