@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from services.common.fabric import Tool
 from services.conversion.mixture import telling_words, words_of
@@ -18,6 +18,8 @@ MOST_LOOKED_AT = 200
 
 Question = tuple[str, tuple[Tool, ...]]
 """A question and the tools of its row."""
+Suits = Callable[[Sequence[Tool], Sequence[Tool]], bool]
+"""Whether a question about some tools is one to ask where others are listed."""
 
 
 class Elsewhere:
@@ -32,16 +34,17 @@ class Elsewhere:
 
     def far(self, tools: Sequence[Tool], start: int) -> Iterator[str]:
         """Questions whose tools have nothing in common with these, from a place on."""
-        for step in range(min(len(self._asked), MOST_LOOKED_AT)):
-            query, others = self._asked[(start + step) % len(self._asked)]
-            if fits_none(others, tools) and not names_one(query, tools):
-                yield query
+        count = len(self._asked)
+        return self._asked_at(((start + step) % count for step in range(min(count, MOST_LOOKED_AT))), fits_none, tools)
 
     def near(self, tools: Sequence[Tool], start: int) -> Iterator[str]:
         """Questions that one of these tools nearly fits, from a place on."""
-        for place in self._from(start, words_of(tools)):
+        return self._asked_at(self._from(start, words_of(tools)), nearly_fits, tools)
+
+    def _asked_at(self, places: Iterable[int], suits: Suits, tools: Sequence[Tool]) -> Iterator[str]:
+        for place in places:
             query, others = self._asked[place]
-            if nearly_fits(others, tools) and not names_one(query, tools):
+            if suits(others, tools) and not names_one(query, tools):
                 yield query
 
     def _from(self, start: int, words: Iterable[str]) -> list[int]:

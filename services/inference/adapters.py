@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,16 @@ async def unload_adapter(session: aiohttp.ClientSession, address: str, name: str
     status, said = await _post(session, f"{address}/v1/unload_lora_adapter", {"lora_name": name})
     if status not in (200, 404):
         raise Unavailable(f"the engine does not let {name} go (HTTP {status}): {said[:500]}")
+
+
+async def unload_others(
+    session: aiohttp.ClientSession, address: str, deployment: str, kept: Collection[str]
+) -> list[str]:
+    """Take out all of a deployment's adapters but those, by their names there; returns which. Raises Unavailable."""
+    others = sorted(m for m in await list_models(session, address) if m.startswith(f"{deployment}:") and m not in kept)
+    for name in others:
+        await unload_adapter(session, address, name)
+    return others
 
 
 async def list_models(session: aiohttp.ClientSession, address: str) -> set[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,7 +17,8 @@ from services.common.clusters import Cluster
 from services.common.errors import FabrictuneError, FailedPrecondition, Unavailable, WorkerLost
 from services.common.logs import get_logger
 from services.common.metrics import REGISTRY
-from services.inference.adapters import Adapter, check_base, largest_rank, load_adapter, unload_adapter
+from services.inference.adapters import Adapter, check_base, largest_rank
+from services.inference.beside import Beside, InOneEngine, InPods
 from services.inference.engine import Hardware, Model, adapter_model, engine_name, render_engine
 from services.inference.launch import Artifacts, Launcher, Limits, run_both
 from services.inference.revisions import Deployment, Revision, State, move
@@ -51,6 +52,8 @@ class Driver:
     def __post_init__(self) -> None:
         """Nothing runs yet."""
         self._log = get_logger("rollout")
+        lister = self.artifacts.list_adapters
+        self._beside: Beside = InPods(self.launcher, lister) if lister else InOneEngine(self.launcher)
 
     async def drive(self, owner: Deployment, revision: Revision, adopt: bool) -> None:
         """Until it has failed or is cancelled. adopt: an engine that still runs is taken as it is."""
@@ -110,23 +113,17 @@ class Driver:
                 f"{large[0].name} has rank {large[0].rank}; the engine was started for {rank} at most. Make a new "
                 "revision with spec.lora.max_rank"
             )
-        before = dict(revision.adapters)
-        if model.remote:
-            await self._list(revision, {a.digest: a for a in (*old, *adapters)}.values())
+        both = list({a.digest: a for a in (*old, *adapters)}.values())
         try:
-            await self._load(revision, address, adapters, model.remote)
+            await self._beside.load(revision, address, both)
+            await self._try_out(revision, address, adapters)
         except FabrictuneError:
-            if model.remote:
-                await self._list(revision, old)
+            await self._beside.keep(revision, address, old)
             raise
         revision.spec = wanted
         revision.adapters = {a.id: a.digest for a in adapters}
-        await self.publish(owner)  # no new request asks for what is unloaded now
-        if model.remote:
-            await self._list(revision, adapters)
-            return
-        for adapter_id, digest in before.items() - revision.adapters.items():
-            await unload_adapter(self.launcher.session, address, adapter_model(owner.id, adapter_id, digest))
+        await self.publish(owner)  # no new request asks for what is let go now
+        await self._beside.keep(revision, address, adapters)
 
     async def _fail(self, owner: Deployment, revision: Revision, error: FabrictuneError) -> None:
         self._log.warning("revision failed", revision=revision.name, error=error.message)
@@ -144,8 +141,7 @@ class Driver:
             revision.deployment, revision.revision, spec, model, self.hardware,
             largest_rank(spec.lora.max_rank, adapters),
         )  # fmt: skip
-        if model.remote and spec.max_adapters:
-            await self._list(revision, adapters)  # its pods are Ready with all of these only
+        await self._beside.expect(revision, adapters)
         revision.seconds = {"fetch": round(time.monotonic() - clock, 2)}
         adopted = adopt and await self.launcher.runs_already(work)
         await self.launcher.start(work)
@@ -183,7 +179,7 @@ class Driver:
             await self._timed(revision, "probe", self.launcher.probe(revision, work, address, reference))
             await self._timed(revision, "first_token", self.launcher.smoke(address, revision.deployment))
         if adapters:
-            await self._timed(revision, "adapters", self._load(revision, address, adapters, model.remote))
+            await self._timed(revision, "adapters", self._load(revision, address, adapters))
         revision.adapters = {a.id: a.digest for a in adapters}
         move(revision, State.READY)
         revision.ready_time = time.time()
@@ -205,18 +201,13 @@ class Driver:
             check_base(adapter, model)
         return adapters
 
-    async def _list(self, revision: Revision, adapters: Iterable[Adapter]) -> None:
-        assert self.artifacts.list_adapters is not None
-        await self.artifacts.list_adapters(revision.deployment, revision.revision, list(adapters))
+    async def _load(self, revision: Revision, address: str, adapters: Sequence[Adapter]) -> None:
+        await self._beside.load(revision, address, adapters)
+        await self._try_out(revision, address, adapters)
 
-    async def _load(self, revision: Revision, address: str, adapters: list[Adapter], remote: bool) -> None:
-        names = [adapter_model(revision.deployment, adapter.id, adapter.digest) for adapter in adapters]
-        if remote:
-            await self.launcher.wait_for_models(engine_name(revision.deployment, revision.revision), set(names))
-        for adapter, name in zip(adapters, names, strict=True):
-            if not remote:
-                await load_adapter(self.launcher.session, address, revision.deployment, adapter)
-            await self.launcher.smoke(address, name)
+    async def _try_out(self, revision: Revision, address: str, adapters: Sequence[Adapter]) -> None:
+        for adapter in adapters:
+            await self.launcher.smoke(address, adapter_model(revision.deployment, adapter.id, adapter.digest))
 
     async def _timed(self, revision: Revision, step: str, work: Coroutine[Any, Any, _T]) -> _T:
         clock = time.monotonic()

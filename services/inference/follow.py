@@ -11,7 +11,6 @@ credentials of the store.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import sys
@@ -25,7 +24,7 @@ from services.common.clusters import ADAPTERS_OF
 from services.common.config import load_store
 from services.common.errors import DataLoss, FabrictuneError, FailedPrecondition, InvalidSpec
 from services.common.store import Store, open_store
-from services.inference.adapters import Adapter, list_models, load_adapter, unload_adapter
+from services.inference.adapters import Adapter, list_models, load_adapter, unload_others
 from services.inference.engine import adapter_model
 from services.inference.prepare import MODELS
 
@@ -97,10 +96,8 @@ class Follower:
                 await self._load(session, *wanted[model])
             except FabrictuneError as error:  # the others are loaded all the same
                 failed.append(error)
-        for model in there - wanted.keys():
-            if model.startswith(f"{self._deployment}:"):
-                await unload_adapter(session, self._engine, model)
-                print(f"{model} is gone", flush=True)
+        for model in await unload_others(session, self._engine, self._deployment, wanted):
+            print(f"{model} is gone", flush=True)
         if failed:
             raise failed[0]
         self._ready.touch()
@@ -111,15 +108,6 @@ class Follower:
         print(f"{name} is there", flush=True)
 
 
-async def _run(follower: Follower) -> None:
-    task = asyncio.create_task(follower.follow())
-    # The first process of a container is not ended by a signal that it does not handle.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-
-
 def main() -> int:
     """Entry of the process; the exit status is that of the error."""
     try:
@@ -128,7 +116,9 @@ def main() -> int:
             raise InvalidSpec(f"{ADAPTERS_OF} must be deployment/revision; the inference service sets it")
         READY.unlink(missing_ok=True)  # of a container before this one
         follower = Follower(open_store(load_store()), deployment, revision, MODELS, ENGINE, READY)
-        asyncio.run(_run(follower))
+        # The first process of a container is not ended by a signal that it does not handle.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        asyncio.run(follower.follow())
     except FabrictuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -18,7 +18,7 @@ import aiohttp
 from services.common.clusters import Cluster, Phase, Workload, WorkloadStatus
 from services.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable, WorkerLost
 from services.inference import parity
-from services.inference.adapters import Adapter, list_models
+from services.inference.adapters import Adapter
 from services.inference.engine import (
     IDLE_SECONDS,
     Hardware,
@@ -161,30 +161,6 @@ class Launcher:
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
-
-    async def wait_for_models(self, name: str, models: set[str]) -> None:
-        """Until each pod of an engine serves them, whoever loads them there. Raises DeadlineExceeded, WorkerLost."""
-        deadline = time.monotonic() + self.limits.adapters
-        while True:
-            status = await self.cluster.get(name)
-            if status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
-                raise WorkerLost(f"the engine ended while its adapters changed. {await self._last_words(name, status)}")
-            missing = {pod: gone for pod in status.each if (gone := models - await self._models_of(pod))}
-            if status.each and not missing:
-                return
-            if time.monotonic() > deadline:
-                lacks = "; ".join(f"{pod} has no {', '.join(sorted(gone))}" for pod, gone in missing.items())
-                raise DeadlineExceeded(
-                    f"after {self.limits.adapters:.0f} s {lacks or 'no pod is ready'}; the log of the container `adapters` "
-                    "in its pod says why"
-                )
-            await asyncio.sleep(self.limits.poll)
-
-    async def _models_of(self, address: str) -> set[str]:
-        try:
-            return await list_models(self.session, address)
-        except Unavailable:
-            return set()
 
     async def watch(self, name: str) -> str:
         """Until the engine has gone, or the cluster has put another in its place; returns why."""

@@ -132,7 +132,7 @@ def needed_packages(arguments: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def check_together(arguments: Mapping[str, Any], checkpoint: str = "best") -> list[Violation]:
+def check_together(arguments: Mapping[str, Any], checkpoint: str) -> list[Violation]:
     """What is wrong with a preset's and a spec's arguments taken together, and with the checkpoint that is chosen."""
     found = []
     for key in ("packing", "padding_free"):

@@ -20,6 +20,7 @@ from swift.callbacks import callbacks_map
 from swift.callbacks.base import TrainerCallback
 
 FOLDER = "mean"
+"""As services.training.checkpoints names it, which looks for the output there."""
 _WEIGHTS = "adapter_model.safetensors"
 
 
@@ -32,9 +33,9 @@ class MeanOfWeights(TrainerCallback):  # type: ignore[misc]  # ms-swift has no t
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take up the mean of a run that was cut off."""
-        file = Path(args.resume_from_checkpoint or ".") / FOLDER / _WEIGHTS
-        if state.is_world_process_zero and args.resume_from_checkpoint and file.exists():
-            self._mean = load_file(file)
+        if state.is_world_process_zero and args.resume_from_checkpoint:
+            file = Path(args.resume_from_checkpoint) / FOLDER / _WEIGHTS
+            self._mean = load_file(file) if file.exists() else {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Add the weights after a step."""

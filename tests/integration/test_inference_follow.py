@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ class Pod:
     loaded: dict[str, str] = field(default_factory=dict)
     """Adapters by their names in the engine → their folders."""
     away: bool = False
+    follows: bool = True
 
     async def start(self) -> None:
         app = web.Application()
@@ -48,7 +50,9 @@ class Pod:
         self.server = TestServer(app)
         await self.server.start_server()
         self.follower = Follower(self.store, "x", "r1", self.folder, self.address, self.folder / "ready")
-        self.task = asyncio.create_task(self.follower.follow())
+        if not self.follows:
+            (self.folder / "ready").touch()
+        self.task = asyncio.create_task(self.follower.follow() if self.follows else asyncio.sleep(0))
 
     async def close(self) -> None:
         self.task.cancel()
@@ -115,8 +119,20 @@ class Pods:
     async def read_log(self, name: str) -> str:
         return ""
 
+    async def list(self, kind: str = "") -> list[WorkloadStatus]:
+        return []
+
+    async def stop(self, name: str) -> None:
+        self.digest = ""
+
     async def delete(self, name: str) -> None:
         self.digest = ""
+
+    def watch(self) -> AsyncIterator[WorkloadStatus]:
+        raise NotImplementedError
+
+    def render(self, workload: Workload) -> str:
+        raise NotImplementedError
 
 
 @dataclass
@@ -132,7 +148,9 @@ class House:
 
 
 @pytest.fixture
-async def house(store: Store, tmp_path: Path) -> AsyncIterator[House]:
+async def house(store: Store, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[House]:
+    """Of two pods; with the parameter "local", of one engine that follows nothing."""
+    local = getattr(request, "param", "") == "local"
     artifacts, names = StoredArtifacts(store, tmp_path / "cache"), {}
     (model := tmp_path / "model").mkdir()
     (model / "config.json").write_text("{}")
@@ -141,15 +159,17 @@ async def house(store: Store, tmp_path: Path) -> AsyncIterator[House]:
     for name in ("one", "two", "bad"):
         (folder := tmp_path / name).mkdir()
         (folder / "adapter_config.json").write_text(json.dumps({"r": 8, "of": name}))
+        (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
         adapter = artifacts.publish(folder, f"adapters/{name}", "adapter", created_by={}, metadata={})
         names[name] = f"x:{name}:{adapter.digest[:12]}"
-    stored = stored_artifacts(store, artifacts, remote=True)
+    stored = stored_artifacts(store, artifacts, remote=not local)
     await stored.store_reference(Reference(digest, "float32", PROMPTS_VERSION, {}, (TEXT,)))
-    pods, routes = [Pod(store, tmp_path / f"pod-{n}") for n in (1, 2)], RouteTable()
+    pods = [Pod(store, tmp_path / f"pod-{n}", follows=not local) for n in ((1,) if local else (1, 2))]
+    routes = RouteTable()
     for pod in pods:
         pod.folder.mkdir()
     limits = Limits(start=20, drain=1, restarts=2, first_pause=0.05, poll=0.05, adapters=6)
-    rollout = Rollout(Pods(pods), routes, stored, Hardware(0, 2, 8 * 1024**3), limits)  # type: ignore[arg-type]  # what an engine's life needs
+    rollout = Rollout(Pods(pods), routes, stored, Hardware(0, 2, 8 * 1024**3), limits)
     spec = parse_spec({"model": "models/m", "adapters": ["adapters/one"], "lora": {"max_adapters": 2}})
     await rollout.create_revision("x", "r1", spec, take_traffic=True)
     made = await rollout.wait("x", "r1")
@@ -218,3 +238,13 @@ async def test_the_list_goes_with_its_deployment_and_nonsense_is_no_list(house: 
     store.put_json(key, {"adapters": ["adapters/one"]})
     with pytest.raises(DataLoss, match=r"deployments/x/adapters/r1\.json is no list of adapters"):
         read_list(store, "x", "r1")
+
+
+@pytest.mark.parametrize("house", ["local"], indirect=True)
+async def test_an_engine_of_this_machine_is_as_it_was_too_when_it_refuses_an_adapter(house: House) -> None:
+    with pytest.raises(FailedPrecondition, match="refuses adapters/bad"):
+        await house.rollout.change_adapters("x", "r1", ("adapters/two", "adapters/bad"))
+    assert house.rollout.get_revision("x", "r1").spec.adapters == ("adapters/one",)
+    assert house.loaded() == [{house.names["one"]}], "what was loaded before the refused one has gone again"
+    await house.rollout.change_adapters("x", "r1", ("adapters/two",))
+    assert house.loaded() == [{house.names["two"]}]

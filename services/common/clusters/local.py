@@ -82,6 +82,8 @@ class LocalCluster:
         running = [e for e in self._entries.values() if e.phase is Phase.RUNNING]
         await asyncio.to_thread(_end_all, running)
         for entry in running:
+            if entry.process is not None:
+                await entry.process.wait()  # else its transport outlives the loop
             # Not an outcome: the next start begins this workload again if it is still wanted.
             self._forget(entry.workload.name)
 
