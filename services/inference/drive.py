@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from prometheus_client import Histogram
@@ -52,8 +53,11 @@ class Driver:
     def __post_init__(self) -> None:
         """Nothing runs yet."""
         self._log = get_logger("rollout")
+
+    @cached_property
+    def _beside(self) -> Beside:
         lister = self.artifacts.list_adapters
-        self._beside: Beside = InPods(self.launcher, lister) if lister else InOneEngine(self.launcher)
+        return InPods(self.launcher, lister) if lister else InOneEngine(self.launcher)
 
     async def drive(self, owner: Deployment, revision: Revision, adopt: bool) -> None:
         """Until it has failed or is cancelled. adopt: an engine that still runs is taken as it is."""
