@@ -1,8 +1,9 @@
 """The gateway's HTTP path and gRPC's Generate beside the upstream asked directly, on an upstream that streams at a fixed rate.
 
 The fixed rate keeps two cores from hiding the gateway's own cost: what it adds is CPU time and milliseconds to the first
-byte, not throughput. Upstream and gateway are processes of their own; clients run in this one. With all of them on two cores,
-256 clients that come within one pause wait for CPU time, also where the upstream is asked directly.
+byte, not throughput. Upstream and gateway are processes of their own; clients run in this one. A client asks again once it is
+answered, over the connection that it has, and clients begin spread over one answer; in the last row all of them begin within
+one pause, and wait for CPU time on two cores also where the upstream is asked directly.
 """
 
 from __future__ import annotations
@@ -27,77 +28,91 @@ from rich.table import Table
 from fabrictune.v1 import inference_pb2, inference_pb2_grpc
 
 TOKENS, PAUSE = 20, 0.2
-CLIENTS = (1, 8, 32, 256)
+LOADS = ((1, 12, TOKENS), (8, 5, TOKENS), (32, 3, TOKENS), (256, 3, TOKENS), (256, 1, 1))
+"""Clients at a time, requests of each, and how many pauses their begins are spread over."""
+GOAL = 2.0
+"""Milliseconds to the first byte that the gateway may add, with any number of clients that are not all new."""
 END = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":20}}\n\ndata: [DONE]\n\n'
 TOKEN = b'data: {"id":"c","model":"x","choices":[{"index":0,"delta":{"content":" token"}}]}\n\n'
 
 
 def run() -> bool:
-    """Print the table."""
-    asyncio.run(_run())
-    return True
+    """Print the table; True: the goal is met."""
+    return asyncio.run(_run())
 
 
-async def _run() -> None:
+async def _run() -> bool:
     upstream, _, end_upstream = _start(_upstream, "")
     addresses, gateway_cpu, end_gateway = start_gateway(upstream)
     address, port = addresses.split()
-    table = Table(title=f"{TOKENS} tokens a stream, one each {PAUSE * 1000:.0f} ms", title_justify="left")
-    for column in ("clients", "direct p50 ms", "HTTP added ms", "CPU µs / token", "gRPC added ms", "CPU µs / token"):
+    title = f"{TOKENS} tokens a stream, one each {PAUSE * 1000:.0f} ms; milliseconds to the first byte, CPU µs a token"
+    table = Table(title=title, title_justify="left")
+    for column in ("clients", "requests", "direct p50", "HTTP added p50", "CPU", "gRPC added p50", "CPU"):
         table.add_column(column, justify="right")
-    ways: list[Callable[[int], Awaitable[float]]] = [partial(_measure, address), partial(_measure_grpc, port)]
+    ways: list[Way] = [partial(_ask_http, address), partial(_ask_grpc, port)]
+    good = True
     try:
-        for way in ways:
-            await way(1)  # warm
-        for clients in CLIENTS:
-            direct = await _measure(upstream, clients)
-            row = [str(clients), f"{direct:.2f}"]
+        for clients, each, spread in LOADS:
+            direct = await _ask_http(upstream, clients, each, spread)
+            row = [f"{clients}{' at once' if spread == 1 else ''}", str(clients * each), f"{direct:.2f}"]
             for way in ways:
                 before = gateway_cpu()
-                through = await way(clients)
-                cost = (gateway_cpu() - before) / (clients * TOKENS) * 1e6
-                row += [f"{through - direct:.2f}", f"{cost:.0f}"]
+                added = await way(clients, each, spread) - direct
+                good &= added <= GOAL or spread == 1
+                cost = (gateway_cpu() - before) / (clients * each * TOKENS) * 1e6
+                row += [f"{added:.2f}", f"{cost:.0f}"]
             table.add_row(*row)
+            print(*row, flush=True)
     finally:
         end_gateway()
         end_upstream()
-    Console().print(table)
+    Console(width=100).print(table)
+    print(f"goal: at most {GOAL:g} ms added, but for the last row; {'met' if good else 'missed'}")
+    return good
 
 
-async def _measure(address: str, clients: int) -> float:
-    """Median milliseconds to the first byte of `clients` streams, which start spread over one pause."""
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector) as session:
+Way = Callable[[int, int, int], Awaitable[float]]
+"""(clients, requests of each, pauses that their begins are spread over) → median milliseconds to the first byte."""
 
-        async def ask(number: int) -> float:
-            await asyncio.sleep(PAUSE * number / clients)
+
+async def _gather(clients: int, each: int, spread: int, ask: Callable[[], Awaitable[float]]) -> float:
+    async def client(number: int) -> list[float]:
+        await asyncio.sleep(PAUSE * spread * number / clients)
+        return [await ask() for _ in range(each)]
+
+    answers = await asyncio.gather(*map(client, range(clients)))
+    return statistics.median(seconds * 1000 for own in answers for seconds in own)
+
+
+async def _ask_http(address: str, clients: int, each: int, spread: int) -> float:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def ask() -> float:
             begin = time.perf_counter()
             body = {"model": "x", "stream": True}
             async with session.post(f"{address}/v1/chat/completions", json=body) as response:
                 await response.content.readany()
                 first = time.perf_counter() - begin
                 await response.read()
-                return first * 1000
+                return first
 
-        return statistics.median(await asyncio.gather(*(ask(i) for i in range(clients))))
+        return await _gather(clients, each, spread, ask)
 
 
-async def _measure_grpc(port: str, clients: int) -> float:
-    """The same of Generate."""
+async def _ask_grpc(port: str, clients: int, each: int, spread: int) -> float:
     asked = inference_pb2.GenerateRequest(
         deployment="deployments/x", messages=[inference_pb2.Message(role="user", content="hi")]
     )
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
 
-        async def ask(number: int) -> float:
-            await asyncio.sleep(PAUSE * number / clients)
+        async def ask() -> float:
             begin, first = time.perf_counter(), 0.0
             async for _ in stub.Generate(asked):
                 first = first or time.perf_counter() - begin
-            return first * 1000
+            return first
 
-        return statistics.median(await asyncio.gather(*(ask(i) for i in range(clients))))
+        return await _gather(clients, each, spread, ask)
 
 
 def _start(

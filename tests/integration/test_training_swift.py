@@ -30,15 +30,10 @@ from services.training.spec import Spec
 from services.training.swift import PLUGIN
 from services.training.worker import STAGE, run
 from tests.faults import WorkerProcess
+from tests.tiny_llama import CALL, SUMMARY
 
 pytestmark = [pytest.mark.slow, pytest.mark.heavy]
 
-CALL = 'Action: get_weather\nAction Input: {"city": "Paris"}\n'
-SUMMARY = "It is sunny in Paris today."
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 STEPS = 40
 ARGUMENTS = {
     **{"max_steps": STEPS, "save_steps": 5, "eval_steps": 5, "eval_strategy": "steps", "logging_steps": 1},
@@ -77,35 +72,6 @@ def _row(number: int, answer: str, question: str = "What is the weather in Paris
         {"role": "assistant", "content": answer},
     ]
     return {"id": f"r{number}/0", "source": "test", "messages": messages}
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 2 layers whose tokenizer was trained on the rows."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([CALL, SUMMARY, "system user assistant"] * 3, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token="<|im_start|>"
-    )
-    fast.chat_template = CHATML
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=2, pad_token_id=0, bos_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
