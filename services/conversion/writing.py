@@ -201,9 +201,7 @@ class _Writer:
         report.turns_with_calls += sum(bool(turn.calls) for _, turn, _ in rounds)
         report.turns_without_call += sum(not turn.calls for _, turn, _ in rounds)
         count(report.layouts, "together")
-        # Who trains may keep the questions apart (swift_questions.py): they have nothing in common but the prompt.
-        mark = b',"channel":"independent"' if len(rounds) > 1 else b""
-        self._write("train", "+".join(r.id for r in rows), first.file, example, list_functions(tools), mark)
+        self._write("train", "+".join(r.id for r in rows), first.file, example, list_functions(tools))
         for row in rows:
             if seeded(spec.seed, "summary", row.id) % 10_000 < spec.summaries * 10_000:
                 self._write_summary(row, self._renderer.language(first))
@@ -229,21 +227,21 @@ class _Writer:
             answers = in_language(spec.refusals.answers, language_of(query))
             yield Round(query, Turn(answer=pick_one(answers, spec.seed, row_id, query)))
 
-    def _write(self, split: str, row_id: str, source: str, example: Example, tools: bytes, mark: bytes = b"") -> None:
+    def _write(self, split: str, row_id: str, source: str, example: Example, tools: bytes) -> None:
         """One row, and its tools, as `list_functions` has them, beside it."""
         messages, calls = example
-        expected = None if calls is None else expected_json(calls)
-        self._write_json(split, row_id, source, (orjson.dumps(messages),), tools, expected, mark)
+        self._write_json(
+            split, row_id, source, (orjson.dumps(messages),), tools, None if calls is None else expected_json(calls)
+        )
         if self._tokenizer is not None:
             self._lengths.append(example.messages)
             self._count_tokens(256)
 
     def _write_json(
-        self, split: str, row_id: str, source: str, messages: Sequence[bytes], tools: bytes, expected: bytes | None,
-        mark: bytes = b"",
-    ) -> None:  # fmt: skip
+        self, split: str, row_id: str, source: str, messages: Sequence[bytes], tools: bytes, expected: bytes | None
+    ) -> None:
         begin = b'{"id":' + orjson.dumps(row_id)
-        told = (begin, b',"source":', orjson.dumps(source), mark, b',"messages":', *messages, b"}\n")
+        told = (begin, b',"source":', orjson.dumps(source), b',"messages":', *messages, b"}\n")
         self._files[split].write(b"".join(told))
         end = b"}\n"
         if expected is not None:

@@ -61,7 +61,7 @@ CONTROLLED: Mapping[str, str] = {
 }
 """Arguments of `swift sft` that fabrictune sets itself or refuses."""
 
-OWN = ("effective_batch_size", "independent_questions", "logit_adjustment", "trust_remote_code")
+OWN = ("effective_batch_size", "logit_adjustment", "trust_remote_code")
 """Keys of `arguments` that are fabrictune's, not ms-swift's."""
 
 TUNERS: Mapping[str, tuple[str, str]] = {
@@ -139,15 +139,6 @@ def check_together(arguments: Mapping[str, Any], checkpoint: str) -> list[Violat
         if arguments.get(key) is True and arguments.get("attn_impl") not in _FLASH:
             text = f"needs attn_impl: flash_attn (or one of {', '.join(_FLASH[1:])}): others would see across rows"
             found.append(Violation(f"spec.arguments.{key}", text))
-    if arguments.get("independent_questions"):
-        found += [
-            Violation(
-                "spec.arguments.independent_questions",
-                f"not with {key}: {arguments[key]}; set {needed}, or leave it out",
-            )
-            for key, needed in (("attn_impl", "sdpa"), ("sequence_parallel_size", 1), ("padding_side", "right"))
-            if arguments.get(key, needed) != needed
-        ]
     if arguments.get("logit_adjustment") and arguments.get("use_liger_kernel"):
         text = "Liger's fused loss makes no logits to adjust; set use_liger_kernel: false, or logit_adjustment: 0"
         found.append(Violation("spec.arguments.logit_adjustment", text))
@@ -210,11 +201,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> list[Violation]:
         found.append(
             Violation("spec.arguments.effective_batch_size", f"{size!r} is not a whole number of rows above 0")
         )
-    found += [
-        Violation(f"spec.arguments.{key}", "must be true or false")
-        for key in ("independent_questions", "trust_remote_code")
-        if not isinstance(arguments.get(key, False), bool)
-    ]
+    if not isinstance(arguments.get("trust_remote_code", False), bool):
+        found.append(Violation("spec.arguments.trust_remote_code", "must be true or false"))
     less = arguments.get("logit_adjustment", 0)
     if isinstance(less, bool) or not isinstance(less, int | float) or not -20 <= less <= 20:
         found.append(Violation("spec.arguments.logit_adjustment", f"{less!r} is not a number from -20 to 20"))

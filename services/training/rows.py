@@ -16,8 +16,6 @@ from typing import Any
 from services.common.errors import InvalidData
 
 _ROLES = ("system", "user", "assistant")
-INDEPENDENT = "independent"
-"""Channel of a row whose questions have nothing in common but the prompt; swift_questions.CHANNEL."""
 _SHOWN = 5
 _LONGEST = 64
 """Rows with the most letters, among which the one with the most tokens is looked for."""
@@ -115,12 +113,6 @@ def _read_row(line: str) -> Row:
         raise ValueError(f"row {name!r}: the last message must be the assistant's, it is the {messages[-1]['role']}'s")
     if not any(m["role"] == "assistant" and m.get("loss") is not False and m["content"] for m in messages):
         raise ValueError(f"row {name!r}: nothing in it is trained; every assistant message is empty or has loss false")
-    if not isinstance(row.get("channel"), str | None):
-        raise ValueError(f"row {name!r}: channel must be text")
-    if row.get("channel") == INDEPENDENT:
-        roles = [m["role"] for m in messages if m["role"] != "system"]
-        if roles != ["user", "assistant"] * (len(roles) // 2):
-            raise ValueError(f"row {name!r}: its questions are independent, so each must be followed by its answer")
     text = "\n".join(m["content"] for m in messages)
     return Row(name, fingerprint(messages), len(text), text)
 

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from services.common.errors import InvalidSpec
 from services.common.resources import ID_PATTERN, Resources
 from services.training.presets import (
+    OWN,
     TUNERS,
     check_arguments,
     check_preset,
@@ -53,7 +54,7 @@ class Spec(BaseModel):
     preset: str = Field("agentfabric-lora", description="a named set of ms-swift arguments")
     arguments: Annotated[dict[str, Any], BeforeValidator(_whole_numbers)] = Field(
         default_factory=dict,
-        description="ms-swift arguments that override the preset's; effective_batch_size, trust_remote_code",
+        description=f"ms-swift arguments that override the preset's; {', '.join(OWN)}",
     )
     resources: Resources = Field(default_factory=lambda: Resources.model_validate({}))
     checkpoint: Literal["best", "last", "mean"] | None = Field(

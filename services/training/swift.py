@@ -18,8 +18,6 @@ from services.training.spec import DEFAULT_SEED, Spec
 
 PLUGIN = Path(__file__).parent / "swift_plugin.py"
 MEAN_PLUGIN = Path(__file__).parent / "swift_mean.py"
-QUESTIONS_PLUGIN = Path(__file__).parent / "swift_questions.py"
-PLUGINS = (PLUGIN, MEAN_PLUGIN, QUESTIONS_PLUGIN)
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def infer_family(config: Mapping[str, Any], chat_template: str) -> Family | None
 def plan_sft(spec: Spec, preset: Preset, paths: Paths, hardware: Hardware, family: Family | None = None) -> Command:
     """The command that trains. Raises InvalidSpec when no gradient accumulation gives the effective batch."""
     arguments = plan_arguments(spec, preset, hardware)
-    own = {key: value for key, value in {**preset.arguments, **spec.arguments}.items() if key in OWN}
+    adjustment = {**preset.arguments, **spec.arguments}.get("logit_adjustment", 0)
     named = {
         "model": str(paths.model),
         **({"model_type": family.model_type, "template": family.template} if family else {}),
@@ -135,13 +133,11 @@ def plan_sft(spec: Spec, preset: Preset, paths: Paths, hardware: Hardware, famil
         "save_only_model": False,
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
-        **_plugins(spec, arguments, own),
+        **_plugins(spec, arguments, bool(adjustment)),
         **({"resume_from_checkpoint": str(paths.checkpoint)} if paths.checkpoint else {}),
     }
     flags = [word for name, value in named.items() for word in (f"--{name}", *_words(value))]
-    env = environment(paths, hardware)
-    if own.get("logit_adjustment"):
-        env["FABRICTUNE_LOGIT_ADJUSTMENT"] = str(own["logit_adjustment"])
+    env = {**environment(paths, hardware), **({"FABRICTUNE_LOGIT_ADJUSTMENT": str(adjustment)} if adjustment else {})}
     return Command([sys.executable, *_launcher(hardware), *flags], env)
 
 
@@ -201,13 +197,11 @@ def _launcher(hardware: Hardware) -> list[str]:
     ]
 
 
-def _plugins(spec: Spec, arguments: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, list[str]]:
+def _plugins(spec: Spec, arguments: Mapping[str, Any], adjusted: bool) -> dict[str, list[str]]:
     # A checkpoint is told of by the plugin's callback, so the mean has to be in it by then.
     files, callbacks = [str(PLUGIN)], ["fabrictune", *_listed(arguments.get("callbacks"))]
-    if own.get("logit_adjustment"):
+    if adjusted:
         callbacks = ["fabrictune_logits", *callbacks]
-    if own.get("independent_questions"):
-        files, callbacks = [*files, str(QUESTIONS_PLUGIN)], ["fabrictune_questions", *callbacks]
     if spec.chosen_checkpoint == "mean":
         files, callbacks = [*files, str(MEAN_PLUGIN)], ["fabrictune_mean", *callbacks]
     return {"external_plugins": files, "callbacks": callbacks}

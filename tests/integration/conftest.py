@@ -1,6 +1,6 @@
-"""A tiny model, for the tests that train; and modelscope-agent 0.7.1 itself, for those that ask RolePlay.
+"""modelscope-agent 0.7.1 itself, for the tests that ask RolePlay.
 
-The latter gets a venv of its own (228 MB, about a minute), since its dependencies are no concern of ours.
+It gets a venv of its own (228 MB, about a minute), since its dependencies are no concern of ours.
 FABRICTUNE_ROLEPLAY_VENV names a folder where that venv is kept, or is found again.
 """
 
@@ -16,19 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_llama import make_tiny_llama
-
 PACKAGE = "modelscope-agent==0.7.1"
 NEEDED = Path(__file__).resolve().parents[2] / "examples/agentfabric/requirements.txt"
 NO_NETWORK = re.compile(
     "NewConnectionError|NameResolutionError|ConnectTimeoutError|Network is unreachable|Temporary failure in name"
 )
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers."""
-    return make_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -30,10 +30,15 @@ from services.training.spec import Spec
 from services.training.swift import PLUGIN
 from services.training.worker import STAGE, run
 from tests.faults import WorkerProcess
-from tests.tiny_llama import CALL, SUMMARY
 
 pytestmark = [pytest.mark.slow, pytest.mark.heavy]
 
+CALL = 'Action: get_weather\nAction Input: {"city": "Paris"}\n'
+SUMMARY = "It is sunny in Paris today."
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 STEPS = 40
 ARGUMENTS = {
     **{"max_steps": STEPS, "save_steps": 5, "eval_steps": 5, "eval_strategy": "steps", "logging_steps": 1},
@@ -72,6 +77,35 @@ def _row(number: int, answer: str, question: str = "What is the weather in Paris
         {"role": "assistant", "content": answer},
     ]
     return {"id": f"r{number}/0", "source": "test", "messages": messages}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 2 layers whose tokenizer was trained on the rows."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([CALL, SUMMARY, "system user assistant"] * 3, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token="<|im_start|>"
+    )
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=2, pad_token_id=0, bos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -246,7 +280,7 @@ def test_a_dataset_that_is_all_too_long_is_refused_before_ms_swift_starts(
 
 
 MASK = """
-import dataclasses, json, sys
+import dataclasses, json, os, sys
 from pathlib import Path
 from types import SimpleNamespace
 import torch
@@ -276,6 +310,16 @@ def average(folder, first, last, resume=None):
     own, of_all = (load_file(f / "adapter_model.safetensors") for f in (checkpoint, checkpoint / "mean")) \
         if (checkpoint / "mean").exists() else (load_file(checkpoint / "adapter_model.safetensors"), {})
     return {"same_names": set(own) == set(of_all), "means": sorted({v for t in of_all.values() for v in t.unique().tolist()})}
+def adjust(template):
+    "What a logit adjustment of 1.5 takes from each logit, in training and in serving; and the first token of a call."
+    os.environ["FABRICTUNE_LOGIT_ADJUSTMENT"] = "1.5"
+    model, asked = AutoModelForCausalLM.from_pretrained(sys.argv[1]), torch.tensor([[1, 2, 3]])
+    before = model(asked).logits
+    trainer = SimpleNamespace(model=model, template=template, accelerator=SimpleNamespace(unwrap_model=lambda model: model))
+    swift_plugin.LogitAdjustment(SimpleNamespace(), trainer).on_train_begin(None, None, None)
+    less = [(before - getattr(model, mode)()(asked).logits)[0, -1].tolist() for mode in ("train", "eval")]
+    first = template.tokenizer("Action: x", add_special_tokens=False).input_ids[0]
+    return {"first": first, "less": [{i: round(v, 4) for i, v in enumerate(values) if v} for values in less]}
 processor = get_processor(sys.argv[1], model_type="llama")
 def encode(template, loss_scale, rows):
     template = get_template(processor, template_type=template, loss_scale=loss_scale, max_length=4096)
@@ -298,6 +342,7 @@ found["mean"] = {
     "before": average(sys.argv[3] + "/a", 1, 3), "cut off": average(sys.argv[3] + "/b", 1, 5),
     "resumed": average(sys.argv[3] + "/c", 6, 7, sys.argv[3] + "/b/checkpoint-5"), "whole": average(sys.argv[3] + "/d", 1, 7),
 }
+found["adjusted"] = adjust(get_template(processor, template_type="chatml"))
 print("RESULT" + json.dumps({**found, "arguments": [f.name for f in dataclasses.fields(SftArguments)]}))
 """
 TWO_CALLS = (
@@ -405,6 +450,11 @@ def test_the_mean_is_the_output_where_it_is_wanted(tiny_model: Path, dataset: Pa
     assert set(made) == set(last) == set(mean)
     assert all((made[name] == mean[name]).all() for name in made)
     assert any((made[name] != last[name]).any() for name in made), "the mean of two steps is not the last one"
+
+
+def test_a_logit_adjustment_is_against_a_call_s_first_word_and_in_training_only(encoded: dict[str, Any]) -> None:
+    adjusted = encoded["adjusted"]
+    assert adjusted["less"] == [{str(adjusted["first"]): 1.5}, {}]
 
 
 def test_the_first_word_of_a_turn_counts_more_and_that_of_a_call_most(encoded: dict[str, Any]) -> None:

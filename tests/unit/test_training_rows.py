@@ -42,8 +42,6 @@ def _write(file: Path, *rows: Any) -> Path:
         ({"id": "a", "messages": [GOOD[0], {**GOOD[1], "loss": False}]}, "nothing in it is trained"),
         ({"id": "a", "messages": [GOOD[0], {**GOOD[1], "loss": "yes"}]}, "loss must be true or false"),
         ({"id": "a", "messages": GOOD, "tools": []}, "a tools key"),
-        ({"id": "a", "messages": GOOD, "channel": 3}, "channel must be text"),
-        ({"id": "a", "messages": [*GOOD, GOOD[1]], "channel": "independent"}, "each must be followed by its answer"),
     ],
 )
 def test_a_row_that_cannot_be_trained_is_refused_with_its_line_number(tmp_path: Path, row: Any, words: str) -> None:
