@@ -133,7 +133,7 @@ def plan_sft(spec: Spec, preset: Preset, paths: Paths, hardware: Hardware, famil
         "save_only_model": False,
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
-        **_plugins(spec, arguments, bool(adjustment)),
+        **_plugins(spec, arguments),
         **({"resume_from_checkpoint": str(paths.checkpoint)} if paths.checkpoint else {}),
     }
     flags = [word for name, value in named.items() for word in (f"--{name}", *_words(value))]
@@ -197,11 +197,9 @@ def _launcher(hardware: Hardware) -> list[str]:
     ]
 
 
-def _plugins(spec: Spec, arguments: Mapping[str, Any], adjusted: bool) -> dict[str, list[str]]:
+def _plugins(spec: Spec, arguments: Mapping[str, Any]) -> dict[str, list[str]]:
     # A checkpoint is told of by the plugin's callback, so the mean has to be in it by then.
     files, callbacks = [str(PLUGIN)], ["fabrictune", *_listed(arguments.get("callbacks"))]
-    if adjusted:
-        callbacks = ["fabrictune_logits", *callbacks]
     if spec.chosen_checkpoint == "mean":
         files, callbacks = [*files, str(MEAN_PLUGIN)], ["fabrictune_mean", *callbacks]
     return {"external_plugins": files, "callbacks": callbacks}

@@ -59,7 +59,9 @@ class Fabrictune(TrainerCallback):  # type: ignore[misc]  # ms-swift has no type
         self._computing, self._step_begin = 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Say how many rows and steps there are."""
+        """Say how many rows and steps there are, and adjust logits where the spec says so."""
+        if less := float(os.environ.get("FABRICTUNE_LOGIT_ADJUSTMENT", 0)):
+            adjust_logits(self.trainer, less)
         if state.is_world_process_zero:
             rows = {"train": _count_rows(self.trainer.train_dataset)}
             rows["validation"] = _count_rows(self.trainer.eval_dataset)
@@ -169,19 +171,15 @@ class FirstWordLossScale(LossScale):  # type: ignore[misc]
         return [first[0], context[first.end() :]], [weight, 1.0]
 
 
-class LogitAdjustment(TrainerCallback):  # type: ignore[misc]
-    """While training, less for the logit of a call's first word, so that the trained model calls the more readily.
+def adjust_logits(trainer: Any, less: float) -> None:
+    """Take so much from the logit of a call's first word while training; the trained model then calls the more readily.
 
-    Menon et al. 2021, arXiv:2007.07314. A weight moves that threshold no more once the rows are learned; this does.
+    Menon et al. 2021, arXiv:2007.07314. A loss weight moves that threshold no more once the rows are learned; this does.
     """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Add the adjustment behind the output embedding."""
-        head = self.trainer.accelerator.unwrap_model(self.trainer.model).get_output_embeddings()
-        word = self.trainer.template.tokenizer("Action", add_special_tokens=False).input_ids[0]
-        less = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype, device=head.weight.device)
-        less[word] = -float(os.environ["FABRICTUNE_LOGIT_ADJUSTMENT"])
-        head.register_forward_hook(lambda module, _, logits: logits + less if module.training else logits)
+    head = trainer.accelerator.unwrap_model(trainer.model).get_output_embeddings()
+    taken = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype, device=head.weight.device)
+    taken[trainer.template.tokenizer("Action", add_special_tokens=False).input_ids[0]] = less
+    head.register_forward_hook(lambda module, _, logits: logits - taken if module.training else logits)
 
 
 def _name_long_rows(preprocess: Any) -> Any:
@@ -201,6 +199,5 @@ def _name_long_rows(preprocess: Any) -> Any:
 ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # torchrun's workers, too, die with their parent
 AddLengthPreprocessor.preprocess = _name_long_rows(AddLengthPreprocessor.preprocess)
 callbacks_map["fabrictune"] = Fabrictune
-callbacks_map["fabrictune_logits"] = LogitAdjustment
 loss_scale_map["agentfabric"] = AgentFabricLossScale
 loss_scale_map["first_word"] = FirstWordLossScale

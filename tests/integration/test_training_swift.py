@@ -316,7 +316,8 @@ def adjust(template):
     model, asked = AutoModelForCausalLM.from_pretrained(sys.argv[1]), torch.tensor([[1, 2, 3]])
     before = model(asked).logits
     trainer = SimpleNamespace(model=model, template=template, accelerator=SimpleNamespace(unwrap_model=lambda model: model))
-    swift_plugin.LogitAdjustment(SimpleNamespace(), trainer).on_train_begin(None, None, None)
+    state = SimpleNamespace(is_world_process_zero=False)
+    swift_plugin.Fabrictune(SimpleNamespace(), trainer).on_train_begin(None, state, None)
     less = [(before - getattr(model, mode)()(asked).logits)[0, -1].tolist() for mode in ("train", "eval")]
     first = template.tokenizer("Action: x", add_special_tokens=False).input_ids[0]
     return {"first": first, "less": [{i: round(v, 4) for i, v in enumerate(values) if v} for values in less]}
