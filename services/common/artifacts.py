@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -165,13 +165,20 @@ class Artifacts:
         if self._store.put_json(f"{name}/manifest.json", _plain(manifest), only_if_absent=True):
             return manifest
         there = self.get(name)
-        for file in files:
-            self._store.delete(f"{name}/{attempt}/{file.path}")
+        self.discard(name, attempt, [file.path for file in files])
         if there.digest == manifest.digest or (
             created_by.get("digest") and created_by["digest"] == there.created_by.get("digest")
         ):
             return there
         raise AlreadyExists(f"{name} exists with other files; take another id, or delete it", {"name": name})
+
+    def discard(self, name: str, attempt: str, paths: Iterable[str]) -> None:
+        """Delete what an attempt has uploaded, unless it is the one that counts: its seal may have got no answer and stand."""
+        manifest = self._store.get_json(f"{name}/manifest.json")
+        if manifest is not None and manifest.get("attempt") == attempt:
+            return
+        for path in paths:
+            self._store.delete(f"{name}/{attempt}/{path}")
 
     def fetch(self, name: str, folder: Path, on_bytes: OnBytes = lambda _: None) -> Manifest:
         """Download into a new folder; goes on where an interrupted one stopped. Raises DataLoss, ResourceExhausted."""

@@ -89,13 +89,21 @@ def outcome_of(view: JobView) -> dict[str, Any] | None:
         return None
     if status is None and not view.cancel_requested:
         return None  # the cluster has forgotten it: it is begun again (see Jobs.reconcile)
-    state = "CANCELLED" if view.cancel_requested else "FAILED"
+    if view.cancel_requested:
+        return _outcome(view, "CANCELLED", None)
     error = status.error if status is not None and status.error is not None else None
-    if state == "FAILED" and error is None:
-        error = WorkerLost("the worker ended without an outcome").to_status()
+    return failed_outcome(view, error or WorkerLost("the worker ended without an outcome").to_status())
+
+
+def failed_outcome(view: JobView, error: status_pb2.Status) -> dict[str, Any]:
+    """The outcome to write down for a job that has failed."""
+    return _outcome(view, "FAILED", error)
+
+
+def _outcome(view: JobView, state: str, error: status_pb2.Status | None) -> dict[str, Any]:
     return {
         "state": state,
-        "error": json_format.MessageToDict(error) if error is not None and state == "FAILED" else None,
+        "error": json_format.MessageToDict(error) if error is not None else None,
         "attempt": max(len(view.attempts), 1),
         "start_time": view.attempts[-1] if view.attempts else None,
         "end_time": datetime.now(UTC).timestamp(),

@@ -28,9 +28,9 @@ from fabrictune.v1 import job_pb2
 from services.common import metrics
 from services.common.artifacts import Artifacts
 from services.common.clusters import Cluster, Phase, Workload, WorkloadStatus
-from services.common.errors import FabrictuneError, FailedPrecondition, InvalidSpec, NotFound
+from services.common.errors import NEVER_RETRY, FabrictuneError, FailedPrecondition, InvalidSpec, NotFound
 from services.common.events import read_events
-from services.common.job_state import ENDED, JobRecord, JobView, execution_of, outcome_of
+from services.common.job_state import ENDED, JobRecord, JobView, execution_of, failed_outcome, outcome_of
 from services.common.logs import get_logger
 from services.common.records import accept_record, plan_record, read_record
 from services.common.resources import ID_PATTERN, Resources
@@ -105,7 +105,12 @@ class Jobs:
             metrics.jobs_started.labels(self._stage.kind).inc()
         view = JobView(record) if is_new else await self.get(record.name)
         if view.outcome is None and view.status is None:
-            status = await self._cluster.create(workload)
+            try:
+                status = await self._cluster.create(workload)
+            except FabrictuneError as error:
+                if is_new and error.exit_code in NEVER_RETRY:  # else the job would wait for ever
+                    await asyncio.to_thread(self._store.delete, f"{record.name}/job.json")
+                raise
             view = replace(view, status=status)
         return view, workload
 
@@ -187,11 +192,25 @@ class Jobs:
             for job_id in ids:
                 view = await self._find(f"{self._stage.collection}/{job_id}")
                 if view is not None and view.outcome is None and view.status is None:
-                    self._log.info("begun again", job=view.record.name)
-                    await self._cluster.create(render_workload(self._stage, view.record))
+                    await self._begin_again(view)
             if len(ids) < 1000:
                 return
             token = ids[-1]
+
+    async def _begin_again(self, view: JobView) -> None:
+        try:
+            await self._cluster.create(render_workload(self._stage, view.record))
+        except FabrictuneError as error:
+            if error.exit_code not in NEVER_RETRY:
+                raise
+            # Such as GPUs that this machine has no more. The job's failure, not the server's.
+            self._log.warning("cannot begin again", job=view.record.name, error=str(error))
+            outcome = failed_outcome(view, error.to_status())
+            await asyncio.to_thread(
+                self._store.put_json, f"{view.record.name}/outcome.json", outcome, only_if_absent=True
+            )
+        else:
+            self._log.info("begun again", job=view.record.name)
 
     async def settle_ended(self) -> None:
         """Write down the outcomes of workloads that end without one, for ever. Run it as a task."""
@@ -199,7 +218,11 @@ class Jobs:
         async for status in self._cluster.watch():
             if status.kind != self._stage.kind or status.phase not in (Phase.SUCCEEDED, Phase.FAILED):
                 continue
-            view = await self._find(f"{self._stage.collection}/{status.name.removeprefix(prefix)}")
+            try:
+                view = await self._find(f"{self._stage.collection}/{status.name.removeprefix(prefix)}")
+            except FabrictuneError as error:  # the store is away; whoever asks for the job next writes it down
+                self._log.warning("an outcome cannot be written down", workload=status.name, error=str(error))
+                continue
             if view is not None and view.outcome:
                 metrics.jobs_ended.labels(self._stage.kind, view.outcome["state"]).inc()
 

@@ -73,8 +73,7 @@ class RemoteDraft:
 
     def __exit__(self, *_: object) -> None:
         if not self._is_sealed:
-            for path in self._begun:
-                self._store.delete(self._key(path))
+            self._artifacts.discard(self._name, self._attempt, self._begun)
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -102,9 +102,10 @@ def download(store: Store, key: str, file: Path, size: int, sha256: str, on_byte
     """Fetch an object into a file, going on with the parts that are missing. Raises DataLoss when its hash differs."""
     file.parent.mkdir(parents=True, exist_ok=True)
     notes = file.with_name(file.name + ".parts")
-    done = set(json.loads(notes.read_text())) if notes.exists() and file.exists() else set()
+    done = _read_notes(notes) if file.exists() else set()
     if not (file.exists() and not notes.exists() and file.stat().st_size == size):
         address = store.presign("GET", key)
+        _write_notes(notes, done)  # before the file has its size: without notes it counts as whole
         with file.open("r+b" if file.exists() else "w+b") as out:
             out.truncate(size)
             missing = [p for p in range((size + PART - 1) // PART) if p not in done]
@@ -113,7 +114,7 @@ def download(store: Store, key: str, file: Path, size: int, sha256: str, on_byte
                 for part, job in zip(missing, jobs, strict=True):
                     job.result()
                     done.add(part)
-                    notes.write_text(json.dumps(sorted(done)))
+                    _write_notes(notes, done)
     with file.open("rb") as data:
         found = hashlib.file_digest(data, "sha256").hexdigest()
     notes.unlink(missing_ok=True)
@@ -122,6 +123,17 @@ def download(store: Store, key: str, file: Path, size: int, sha256: str, on_byte
         raise DataLoss(
             f"{key} is not what its manifest says: sha256 {found[:12]}, expected {sha256[:12]}; it was thrown away"
         )
+
+
+def _read_notes(notes: Path) -> set[int]:
+    """The parts that are there."""
+    return set(json.loads(notes.read_text())) if notes.exists() else set()
+
+
+def _write_notes(notes: Path, done: set[int]) -> None:
+    draft = notes.with_name(notes.name + ".tmp")
+    draft.write_text(json.dumps(sorted(done)))
+    draft.replace(notes)
 
 
 def _fetch_part(store: Store, address: str, key: str, descriptor: int, part: int, size: int, on_bytes: OnBytes) -> None:

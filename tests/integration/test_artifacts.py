@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +24,7 @@ from services.common.errors import (
     PermissionDenied,
     Unavailable,
 )
+from services.common.remote import RemoteDraft
 from services.common.store import Store, open_store
 
 
@@ -99,6 +102,41 @@ def test_a_broken_download_goes_on_where_it_stopped(
     artifacts.fetch("datasets/a", tmp_path / "out")
     assert fetched.count(0) == fetched.count(1) == fetched.count(2) == 1
     assert (tmp_path / "out/big").read_bytes() == (tmp_path / "in/big").read_bytes()
+
+
+def test_a_small_download_that_broke_off_goes_on(
+    artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(artifacts, folder_of(tmp_path / "in", a=b"all of it"))
+    with monkeypatch.context() as broken, pytest.raises(Unavailable):
+        broken.setattr(transfer, "_fetch_part", refuse)
+        artifacts.fetch("datasets/a", tmp_path / "out")
+    artifacts.fetch("datasets/a", tmp_path / "out")
+    assert (tmp_path / "out/a").read_bytes() == b"all of it"
+
+
+def refuse(*_: object) -> None:
+    raise Unavailable("the network went away")
+
+
+@pytest.mark.parametrize("lost", ["the answer", "the connection"])
+def test_a_manifest_that_is_written_though_its_answer_was_lost_keeps_its_files(
+    artifacts: Artifacts, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    put_json = store.put_json
+
+    def put(key: str, value: Any, *, only_if_absent: bool = False) -> bool:
+        put_json(key, value, only_if_absent=only_if_absent)
+        if lost == "the connection":
+            raise Unavailable("the network went away")
+        return False  # a server that failed has written it all the same, and the second try met it
+
+    monkeypatch.setattr(store, "put_json", put)
+    draft = RemoteDraft(store, artifacts, "datasets/a", "dataset")
+    with contextlib.suppress(Unavailable), draft:
+        draft.write("train.jsonl", 3, iter([b"{}\n"]))
+        draft.seal({}, {})
+    assert artifacts.read(artifacts.get("datasets/a"), "train.jsonl") == b"{}\n"
 
 
 def test_changed_bytes_are_noticed(artifacts: Artifacts, store: Store, tmp_path: Path) -> None:

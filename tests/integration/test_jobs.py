@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -205,6 +207,39 @@ async def test_deleting_a_running_job_is_refused_and_an_ended_one_is_forgotten(s
     assert not listed.merge_jobs
 
 
+async def test_a_job_that_the_machine_cannot_run_is_refused_and_nothing_is_left(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask_for_gpus(monkeypatch)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stack.create("write")
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    listed = await stack.stub.ListMergeJobs(merging_pb2.ListMergeJobsRequest())
+    assert not listed.merge_jobs
+
+
+async def test_a_job_that_the_machine_can_run_no_more_fails_and_the_server_starts(
+    stack: Stack, store: Store, object_store: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await stack.create("sleep")
+    await _until_running(stack)
+    await stack.close()  # the workload is forgotten, the job is to be begun again
+    ask_for_gpus(monkeypatch)
+    after = Stack(store, object_store, tmp_path / "data")
+    await after.start()
+    try:
+        job = await after.stub.GetMergeJob(merging_pb2.GetMergeJobRequest(name="mergeJobs/t1"))
+    finally:
+        await after.close()
+    assert job.execution.state == E.FAILED
+    assert "this machine is 1 node" in job.execution.error.message
+
+
+def ask_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = jobs_module.render_workload
+    monkeypatch.setattr(jobs_module, "render_workload", lambda stage, record: replace(real(stage, record), gpus=99))
+
+
 async def test_lists_come_in_pages(stack: Stack) -> None:
     for number in range(3):
         await stack.create("write", job_id=f"p{number}")
@@ -237,6 +272,32 @@ async def test_a_worker_outlives_a_server_that_is_killed_and_is_found_again(
         assert job.execution.attempt == 2
     finally:
         await after.close()
+
+
+async def test_a_stranger_with_the_number_of_a_lost_process_is_left_alone(
+    stack: Stack, store: Store, object_store: StoreConfig, tmp_path: Path
+) -> None:
+    await stack.create("sleep")
+    pid = await _until_running(stack)
+    await stack.close(stop_workloads=False)
+    os.kill(pid, signal.SIGKILL)
+    stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    journal = tmp_path / "data/cluster/journal/toy-t1.json"
+    journal.write_text(json.dumps({**json.loads(journal.read_text()), "pid": stranger.pid}))
+    after = Stack(store, object_store, tmp_path / "data")
+    await after.start()
+    try:
+        for _ in range(100):
+            job = await after.stub.GetMergeJob(merging_pb2.GetMergeJobRequest(name="mergeJobs/t1"))
+            if job.execution.attempt == 2:
+                break
+            await asyncio.sleep(0.1)
+        assert job.execution.attempt == 2
+        assert stranger.poll() is None
+    finally:
+        await after.close()
+        stranger.kill()
+        stranger.wait()
 
 
 async def _until_running(stack: Stack) -> int:

@@ -123,7 +123,7 @@ class LocalCluster:
         if entry is None or entry.phase in (Phase.SUCCEEDED, Phase.FAILED) or entry.stop_time:
             return
         entry.stop_time = _now()
-        if entry.phase is Phase.RUNNING:
+        if entry.phase is Phase.RUNNING and is_alive(entry.pid, entry.started):
             # Only the leader: it saves, ends its own children and then itself.
             signal_one(entry.pid, signal.SIGTERM)
         self._save(entry)
@@ -226,7 +226,8 @@ class LocalCluster:
             return
         if entry.process is not None and code is None:
             return  # gone a moment ago; asyncio has its exit code at the next look
-        signal_group(entry.pid, signal.SIGKILL)  # whatever its children left behind
+        if entry.process is not None or start_ticks(entry.pid) is None:  # else another process has got the number since
+            signal_group(entry.pid, signal.SIGKILL)  # whatever its children left behind
         told = read_termination(self._termination_file(work.name))
         if code is None:
             code = int(told["exit_code"]) if told else 70
