@@ -19,6 +19,7 @@ from typing import Any
 from services.common.clusters import ADAPTERS_OF, Workload
 from services.common.cpu import cpu_flags, multiplies_bfloat16
 from services.common.errors import InvalidData, InvalidSpec, Violation
+from services.common.model_code import files_naming_code
 from services.inference.engines import ENGINES, model_type
 from services.inference.spec import RevisionSpec
 
@@ -179,7 +180,9 @@ def render_engine(
 
 
 def _brings_code(model: Model) -> bool:
-    return bool(model.config.get("auto_map")) or (not model.remote and any(model.folder.glob("*.py")))
+    if model.remote:
+        return bool(model.config.get("auto_map"))
+    return bool(files_naming_code(model.folder)) or any(model.folder.glob("*.py"))
 
 
 def trusts_remote_code(spec: RevisionSpec) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, ResourceExhausted
+from services.common.model_code import files_naming_code
 
 LAST_LINES = 15
 # ms-swift cannot tell some models by their config.json, since several of its types share an architecture. A merge needs no
@@ -59,11 +60,16 @@ def merge_with_swift(base: Path, adapter: Path, output: Path) -> None:
 
 
 def plan_swift(base: Path, adapter: Path, output: Path) -> list[str]:
-    """The command. output: not there yet. Raises InvalidData."""
+    """The command. output: not there yet. Raises InvalidData, FailedPrecondition (the model brings code)."""
     try:
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidData(f"config.json of the base model {base.name} cannot be read: {error}") from None
+    if naming := files_naming_code(base):
+        raise FailedPrecondition(
+            f"the base model comes with Python code of its own (auto_map in {', '.join(naming)}), which swift export would run, "
+            "whoever wrote it; use the engine stream, which runs none"
+        )
     model_type = MODEL_TYPES.get((config.get("architectures") or [""])[0])
     return [
         *(sys.executable, "-m", "swift.cli.export"),

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from services.common.cpu import cpu_flags, multiplies_bfloat16
 from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, Violation
+from services.common.model_code import files_naming_code
 from services.common.reporter import Progress, Reporter
 from services.training.estimate import (
     SAMPLE_BYTES,
@@ -120,9 +121,9 @@ def check_model(model: Path, trusted: bool) -> Family | None:
         )
     if not any((model / name).exists() for name in _TOKENIZERS):
         raise InvalidData(f"the base model has no tokenizer, none of {', '.join(_TOKENIZERS)}")
-    if "auto_map" in config and not trusted:
+    if not trusted and (naming := files_naming_code(model)):
         raise FailedPrecondition(
-            "the base model comes with Python code of its own (auto_map in config.json), which training would run; "
+            f"the base model comes with Python code of its own (auto_map in {', '.join(naming)}), which training would run; "
             "set spec.arguments.trust_remote_code: true if you trust it"
         )
     return infer_family(config, _chat_template(model))

@@ -55,6 +55,8 @@ CONTROLLED: Mapping[str, str] = {
     "push_to_hub": "an adapter goes to the object store",
     "hub_token": "secrets do not belong into a spec",
     "swanlab_token": "secrets do not belong into a spec",
+    "swanlab_secret": "secrets do not belong into a spec",
+    "swanlab_webhook_url": "secrets do not belong into a spec",
     "disable_tqdm": "progress is typed",
     "logging_nan_inf_filter": "a NaN loss must be seen",
     "include_num_input_tokens_seen": "tokens/s is computed from it",

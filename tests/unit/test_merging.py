@@ -19,12 +19,13 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from services.common.base_models import CHATML
-from services.common.errors import DataLoss, InvalidData, ResourceExhausted
+from services.common.errors import DataLoss, FailedPrecondition, InvalidData, ResourceExhausted
 from services.common.file_digests import File, digest_of_files
 from services.merging import blas, rounding
 from services.merging.adapter import read_adapter
 from services.merging.folder import merge_folder
 from services.merging.mixture import Mixture
+from services.merging.swift_engine import plan_swift
 from services.merging.verify import verify
 from services.merging.worker import STAGE
 from tests.conftest import ROOT, Recorder
@@ -362,3 +363,12 @@ def test_a_full_disk_is_said_before_a_byte_is_written(tmp_path: Path, monkeypatc
     with pytest.raises(ResourceExhausted, match="needs"):
         merged(tmp_path, write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter"))
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_the_engine_swift_refuses_a_base_with_code_of_its_own(tmp_path: Path, file: str) -> None:
+    base = write_base(tmp_path / "base", np.float32)
+    told = json.loads((base / file).read_text()) if (base / file).exists() else {}
+    (base / file).write_text(json.dumps({**told, "auto_map": {"AutoTokenizer": ["x.Y", None]}}))
+    with pytest.raises(FailedPrecondition, match=f"auto_map in {file}.*swift export would run"):
+        plan_swift(base, tmp_path / "adapter", tmp_path / "out")

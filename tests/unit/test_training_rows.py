@@ -80,6 +80,14 @@ def test_a_base_model_with_code_runs_only_when_the_spec_says_so(tmp_path: Path) 
     check_model(tmp_path, trusted=True)
 
 
+def test_a_tokenizer_with_code_counts_as_much(tmp_path: Path) -> None:
+    (_model(tmp_path) / "model.safetensors").write_bytes(b"")
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.Y", null]}}')
+    with pytest.raises(FailedPrecondition, match=r"auto_map in tokenizer_config\.json"):
+        check_model(tmp_path, trusted=False)
+    check_model(tmp_path, trusted=True)
+
+
 def test_more_gpus_than_there_are_is_an_error_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     spec = Spec.model_validate({"dataset": "datasets/d", "base_model": "models/m", "resources": {"gpus": 8}})
