@@ -406,6 +406,37 @@ async def test_adapters_are_loaded_and_unloaded_while_the_engine_runs_and_are_th
     assert await say(running, "tiny:two") == one and await say(running, "tiny") == base
 
 
+async def test_a_wrong_engine_setting_is_refused_and_a_rollback_under_load_fails_nobody(running: Running) -> None:
+    rollout, is_over = running.rollout, asyncio.Event()
+
+    async def keep_asking(session: aiohttp.ClientSession) -> list[tuple[int, bytes]]:
+        answers = []
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 12, "temperature": 0, "ignore_eos": True, "stream": True}
+        while not is_over.is_set():
+            async with session.post(f"{running.url}/completions", json=body) as response:
+                answers.append((response.status, (await response.read()).rstrip()))
+        return answers
+
+    async with aiohttp.ClientSession() as session:
+        clients = [asyncio.create_task(keep_asking(session)) for _ in range(4)]
+        plain = {key: value for key, value in SPEC.items() if key not in ("adapters", "lora")}
+        wrong = {**plain, "engine_args": ['--hf-overrides={"rms_norm_eps": 0.5}']}
+        await rollout.create_revision("tiny", "wrong", parse_spec(wrong), take_traffic=True)
+        await rollout.create_revision("tiny", "r2", parse_spec(plain))
+        refused, healthy = await rollout.wait("tiny", "wrong"), await rollout.wait("tiny", "r2")
+        assert refused.state is State.FAILED and "does not compute what the model says" in refused.message
+        assert healthy.state is State.READY and running.saved["tiny"].traffic == {"r1": 100}
+        served = []
+        for revision in ("r2", "r1"):  # there, and back
+            await rollout.set_traffic("tiny", {revision: 100})
+            await asyncio.sleep(1)
+            served.append(running.rollout.routes.in_flight("tiny", revision))
+        is_over.set()
+        answers = [answer for told in await asyncio.gather(*clients) for answer in told]
+    assert min(served) > 0 and len(answers) > 20
+    assert all(status == 200 and raw.endswith(b"data: [DONE]") for status, raw in answers)
+
+
 async def test_deleting_a_deployment_lets_an_open_answer_end_first(running: Running) -> None:
     body: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 120, "ignore_eos": True, "stream": True}
     async with aiohttp.ClientSession() as session, session.post(f"{running.url}/completions", json=body) as response:
