@@ -4,19 +4,21 @@ Source: gorilla, bfcl_eval/eval_checker/ast_eval/ast_checker.py (v4), for Python
 which "" says that it may be absent:
 
 - no parameter that is not expected, every required one, and every expected one that may not be absent;
-- the type of the schema, or that of an allowed value where the two differ; an int where a float is asked (not inside lists);
-- strings without regard to case, blanks and `,./-_*^`, and with ' as "; also in lists and in the values of objects;
-- lists with the same elements in the same order; elements of the type of `items`;
+- the type of the schema, or that of the first allowed value; an int where a float is asked (not inside lists);
+- strings without regard to case, blanks and `,./-_*^`, and with ' as "; also as elements of a list and as values of an object,
+  but no deeper, and not where the first allowed value has another type than the schema says: BFCL calls that a variable;
+- lists with the same elements in the same order, of the type of `items`; [] also where the list may be absent;
 - objects with allowed values per key, again with "" for a key that may be absent, also as elements of a list.
 
-Two things differ. True is never 1. And what an expected call itself leaves out or has beyond its schema is not asked: rows that
-were not made for BFCL do that.
+Two things differ. True is never 1. And what an expected call itself leaves out of its schema, has beyond it or has of another
+type is right all the same: rows that were not made for BFCL do that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Possible = Mapping[str, Sequence[Any]]
@@ -77,15 +79,20 @@ def _find_problem(value: Any, allowed: Sequence[Any], schema: Mapping[str, Any])
     wanted = _types(schema)
     candidates = [item for item in allowed if item != ABSENT] or ([] if wanted else list(allowed))
     if float in wanted and type(value) is int:
-        value = float(value)
+        with contextlib.suppress(OverflowError):  # from 309 digits on no float is as large
+            value = float(value)
     if wanted and type(value) in wanted:
-        if isinstance(value, list) and not _elements_fit(value, candidates, _types(schema.get("items", {}))):
-            return f"{value!r:.100} has an element of another type"
-    elif type(value) not in {type(item) for item in candidates} and not (
-        not wanted and type(value) is int and any(isinstance(item, float) for item in candidates)
-    ):
-        return f"{value!r:.100} is a {_type_name(value)}"
-    return "" if any(_matches(value, item) for item in allowed) else f"{value!r:.100} is none of {candidates!r:.200}"
+        if isinstance(value, list) and not _elements_fit(value, allowed, _types(schema.get("items", {}))):
+            return f"{_show(value)} has an element of another type"
+    elif not _has_type_of(value, candidates[:1] if wanted else candidates, strict=bool(wanted)):
+        return f"{_show(value)} is a {_type_name(value)}"
+    variable = bool(wanted and candidates) and type(candidates[0]) not in wanted
+    if value == [] and ABSENT in allowed and not variable:
+        return ""
+    same = _equal if variable else _equal_folded
+    return (
+        "" if any(_matches(value, item, same) for item in allowed) else f"{_show(value)} is none of {candidates!r:.200}"
+    )
 
 
 def _types(schema: Any) -> set[type]:
@@ -94,41 +101,55 @@ def _types(schema: Any) -> set[type]:
     return {TYPES[name] for name in names if isinstance(name, str) and name in TYPES}
 
 
-def _elements_fit(value: Sequence[Any], candidates: Sequence[Any], wanted: set[type]) -> bool:
-    """Whether every element has a type of `items`, or that of the elements of one of the allowed lists."""
+def _has_type_of(value: Any, candidates: Sequence[Any], strict: bool) -> bool:
+    """Whether a value has the type of one of the allowed ones. strict: else an int may stand for a float."""
+    kinds = {type(item) for item in candidates}
+    return type(value) in kinds or (not strict and type(value) is int and float in kinds)
+
+
+def _elements_fit(value: Sequence[Any], allowed: Sequence[Any], wanted: set[type]) -> bool:
+    """Whether every element has a type of `items`, or that of the elements of one of the allowed lists.
+
+    As in BFCL's checker, an allowed value that is no list asks nothing of the elements.
+    """
     if not wanted:
         return True
     return any(
-        all(type(element) in wanted or type(element) in {type(i) for i in item} for element in value)
-        for item in candidates
-        if isinstance(item, list)
+        not isinstance(item, list) or all(type(element) in {*wanted, *map(type, item)} for element in value)
+        for item in allowed
     )
 
 
-def _matches(value: Any, item: Any) -> bool:
+def _matches(value: Any, item: Any, same: Callable[[Any, Any], bool]) -> bool:
+    """same: how strings are compared that are not nested any deeper."""
     if isinstance(value, dict) and isinstance(item, dict):
-        return _matches_object(value, item)
+        return _matches_object(value, item, same)
     if isinstance(value, list) and isinstance(item, list):
         if len(value) != len(item):
             return False
         return all(
-            _matches_object(v, i) if isinstance(v, dict) and isinstance(i, dict) else _equal(v, i)
+            _matches_object(v, i, same) if isinstance(v, dict) and isinstance(i, dict) else same(v, i)
             for v, i in zip(value, item, strict=True)
         )
-    return _equal(value, item)
+    return same(value, item)
 
 
-def _matches_object(value: Mapping[str, Any], item: Mapping[str, Any]) -> bool:
+def _matches_object(value: Mapping[str, Any], item: Mapping[str, Any], same: Callable[[Any, Any], bool]) -> bool:
     for key, inner in value.items():
         allowed = item.get(key)
-        if not isinstance(allowed, list) or not any(_equal(inner, one) for one in allowed):
+        if not isinstance(allowed, list) or not any(same(inner, one) for one in allowed):
             return False
     return all(key in value or ABSENT in allowed for key, allowed in item.items())
 
 
-def _equal(first: Any, second: Any) -> bool:
+def _equal_folded(first: Any, second: Any) -> bool:
     if isinstance(first, str) and isinstance(second, str):
         return _fold(first) == _fold(second)
+    return _equal(first, second)
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Equality as JSON has it, where true is not 1."""
     if isinstance(first, list) and isinstance(second, list):
         return len(first) == len(second) and all(map(_equal, first, second))
     if isinstance(first, dict) and isinstance(second, dict):
@@ -140,6 +161,13 @@ def _equal(first: Any, second: Any) -> bool:
 
 def _fold(text: str) -> str:
     return _IGNORED.sub("", text).lower().replace("'", '"')
+
+
+def _show(value: Any) -> str:
+    try:
+        return f"{value!r:.100}"
+    except RecursionError:  # JSON of some hundred lists in each other is read and cannot be printed
+        return "a value nested too deeply"
 
 
 def _type_name(value: Any) -> str:
