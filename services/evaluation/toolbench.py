@@ -51,7 +51,7 @@ def score_arguments(action: Action, name: str, arguments: Mapping[str, Any]) -> 
         return 0.0
     try:
         given = json.loads(action.arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return 0.0
     if not isinstance(given, dict):
         return 0.0

@@ -87,6 +87,21 @@ def test_arguments_are_one_strict_object() -> None:
         assert parse_arguments(bad) is None
 
 
+def test_arguments_nested_too_deeply_or_too_large_are_wrong_and_no_error() -> None:
+    for value in ("[" * 5000, "[" * 5000 + "]" * 5000, "[" * 900 + "]" * 900, "1" * 5000, "1" * 400):
+        for name in ("city", "share"):
+            found = marks(f'Action: weather\nAction Input: {{"city": "New York", "{name}": {value}}}')
+            assert (found["right_tool"], found["exact_arguments"]) == (True, False)
+
+
+def test_a_call_that_allows_nothing_for_a_parameter_is_never_right_and_no_error() -> None:
+    """As in live_simple_106-63-0 of BFCL v4."""
+    wanted = [{"name": "weather", "possible": {"city": ["Rome"], "days": []}}]
+    for arguments in ('{"city": "Rome"}', '{"city": "Rome", "days": 3}'):
+        found = marks(f"Action: weather\nAction Input: {arguments}", wanted)
+        assert (found["right_tool"], found["exact_arguments"]) == (True, False)
+
+
 def test_groups_by_how_many_tools_are_listed() -> None:
     scores = [score("no", tools=TOOLS[:1] * n) for n in (1, 2, 3, 5)]
     counted = summarize(scores)

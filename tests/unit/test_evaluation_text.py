@@ -70,6 +70,8 @@ def test_actions_are_read_leniently(text: str, name: str, arguments: str) -> Non
         (Action("w", '{"a": 1, "c": 1}'), {"a": 1}, 2 / 3),  # recall 1, precision 1/2
         (Action("w", '{"c": 1}'), {"a": 1}, 0.0),
         (Action("w", "{}"), {}, 1.0), (Action("w", '{"a": 1}'), {}, 0.0), (Action("w", "{}"), {"a": 1}, 0.0),
+        (Action("w", '{"a": ' + "[" * 5000), {"a": 1}, 0.0),
+        (Action("w", '{"a": ' + "[" * 5000 + "]" * 5000 + "}"), {"a": 1}, 0.0),
         (Action("w", "{"), {"a": 1}, 0.0), (Action("w", "[1]"), {"a": 1}, 0.0), (Action("v", '{"a": 1}'), {"a": 1}, 0.0),
     ],
 )  # fmt: skip
