@@ -7,17 +7,19 @@ a plain question, so the server prompts (and, ours does, constrains) as it likes
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from services.common.fabric import INSTRUCTIONS, render_result
-from services.evaluation.metrics import find_calls
+from services.evaluation.metrics import find_calls, parse_arguments
 from services.evaluation.questions import Answer, Question, Result
 
 # What modelscope-agent 0.7.1 sends with every request (agents/role_play.py).
 STOP = ("Observation:", "Observation:\n")
-_NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_-]")
+# OpenAI's own API takes letters, digits, _ and - in tools' names, at most 64.
+_NAME, _NOT_IN_NAMES, LONGEST_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}"), re.compile(r"[^a-zA-Z0-9_-]"), 64
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Wire:
 
     def read_name(self, question: Question, name: str) -> str:
         """A tool's own name, of the one that the wire has."""
-        return {self._name(own): own for own in _names(question)}.get(name, name)
+        return {wire: own for own, wire in self._wire_names(_names(question)).items()}.get(name, name)
 
     def _with_prompt(self, first: Question, steps: Sequence[_Step]) -> dict[str, Any]:
         messages = [dict(m) for m in first.messages]
@@ -50,21 +52,27 @@ class Wire:
 
     def _with_tools(self, first: Question, steps: Sequence[_Step]) -> dict[str, Any]:
         messages: list[dict[str, Any]] = strip_prompt(first)
+        # A row may call what it does not list.
+        names = self._wire_names([*_names(first), *(step.call[0] for step in steps)])
         for number, step in enumerate(steps):
             name, arguments = step.call
-            function = {"name": self._name(name), "arguments": arguments}
+            function = {"name": names[name], "arguments": arguments}
             call = {"id": f"call_{number}", "type": "function", "function": function}
             messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
             messages.append({"role": "tool", "tool_call_id": f"call_{number}", "content": step.result.observation})
         tools = [
-            {**tool, "function": {**tool["function"], "name": self._name(tool["function"]["name"])}}
+            {**tool, "function": {**tool["function"], "name": names[str(tool["function"]["name"])]}}
             for tool in first.tools
         ]
         return {"messages": messages, "tools": tools}
 
-    def _name(self, name: str) -> str:
-        """OpenAI's own API takes letters, digits, _ and - only."""
-        return name if self.ours else _NOT_A_NAME.sub("_", name)[:64]
+    def _wire_names(self, own: Sequence[str]) -> dict[str, str]:
+        """Own name → the wire's, which are numbered where they would be the same."""
+        wire = {name: name for name in own if self.ours or _NAME.fullmatch(name)}
+        for name in own:
+            if name not in wire:
+                wire[name] = _make_name(name, wire.values())
+        return wire
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,22 @@ class _Step:
     result: Result
 
 
+def _make_name(own: str, taken: Collection[str]) -> str:
+    """A name that the wire takes, and that is not taken."""
+    plain = _NOT_IN_NAMES.sub("_", own)
+    names = (f"{plain[: LONGEST_NAME - len(end)]}{end}" for end in ("" if n == 1 else f"_{n}" for n in count(1)))
+    return next(name for name in names if name not in taken)
+
+
 def _take_step(result: Result, question: Question, answers: Mapping[str, Answer]) -> _Step:
-    """The model's own call if it is the row's tool, else the row's."""
+    """The model's own call if it is the row's tool with arguments that can be read, else the row's.
+
+    Other servers refuse a conversation with a call whose arguments are no JSON object.
+    """
     own = answers[result.question]
     wanted = find_calls(Answer("", result.said, "", 0, 0))
     called = find_calls(own)
-    if called and wanted and called[0][0] == wanted[0][0]:
+    if called and wanted and called[0][0] == wanted[0][0] and parse_arguments(called[0][1]) is not None:
         return _Step(own.text, called[0], result)
     return _Step(result.said, wanted[0], result)
 

@@ -114,6 +114,14 @@ def test_a_model_that_calls_another_tool_goes_on_from_the_rows_own_call(tmp_path
         assert asked.endswith(f"How is Rome?{said}\nObservation: <result>21 degrees</result>\nAnswer:")
 
 
+def test_a_call_whose_arguments_cannot_be_read_is_not_sent_back(tmp_path: Path) -> None:
+    chain = read_questions(write_dataset(tmp_path / "d", "split", [TURN]), "test", 0, follow_up=True)
+    for arguments in ('{"n": 3', "[3]", ""):
+        called = answer(chain[0], "", [{"name": "weather", "arguments": arguments}])
+        call = Wire(tools=True, ours=False).body(chain, 1, {chain[0].id: called})["messages"][2]
+        assert call["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Rome"}'}
+
+
 def test_with_tools_the_question_is_plain_and_results_are_tool_messages(tmp_path: Path) -> None:
     chain = read_questions(write_dataset(tmp_path / "d", "split", [TURN]), "test", 0, follow_up=True)
     called = answer(chain[0], "", [{"name": "weather", "arguments": '{"city": "Roma"}'}])
@@ -130,6 +138,22 @@ def test_with_tools_the_question_is_plain_and_results_are_tool_messages(tmp_path
     ours = Wire(tools=True).body(chain, 0, {})["tools"]
     assert [t["function"]["name"] for t in ours] == ["weather", "海 sea"]
     assert "stop" not in body
+
+
+def test_names_that_would_be_the_same_on_the_wire_are_numbered_and_are_themselves_again() -> None:
+    long = "a" * 64
+    own = ["天气预报", "股票查询", "____", f"{long}b", f"{long}c", long, "a b"]
+    question = Question(
+        "q",
+        [{"role": "user", "content": "How?"}],
+        [{"type": "function", "function": {"name": name, "parameters": {}}} for name in own],
+        [],
+    )
+    wire = Wire(tools=True, ours=False)
+    sent = [t["function"]["name"] for t in wire.body([question], 0, {})["tools"]]
+    assert sent == ["_____2", "_____3", "____", "a" * 62 + "_2", "a" * 62 + "_3", long, "a_b"]
+    assert [wire.read_name(question, name) for name in sent] == own
+    assert wire.read_name(question, "other") == "other"
 
 
 def test_prompts_of_other_forms_stay_as_they_are() -> None:
