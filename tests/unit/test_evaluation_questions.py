@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -234,16 +235,176 @@ def test_irrelevance_wants_no_call_and_what_cannot_be_scored_is_counted(tmp_path
     }  # fmt: skip
 
 
+USER = [[{"role": "user", "content": "How are you?"}]]
+TEXT_TRUTH = ["calc_binomial_probability(n=20, k=5, p=0.6)"]
+TOOL_ALONE = {"name": "absolute_value", "description": "Of a number.", "parameters": {"type": "dict", "properties": {}}}
+OFFICIAL: dict[str, str | list[dict[str, Any]]] = {
+    # The folder `data` of bfcl-eval 2026.3.23, a row or two of each kind of file.
+    "BFCL_v4_format_sensitivity.json": '{\n    "simple_python": ["simple_python_58"],\n    "parallel": ["parallel_191"]\n}\n',
+    "BFCL_v4_irrelevance.json": [{**BFCL_ROW, "id": f"irrelevance_{n}"} for n in range(9)],
+    "BFCL_v4_live_irrelevance.json": [{"id": "live_irrelevance_120-9-0", "question": USER, "function": []}],
+    "BFCL_v4_live_relevance.json": [{**BFCL_ROW, "id": "live_relevance_0-0-0"}],
+    "BFCL_v4_live_simple.json": [{**BFCL_ROW, "id": f"live_simple_{n}-{n}-0"} for n in range(2)],
+    "BFCL_v4_memory.json": [
+        {"id": "memory_0-customer-0", "question": USER, "involved_classes": ["MemoryAPI"], "scenario": "customer"}
+    ],
+    "BFCL_v4_multi_turn_miss_func.json": [
+        {
+            "id": "multi_turn_miss_func_0",
+            "question": [*USER, [], *USER],
+            "initial_config": {},
+            "path": [],
+            "missed_function": {},
+        }
+    ],
+    "BFCL_v4_simple_java.json": [{**BFCL_ROW, "id": "simple_java_0"}],
+    "BFCL_v4_simple_javascript.json": [{**BFCL_ROW, "id": f"simple_javascript_{n}"} for n in range(2)],
+    "BFCL_v4_simple_python.json": [{**BFCL_ROW, "id": f"simple_python_{n}"} for n in range(4)],
+    "BFCL_v4_web_search.json": [{"id": "web_search_0", "question": USER, "involved_classes": ["WebSearchAPI"]}],
+    "memory_prereq_conversation/memory_customer.json": [
+        {"id": "memory_prereq_0-customer-0", "topic": "First", "question": [*USER, *USER], "scenario": "customer"}
+    ],
+    "multi_turn_func_doc/math_api.json": [TOOL_ALONE],
+    "possible_answer/BFCL_v4_memory.json": [
+        {"id": "memory_0-customer-0", "ground_truth": ["Michael"], "source": "My name…"}
+    ],
+    "possible_answer/BFCL_v4_multi_turn_miss_func.json": [
+        {"id": "multi_turn_miss_func_0", "ground_truth": [["cd(folder='document')"], [], ["sort('final_report.pdf')"]]}
+    ],
+    "possible_answer/BFCL_v4_live_simple.json": [
+        {"id": "live_simple_0-0-0", "ground_truth": TRUTH},
+        # As live_simple_106-63-0: nothing is allowed.
+        {"id": "live_simple_1-1-0", "ground_truth": [{"math.triangle_area": {"base": [], "height": [5]}}]},
+    ],
+    "possible_answer/BFCL_v4_simple_python.json": [
+        {"id": f"simple_python_{n}", "ground_truth": TRUTH} for n in range(4)
+    ],
+    "unused_datasets/question/BFCL_v4_chatable.json": [{"question": "Find the area.", "function": ""}],
+    "unused_datasets/question/BFCL_v4_exec_simple.json": [{**BFCL_ROW, "id": "exec_simple_0"}],
+    "unused_datasets/possible_answer/BFCL_v4_exec_simple.json": [{"id": "exec_simple_0", "ground_truth": TEXT_TRUTH}],
+}
+
+
+def write_official(folder: Path) -> Path:
+    for name, rows in OFFICIAL.items():
+        text = rows if isinstance(rows, str) else "\n".join(json.dumps(row) for row in rows)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_bfcls_own_folder_is_read_as_it_is(tmp_path: Path) -> None:
+    questions, left_out = read_bfcl(write_official(tmp_path), 0)
+    assert Counter(q.category for q in questions) == {
+        "irrelevance": 9, "live_irrelevance": 1, "live_simple": 2, "simple_python": 4,
+    }  # fmt: skip
+    assert left_out == {
+        "any call is right": 1, "needs BFCL's memory": 1, "several turns against a simulated system": 1,
+        "values in Java's notation": 1, "values in JavaScript's notation": 2, "needs the web": 1,
+    }  # fmt: skip
+
+
+def test_a_limit_takes_the_first_ones_of_each_category_in_turn(tmp_path: Path) -> None:
+    questions, left_out = read_bfcl(write_official(tmp_path), 9)
+    assert [q.id.removeprefix("bfcl/") for q in questions] == [
+        "irrelevance_0", "irrelevance_1", "irrelevance_2", "live_irrelevance_120-9-0", "live_simple_0-0-0", "live_simple_1-1-0",
+        "simple_python_0", "simple_python_1", "simple_python_2",
+    ]  # fmt: skip
+    assert left_out.total() == 7
+
+
+def test_rows_of_v3_that_cannot_be_scored_are_left_out_too(tmp_path: Path) -> None:
+    ids = ("java_0", "javascript_0", "exec_parallel_multiple_0", "rest_0", "chatable_0", "simple_0")
+    rows = [{**BFCL_ROW, "id": row_id, "ground_truth": TEXT_TRUTH} for row_id in ids]
+    rows[4] = {"id": "chatable_0", "question": USER, "function": ""}
+    rows[5]["ground_truth"] = TRUTH
+    questions, left_out = read_bfcl(write_bfcl(tmp_path, *rows), 0)
+    assert [q.category for q in questions] == ["simple"]
+    assert left_out == {
+        "values in Java's notation": 1, "values in JavaScript's notation": 1, "calls are to be run": 2, "no ground_truth": 1,
+    }  # fmt: skip
+
+
+def test_a_row_may_hold_ends_of_lines_that_json_does_not_know_and_be_a_text_or_messages(tmp_path: Path) -> None:
+    asked = "one\u2028two\x85three"
+    texts: list[Any] = [asked, [{"role": "user", "content": asked}], [[{"role": "user", "content": asked}]]]
+    rows = [{**BFCL_ROW, "id": f"simple_{n}", "question": text, "ground_truth": TRUTH} for n, text in enumerate(texts)]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    for name, text in (
+        ("lines", lines),
+        ("list", json.dumps(rows, indent=1)),
+        ("object", json.dumps(rows[0], indent=1)),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "x.json").write_bytes(text.encode())
+        questions, _ = read_bfcl(folder, 0)
+        assert len(questions) == (1 if name == "object" else 3)
+        assert all(q.messages[-1]["content"].endswith(asked) for q in questions)
+
+
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("changed", "said"),
     [
-        ('{"id": "a"}', "without id, question and function"),
-        ("{", "neither JSON lines nor a JSON list"),
-        ("", "no file of .* has rows in BFCL's format"),
-        (json.dumps({**BFCL_ROW, "ground_truth": [{}]}), "BFCL_v4_x.json, row simple_python_0"),
+        ({"ground_truth": [{"f": {"base": "Rome"}}]}, "ground_truth has {'base': 'Rome'}"),
+        ({"ground_truth": [{"f": {"base": [{"city": "Rome"}]}}]}, "ground_truth has {'base': "),
+        ({"ground_truth": [{"f": {"base": [[{"city": "Rome"}]]}}]}, "ground_truth has {'base': "),
+        ({"ground_truth": [{"f": ["Rome"]}]}, "ground_truth has ['Rome']"),
+        ({"ground_truth": [{}]}, "ground_truth is [{}]"),
+        ({"ground_truth": TEXT_TRUTH}, "ground_truth is ['calc_binomial"),
+        ({"ground_truth": "f(base=1)"}, "ground_truth is 'f(base=1)'"),
+        ({"ground_truth": ""}, "ground_truth is ''"),
+        ({"question": None}, "question is None"),
+        ({"question": []}, "question is []"),
+        ({"question": [[]]}, "question is [[]]"),
+        ({"question": [*USER, None]}, "question is "),
+        ({"question": [[{"role": "user"}]]}, "question has {'role': 'user'}"),
+        ({"question": [[{"role": "user", "content": None}]]}, "question has {'role': 'user', 'content': None}"),
+        ({"question": ["How?"]}, "question has 'How?'"),
+        ({"function": None}, "function has None"),
+        ({"function": [{"description": "no name"}]}, "function has {'description'"),
+        ({"function": [{"name": "f", "parameters": ["a"]}]}, "tool 'f': a is no parameter"),
+        ({"id": None}, "has no id"),
     ],
 )
-def test_files_of_another_form_are_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
-    (tmp_path / "BFCL_v4_x.json").write_text(text)
-    with pytest.raises(InvalidData, match=said):
+def test_a_row_of_another_form_is_refused_by_its_line(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    rows = [{**BFCL_ROW, "ground_truth": TRUTH}, {**BFCL_ROW, "id": "simple_1", "ground_truth": TRUTH, **changed}]
+    with pytest.raises(InvalidData) as refused:
+        read_bfcl(write_bfcl(tmp_path, *rows), 0)
+    assert [v.field for v in refused.value.violations] == ["BFCL_v4_x.json line 2"]
+    assert refused.value.violations[0].description.startswith(said)
+
+
+def test_all_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
+    good = json.dumps({**BFCL_ROW, "ground_truth": TRUTH})
+    deep = "[" * 5000
+    lines = [good, "", "{", good, "3", deep, '{"id": "a"}', "caf\xe9"]
+    (tmp_path / "a.json").write_bytes("\n".join(lines).encode("latin-1"))
+    (tmp_path / "b.jsonl").write_text('[{"id": "x"},')
+    (tmp_path / "c.json").write_text('[{"id": "x"}, 3]')
+    with pytest.raises(InvalidData) as refused:
+        read_bfcl(tmp_path, 0)
+    found = {v.field: v.description for v in refused.value.violations}
+    assert list(found) == [
+        "a.json line 3", "a.json line 4", "a.json line 5", "a.json line 6", "a.json line 7", "a.json line 8",
+        "b.jsonl", "c.json row 1", "c.json row 2",
+    ]  # fmt: skip
+    assert found["a.json line 3"].startswith("is not JSON: Expecting property name")
+    assert found["a.json line 4"] == "has the id of a.json line 1"
+    assert found["a.json line 5"] == "is no object"
+    assert found["a.json line 7"] == "a has no question and no function"
+    assert "utf-8" in found["a.json line 8"]
+    assert "neither JSON lines nor a JSON list" in found["b.jsonl"]
+
+
+def test_of_many_wrong_rows_the_first_are_named_and_all_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("3\n" * 50)
+    with pytest.raises(InvalidData, match="50 in all; the first 20 are") as refused:
+        read_bfcl(tmp_path, 0)
+    assert len(refused.value.violations) == 20
+
+
+def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "BFCL_v4_x.json").write_text("")
+    with pytest.raises(InvalidData, match="that can be scored"):
         read_bfcl(tmp_path, 0)
