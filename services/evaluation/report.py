@@ -1,7 +1,7 @@
 """The evaluation report: report.json for programs and one self-contained report.html for people.
 
-report.json: {"version": 1, "title", "dataset", "prompts", "metrics": {name: meaning}, "titles": {name: words},
- "less_is_better": [name],
+report.json: {"version": 1, "title", "dataset", "prompts", "left_out": {reason: rows},
+ "metrics": {name: meaning}, "titles": {name: words}, "less_is_better": [name],
  "columns": [{"label", "role", "answers": file, "seconds": {p50, p95}, "failures": {kind: rows},
               "groups": {group: {metric: {k (not of means), n, value, low, high}}}}],
    # in order: "baseline" (an earlier report), "reference" (other models), "target" (the one that is judged), "constrained"
@@ -9,7 +9,7 @@ report.json: {"version": 1, "title", "dataset", "prompts", "metrics": {name: mea
  "pairs": [{"label", "metrics": {as paired}}],              # the target minus each other column
  "examples": [{id, question, asked (without AgentFabric's prefix), prompt, result, tools, expected, reference,
                answers: {label: text}, failed: [metric], failure, reason}],     # the worst rows first
- "suites": [{"name", "title", "prompts", "columns", "paired", "pairs", "examples"}],     # BFCL beside a data set
+ "suites": [{"name", "title", "prompts", "left_out", "columns", "paired", "pairs", "examples"}],     # BFCL beside a data set
  "latency": [{"label", requests, concurrency, first_token: {p50, p95}, …}],
  "gate": [as in the manifest's metadata]}
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,8 @@ class Section:
     name: str
     title: str
     columns: Sequence[Column]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Why rows are not asked → how many."""
 
     @property
     def target(self) -> Column:
@@ -115,6 +117,7 @@ def _section(section: Section) -> dict[str, Any]:
         "name": section.name,
         "title": section.title,
         "prompts": sum(q.after is None for q in target.questions),
+        "left_out": dict(section.left_out),
         "columns": [_column(c) for c in section.columns],
         "paired": pairs[0]["metrics"] if pairs and others[0].role != "constrained" else {},
         "pairs": pairs,

@@ -39,7 +39,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     inputs: dataset and/or bfcl; optionally baseline and compared/0, … (earlier reports on the same rows), and checkpoint
     (answers of an earlier attempt).
     """
-    suites = _read_suites(spec, inputs, reporter)
+    suites, left_out = _read_suites(spec, inputs, reporter)
     questions = [question for _, _, each in suites for question in each]
     asked = find_targets(spec)
     earlier = _read_baseline(spec, inputs, suites)
@@ -53,6 +53,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
                 *(Column(c.label, each, c.answers, "baseline", c.file) for c in earlier if _answers_any(c, each)),
                 *(Column(target.label, each, kept, target.role, file) for target, file, kept in columns),
             ],
+            left_out.get(name, {}),
         )
         for name, title, each in suites
     ]
@@ -102,20 +103,21 @@ def read_answers(file: Path) -> list[Answer]:
 
 def _read_suites(
     spec: Spec, inputs: Mapping[str, Path], reporter: Reporter
-) -> list[tuple[str, str, Sequence[Question]]]:
-    """(name, title, questions) of each, the report's own first."""
+) -> tuple[list[tuple[str, str, Sequence[Question]]], dict[str, Mapping[str, int]]]:
+    """(name, title, questions) of each, the report's own first; and by name the rows that are left out, by reason."""
     suites: list[tuple[str, str, Sequence[Question]]] = []
+    left_out: dict[str, Mapping[str, int]] = {}
     if "dataset" in inputs:
         questions = read_questions(inputs["dataset"], spec.split, spec.limit, spec.follows_up)
         first = sum(q.after is None for q in questions)
         on = f" and {len(questions) - first} after a tool's result" if spec.follows_up else ""
         suites.append(("held_out", f"{first} held-out questions ({spec.split}){on}", questions))
     if "bfcl" in inputs:
-        found, left_out = read_bfcl(inputs["bfcl"], spec.limit)
+        found, left_out["bfcl"] = read_bfcl(inputs["bfcl"], spec.limit)
         suites.append(("bfcl", f"{len(found)} questions in BFCL's format", found))
-        for reason, count in left_out.items():
+        for reason, count in left_out["bfcl"].items():
             reporter.log(f"{count} rows of {spec.bfcl} are left out: {reason}", "WARNING")
-    return suites
+    return suites, left_out
 
 
 def _read_baseline(

@@ -237,6 +237,26 @@ def test_the_report() -> None:
     assert "https://" not in page
 
 
+def test_categories_and_what_is_left_out_stand_in_the_report_whatever_an_earlier_one_lacked() -> None:
+    """Both where BFCL's rows are the whole report and where they are a suite of it."""
+    questions = [
+        Question(f"bfcl/{name}_0", [{"role": "user", "content": "Rome?"}], TOOLS, WANTED, category=name)
+        for name in ("simple_python", "live_multiple")
+    ]
+    answers = [Answer(q.id, "no", "stop", 1, 0.1) for q in questions]
+    columns = [Column("before", questions, answers[:1], "baseline"), Column("after", questions, answers)]
+    bfcl = Section("bfcl", "2 questions in BFCL's format", columns, {"needs the web": 100})
+    held_out = Question("a", [{"role": "user", "content": "Rome?"}], TOOLS, WANTED)
+    own = Section("held_out", "1 question", [Column("after", [held_out], [Answer("a", "no", "stop", 1, 0.1)])])
+    for sections in ([bfcl], [own, bfcl]):
+        report = render_json(sections, "datasets/b")
+        assert [told["left_out"] for told in (report, *report["suites"])] == [s.left_out for s in sections]
+        page = render_html(report)
+        assert page.count("By category") == 1
+        assert page.count("<th>simple_python</th><th>live_multiple</th>") == 1
+        assert page.count("Left out: 100 rows (needs the web).") == 1
+
+
 def test_the_table_of_a_run_has_a_column_for_each_model_and_no_row_without_figures() -> None:
     from rich.console import Console
 
