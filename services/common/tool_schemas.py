@@ -46,7 +46,8 @@ def _complete_schema(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(properties, dict) or not isinstance(required, list):
         raise BadSchema(f"tool {name!r}: an object that is no JSON schema of an object")
     typed = {key: _with_type(value, name, raw) for key, value in properties.items()}
-    known = [key for key in typed if key in required]
+    named = {key for key in required if isinstance(key, str)}
+    known = [key for key in typed if key in named]
     rest = {key: value for key, value in raw.items() if key not in ("type", "properties", "required")}
     return {"type": "object", "properties": typed, "required": known, **rest}
 

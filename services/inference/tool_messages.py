@@ -48,11 +48,13 @@ class _Round:
         self._calls: list[Call] = []
         self._waiting: dict[str, tuple[int, str]] = {}
         """Id of a call without a result → (its place, the field that made it)."""
-        self._said = ""
+        self._said: list[str] = []
+        """Since the last call; joined once, for a history may hold tens of thousands of messages."""
 
     def add_turn(self, message: Mapping[str, Any], text: str, field: str, bad: list[Violation]) -> None:
         """What the assistant said, and the calls that it made."""
-        said = "\n".join(filter(None, (self._said, text.strip())))
+        if text := text.strip():
+            self._said.append(text)
         calls = list(_read_calls(message, field, bad))
         for number, (identity, call) in enumerate(calls):
             if identity in self._waiting:
@@ -60,8 +62,9 @@ class _Round:
                     Violation(f"{field}.tool_calls[{number}].id", f"{identity[:60]!r} is the id of another call")
                 )
             self._waiting[identity] = len(self._calls), f"{field}.tool_calls[{number}]"
-            self._calls.append(call._replace(lead="" if number else said))
-        self._said = "" if calls else said
+            self._calls.append(call._replace(lead="" if number else "\n".join(self._said)))
+        if calls:
+            self._said = []
 
     def add_result(self, message: Mapping[str, Any], text: str, field: str, bad: list[Violation]) -> None:
         """A tool's result; without an id it is that of the only call that waits for one."""
@@ -81,7 +84,7 @@ class _Round:
             bad.append(
                 Violation(field, f"has no result: a message of the role tool with tool_call_id {identity[:60]!r}")
             )
-        return Round(self._query, Turn(tuple(self._calls), self._said))
+        return Round(self._query, Turn(tuple(self._calls), "\n".join(self._said)))
 
 
 def _read_calls(message: Mapping[str, Any], field: str, bad: list[Violation]) -> Iterator[tuple[str, Call]]:

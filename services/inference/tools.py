@@ -8,7 +8,7 @@ reads the calls out of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from services.common.errors import InvalidSpec, Violation
@@ -30,6 +30,8 @@ CONSTRAIN = "constrain_tools"
 """Our own field of a request: false lets the model write calls freely. The engine is told in `vllm_xargs`."""
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
 CHOICES = ("none", "auto", "required")
+MOST_TOOLS = 1024
+"""Of a request, which is rendered between the answers of all others; no prompt holds so many."""
 NO_CALL = {"type": "structural_tag", "format": {"type": "any_text", "excludes": ["Action:"]}}
 """A grammar of text that is no call. Source: xgrammar 0.2.8, structural_tag.py."""
 
@@ -74,7 +76,11 @@ def _read_tools(told: Any, bad: list[Violation]) -> list[Tool]:
     if not isinstance(told, list):
         bad.append(Violation("tools", "must be a list of {type: function, function: {name, description, parameters}}"))
         return []
+    if len(told) > MOST_TOOLS:
+        bad.append(Violation("tools", f"are {len(told)}; a request may have {MOST_TOOLS} at most"))
+        return []
     tools: list[Tool] = []
+    taken: set[str] = set()
     for number, item in enumerate(told):
         field = f"tools[{number}]"
         function = item.get("function") if isinstance(item, dict) else None
@@ -82,18 +88,19 @@ def _read_tools(told: Any, bad: list[Violation]) -> list[Tool]:
             bad.append(Violation(field, "must be {type: function, function: {name, description, parameters}}"))
             continue
         name = function.get("name")
-        if problem := _name_problem(name, [tool.name for tool in tools]):
+        if problem := _name_problem(name, taken):
             bad.append(Violation(f"{field}.function.name", problem))
         if not isinstance(function.get("description"), str | None):
             bad.append(Violation(f"{field}.function.description", "must be text"))
         if not isinstance(function.get("strict"), bool | None):
             bad.append(Violation(f"{field}.function.strict", "must be true or false"))
         parameters = _read_parameters(function.get("parameters"), f"{field}.function.parameters", name, bad)
+        taken.add(str(name))
         tools.append(Tool(str(name), str(function.get("description") or ""), parameters))
     return tools
 
 
-def _name_problem(name: Any, taken: Sequence[str]) -> str:
+def _name_problem(name: Any, taken: Set[str]) -> str:
     if not isinstance(name, str) or not name.strip():
         return "must be text that is not empty"
     if FORBIDDEN_IN_NAMES & set(name):
@@ -136,7 +143,7 @@ def _read_choice(told: Any, names: Sequence[str], bad: list[Violation]) -> Any:
     if not isinstance(function, dict):
         must = f"must be one of {', '.join(CHOICES)}, or {{type: function, function: {{name}}}}"
         bad.append(Violation("tool_choice", f"{must}, not {str(told)[:60]!r}"))
-    elif function.get("name") not in names:
+    elif names and function.get("name") not in names:
         known = ", ".join(names)
         bad.append(Violation("tool_choice.function.name", f"{str(function.get('name'))[:60]!r} is none of: {known}"))
     return told

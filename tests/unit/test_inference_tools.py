@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -194,6 +196,9 @@ def function(**told: Any) -> dict[str, Any]:
 
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no list": ({"tools": {"a": 1}}, ["tools"]),
+    "too many": (
+        {"tools": [function()] * 1025, "tool_choice": {"type": "function", "function": {"name": "f"}}}, ["tools"]
+    ),
     "no function": ({"tools": ["f", {"type": "web_search"}]}, ["tools[0]", "tools[1]"]),
     "names": (
         {"tools": [function(name=name) for name in ("a\nb", "a\u2028b", "", 3, " a", "x", "x")]},
@@ -267,6 +272,29 @@ def test_all_that_is_wrong_is_named_at_once(told: dict[str, Any], fields: list[s
     with pytest.raises(InvalidSpec) as caught:
         render_tools({"tools": [function()], "messages": [QUESTION], **told})
     assert [violation.field for violation in caught.value.violations] == fields
+
+
+def long_history(size: int) -> dict[str, Any]:
+    said = {"role": "assistant", "content": "a" * 10}
+    return {"tools": [TOOL], "messages": [QUESTION, *[said] * size]}
+
+
+def many_properties(size: int) -> dict[str, Any]:
+    names = [f"p{number}" for number in range(size // 2)]
+    parameters = {"type": "object", "properties": {name: {} for name in names}, "required": names}
+    return {"tools": [function(parameters=parameters)], "messages": [QUESTION]}
+
+
+@pytest.mark.parametrize("make", [long_history, many_properties])
+def test_a_large_request_is_rendered_in_linear_time(make: Callable[[int], dict[str, Any]]) -> None:
+    small, large = (min(seconds_to_render(make(size)) for _ in range(3)) for size in (4000, 40_000))
+    assert large <= 50 * max(small, 0.001), f"{small:.4f} s, then {large:.4f} s for ten times as much"
+
+
+def seconds_to_render(body: dict[str, Any]) -> float:
+    begin = time.thread_time()
+    render_tools(body)
+    return time.thread_time() - begin
 
 
 def test_names_with_blanks_and_chinese_are_fine() -> None:
