@@ -18,7 +18,7 @@ from google.rpc import code_pb2
 
 from services.common.errors import FabrictuneError, Unavailable
 from services.common.logs import get_logger
-from services.inference.openai_errors import error_body
+from services.inference.openai_errors import error_body, read_error
 from services.inference.outcomes import Outcomes
 from services.inference.recorder import WHOLE, Recorder, Recording
 from services.inference.routes import Target
@@ -65,7 +65,7 @@ class Forwarder:
                     return web.Response(body=rename(whole), status=upstream.status, headers=answered)
                 response = web.StreamResponse(status=upstream.status, headers=answered)
                 await response.prepare(request)
-                rest = b""
+                rest, code = b"", 0
                 async for chunk in upstream.content.iter_any():
                     first = first or time.perf_counter() - begin
                     if rest or chunk[-1:] != b"\n":
@@ -73,14 +73,21 @@ class Forwarder:
                         chunk = lines + newline
                     if chunk:
                         chunk.decode()
+                        chunk, code = cut_at_error(chunk)
                         chunk = rename(chunk)
                         recording.add(chunk)
                         await response.write(chunk)
-                rest.decode()
-                recording.add(rest)
-                recording.end()
+                        if code:
+                            rest = b""
+                            break
+                if rest:
+                    rest.decode()
+                    rest, code = cut_at_error(rest)
+                    recording.add(rest)
+                if not code:
+                    recording.end()
                 await response.write_eof(rename(rest))
-                self._note(target, first, failed=False)
+                self._note(target, first, failed=code >= 500)
                 return response
         except aiohttp.ClientConnectorError:
             self._note(target, time.perf_counter() - begin, failed=True)
@@ -112,6 +119,25 @@ class Forwarder:
 
     def _note(self, target: Target, seconds: float, failed: bool) -> None:
         self._outcomes.note(target.deployment, target.revision, seconds, failed)
+
+
+def cut_at_error(lines: bytes) -> tuple[bytes, int]:
+    """Lines of a stream up to the engine's error, and its HTTP status; all of them and 0 where there is none.
+
+    vLLM 0.32 ends a stream that it cannot go on with by an event `{"error": …}` and then says [DONE] nevertheless, as if all
+    had been said (chat_completion/serving.py).
+    """
+    found = _ERROR.search(lines) if b'"error"' in lines else None
+    if found is None:
+        return lines, 0
+    try:
+        code, _ = read_error(orjson.loads(found[1]))
+    except orjson.JSONDecodeError:
+        code = 500
+    return lines[: found.end()] + b"\n\n", code
+
+
+_ERROR = re.compile(rb'^data: ?(\{"error".*)', re.MULTILINE)
 
 
 def make_rename(served_name: str, wanted: str) -> Callable[[bytes], bytes]:

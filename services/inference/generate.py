@@ -15,6 +15,7 @@ import orjson
 
 from services.common.errors import InvalidData, ResourceExhausted, Unavailable, WorkerLost
 from services.inference.limits import check_prompt
+from services.inference.openai_errors import read_error
 from services.inference.recorder import Recorder, Recording
 from services.inference.routes import RouteTable
 from services.inference.tools import render_tools
@@ -68,8 +69,6 @@ async def generate(
             url, sent = f"{target.address}/v1/chat/completions", orjson.dumps(body)
             async with session.post(url, data=sent, headers=JSON) as response:
                 if response.status != 200:
-                    if response.status >= 500:
-                        note(target.deployment, target.revision, time.perf_counter() - begin, True)
                     raise _refusal(response.status, await response.text())
                 rest = b""
                 async for chunk in response.content.iter_any():
@@ -86,6 +85,9 @@ async def generate(
             raise Unavailable(
                 f"the engine of revision {target.revision} does not answer; it is started again"
             ) from None
+        except WorkerLost:  # it says so itself: HTTP 5xx, or an error in the stream
+            note(target.deployment, target.revision, first or time.perf_counter() - begin, True)
+            raise
         except orjson.JSONDecodeError as error:
             note(target.deployment, target.revision, first, True)
             raise WorkerLost(
@@ -124,7 +126,7 @@ class _Answer:
                 break
             event = orjson.loads(data)
             if "error" in event:
-                raise _refusal(int(event["error"].get("code") or 500), str(event["error"].get("message", "")))
+                raise _refusal(*read_error(event))
             for choice in event.get("choices") or ():
                 delta = choice.get("delta") or {}
                 self.reason = choice.get("finish_reason") or self.reason

@@ -47,6 +47,14 @@ def error_body(error: FabrictuneError) -> dict[str, Any]:
     return {"error": {"message": str(error), "type": kind, "param": param, "code": reason}}
 
 
+def read_error(event: Mapping[str, Any]) -> tuple[int, str]:
+    """(HTTP status, message) of an engine's `{"error": …}`. One that names no status is the engine's own failure: 500."""
+    error = event["error"]
+    told = error if isinstance(error, dict) else {"message": error}
+    code = told.get("code")
+    return code if isinstance(code, int) and code else 500, str(told.get("message") or "")
+
+
 def error_response(error: FabrictuneError) -> web.Response:
     """The same with its HTTP status."""
     status, _ = HTTP_ERRORS.get(error.code, (500, ""))

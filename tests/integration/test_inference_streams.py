@@ -36,6 +36,7 @@ class Script:
 
     parts: list[bytes] = field(default_factory=list)
     hangs: bool = False
+    status: int = 200
     silent: bool = False
     """Nothing is sent, not even headers, before `release`."""
     release: asyncio.Event = field(default_factory=asyncio.Event)
@@ -48,6 +49,8 @@ class Script:
         try:
             if self.silent:
                 await self.release.wait()
+            if self.status != 200:
+                return web.Response(status=self.status)
             if not body.get("stream"):
                 return web.Response(body=b"".join(self.parts), content_type="application/json")
             return await self._write(request, self.parts)
@@ -210,3 +213,44 @@ async def test_an_event_of_a_megabyte_passes(house: House) -> None:
     house.script.parts = [raw]
     assert await post(house) == (200, raw)
     assert "".join([piece.text async for piece in house.generate()]) == long
+
+
+FAILED = (
+    b'data: {"error": {"message": "EngineCore died", "type": "InternalServerError", "param": null, "code": 500}}\n\n'
+)
+
+
+async def test_an_engine_that_fails_in_mid_stream_and_says_done_has_failed(house: House) -> None:
+    raw = event("hi") + FAILED + b"data: [DONE]\n\n"
+    for tries, cut in enumerate(range(0, len(raw), 7), 1):
+        house.script.parts = [raw[:cut], raw[cut:]]
+        assert await post(house) == (200, event("hi") + FAILED)
+        assert house.routes.outcomes.figures("x", "a").failures == tries
+    house.script.parts = [event("hi"), FAILED.strip()]  # it breaks off there
+    assert await post(house) == (200, event("hi") + FAILED)
+
+
+async def test_generate_counts_an_engines_failure_in_mid_stream_and_before_it(house: House) -> None:
+    house.script.parts = [event("hi"), FAILED, b"data: [DONE]\n\n"]
+    pieces = []
+    with pytest.raises(grpc.aio.AioRpcError, match="EngineCore died") as caught:
+        async for piece in house.generate():
+            pieces.append(piece.text)
+    assert pieces == ["hi"] and caught.value.code() is grpc.StatusCode.ABORTED
+    assert house.routes.outcomes.figures("x", "a").failures == 1
+    house.script.status = 500
+    with pytest.raises(grpc.aio.AioRpcError):
+        async for _ in house.generate():
+            pass
+    assert house.routes.outcomes.figures("x", "a").failures == 2
+
+
+async def test_what_an_engine_refuses_in_mid_stream_is_no_failure_of_its_revision(house: House) -> None:
+    refused = FAILED.replace(b"500", b"400")
+    house.script.parts = [event("hi"), refused, b"data: [DONE]\n\n"]
+    assert await post(house) == (200, event("hi") + refused)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in house.generate():
+            pass
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert house.routes.outcomes.figures("x", "a").failures == 0

@@ -99,6 +99,7 @@ async def _answer(request: web.Request) -> web.StreamResponse:
     await response.prepare(request)
     raw = b"".join(b"data: " + orjson.dumps({"choices": [{"delta": {"content": c}}]}) + b"\n\n" for c in ANSWER)
     raw += b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n'
+    raw += b'data: {"error":{"code":500}}\n\n' if body.get("fail") else b""
     raw += b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":4}}\n\ndata: [DONE]\n\n'
     for start in range(0, len(raw), 97):  # cut anywhere, also inside of a character
         await response.write(raw[start : start + 97])
@@ -163,11 +164,12 @@ async def test_errors_and_answers_that_broke_off_are_not_kept(tmp_path: Path) ->
     async with serve(Folder(tmp_path)) as served:
         assert (await served.ask(wrong=True))[0] == 400
         assert b"ENGINE_LOST" in (await served.ask(stream=True, die=True))[1]
+        assert b"[DONE]" not in (await served.ask(stream=True, fail=True))[1]
         stream = generate(served.routes, served.session, "x", MESSAGES, {}, recorder=served.recorder)
         await anext(stream)
         await stream.aclose()
         assert await served.records(tmp_path) == []
-    assert outcomes()["unfinished"] - before == 3
+    assert outcomes()["unfinished"] - before == 4
 
 
 async def test_a_store_that_hangs_costs_records_and_no_answer_and_no_more_memory(tmp_path: Path) -> None:
