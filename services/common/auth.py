@@ -80,6 +80,7 @@ class Authenticator:
 
     def identify(self, token: str) -> Caller:
         """Who holds this token. Raises Unauthenticated. May ask the issuer for its keys, once."""
+        token = token.encode(errors="replace").decode()  # a header's bytes need not be text
         digest = hashlib.sha256(token.encode()).hexdigest()
         for entry in self._tokens:
             if hmac.compare_digest(entry.sha256.lower(), digest):

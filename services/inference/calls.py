@@ -22,6 +22,7 @@ _NAME = re.compile(r"Action:([^\n]*)\n[ \t]*")
 # What may stand outside the strings of an object, in JSON or in Python's notation. "Action" is not among it, so a call that
 # was broken off is noticed where the next one begins.
 _BARE = re.compile(r"[\s{}\[\],:0-9+\-.eEtrufalsnTFNo]*")
+_HALF = re.compile(r"[\ud800-\udfff]")
 _IN_STRING = {'"': re.compile(r'[^"\\\n]*'), "'": re.compile(r"[^'\\\n]*")}
 
 
@@ -158,10 +159,19 @@ def decode_arguments(text: str) -> str | None:
         try:
             value: Any = read(text)
             if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-                return text if read is _read_strict else json.dumps(value, ensure_ascii=False, allow_nan=False)
+                return text if read is _read_strict else _dump(value)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return None
+
+
+def escape_halves(text: str) -> str:
+    """JSON text whose halves of surrogate pairs are escaped, as models write them: raw ones are no UTF-8."""
+    return _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+
+
+def _dump(value: Any) -> str:
+    return escape_halves(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def _read_strict(text: str) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+import orjson
 from google.protobuf import json_format
 
 from fabrictune.v1 import inference_pb2
@@ -48,8 +48,8 @@ def _read_tools(request: inference_pb2.GenerateRequest) -> list[dict[str, Any]]:
     for number, tool in enumerate(request.tools):
         function: dict[str, Any] = {"name": tool.name, "description": tool.description}
         try:
-            function["parameters"] = json.loads(tool.parameters) if tool.parameters else None
-        except (ValueError, RecursionError) as error:
+            function["parameters"] = orjson.loads(tool.parameters) if tool.parameters else None
+        except orjson.JSONDecodeError as error:
             bad.append(Violation(f"tools[{number}].parameters", f"must be a JSON schema as JSON text: {error}"))
         if tool.HasField("strict"):
             function["strict"] = tool.strict

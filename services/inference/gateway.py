@@ -8,20 +8,21 @@ The client's token stays here: engines never see it.
 from __future__ import annotations
 
 import ssl
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
-import orjson
 from aiohttp import web
 from prometheus_client import Counter
 
-from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData
+from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, internal_status
+from services.common.logs import get_logger
 from services.common.metrics import REGISTRY
 from services.inference.engine import IDLE_SECONDS
 from services.inference.forward import Forwarder
 from services.inference.limits import check_prompt
-from services.inference.openai_errors import error_body, error_response, json_response, read_body
+from services.inference.openai_errors import dump_body, error_body, error_response, json_response, read_body
 from services.inference.recorder import Recorder
 from services.inference.routes import RouteTable
 from services.inference.tools import render_tools
@@ -54,6 +55,7 @@ class Gateway:
         self._wait_seconds = wait_seconds
         self._max_body_bytes = max_body_bytes
         self._recorder = recorder
+        self._log = get_logger("gateway")
         self._session: aiohttp.ClientSession | None = None
         self._forwarder: Forwarder | None = None
         self._runner: web.AppRunner | None = None
@@ -113,7 +115,7 @@ class Gateway:
             check_prompt(asked, target)
             renamed = model != target.served_name
             changed = renamed or asked is not body
-            sent = orjson.dumps({**asked, "model": target.served_name}) if changed else raw
+            sent = dump_body({**asked, "model": target.served_name}) if changed else raw
             assert self._forwarder is not None
             wanted = "" if not renamed and target.says_served_name else model
             return await self._forwarder.forward(request, target, sent, wanted, raw)
@@ -141,11 +143,19 @@ class Gateway:
         except web.HTTPRequestEntityTooLarge:
             text = f"the request's body is larger than {self._max_body_bytes} bytes"
             return json_response(error_body(InvalidData(text)), status=413)
+        except web.RequestPayloadError as error:
+            return error_response(InvalidData(f"the request's body cannot be read: {error}"))
         except web.HTTPException as error:
             text = (
                 f"{request.method} {request.path} is not served here; the paths are those of the OpenAI API under /v1"
             )
             return json_response(error_body(InvalidData(text)), status=error.status)
+        except Exception as error:  # the process's rim: what nobody knew of is a typed 500
+            if request.transport is None or request.writer.output_size:
+                raise  # nobody hears it any more, or an answer has begun: the connection ends
+            request_id = request.headers.get("X-Request-Id") or uuid.uuid4().hex[:16]
+            self._log.error("unexpected", request_id=request_id, path=request.path, exc_info=error)
+            return error_response(FabrictuneError(internal_status(request_id).message))
 
 
 async def _healthz(_: web.Request) -> web.Response:

@@ -15,7 +15,7 @@ import orjson
 
 from services.common.errors import InvalidData, ResourceExhausted, Unavailable, WorkerLost
 from services.inference.limits import check_prompt
-from services.inference.openai_errors import read_error
+from services.inference.openai_errors import dump_body, read_error
 from services.inference.recorder import Recorder, Recording
 from services.inference.routes import RouteTable
 from services.inference.tools import render_tools
@@ -63,10 +63,10 @@ async def generate(
         body = {**asked, "model": target.served_name, "stream": True, "stream_options": {"include_usage": True}}
         answer, begin, first = _Answer(), time.perf_counter(), 0.0
         # As the client said it, like the gateway's: without the prompt that its tools became.
-        said = orjson.dumps({**sampling, "messages": list(messages), "model": model}) if recorder else b""
+        said = dump_body({**sampling, "messages": list(messages), "model": model}) if recorder else b""
         recording = Recording(recorder, target.deployment, target.revision, "Generate", said)
         try:
-            url, sent = f"{target.address}/v1/chat/completions", orjson.dumps(body)
+            url, sent = f"{target.address}/v1/chat/completions", dump_body(body)
             async with session.post(url, data=sent, headers=JSON) as response:
                 if response.status != 200:
                     raise _refusal(response.status, await response.text())

@@ -23,7 +23,10 @@ def check_prompt(body: Mapping[str, Any], target: Target) -> None:
         )
     if not target.max_prompt_characters:
         return
-    found = _characters(body.get("messages")) + _characters(body.get("prompt"))
+    try:
+        found = _characters(body.get("messages")) + _characters(body.get("prompt"))
+    except RecursionError:
+        raise InvalidData("the prompt is nested too deeply to be counted") from None
     if found > target.max_prompt_characters:
         raise InvalidData(
             f"the prompt has {found} characters; {target.deployment} takes {target.max_prompt_characters} "

@@ -39,6 +39,16 @@ def read_body(raw: bytes) -> dict[str, Any]:
     return body
 
 
+def dump_body(body: Mapping[str, Any]) -> bytes:
+    """A request's body for an engine. Raises InvalidData where orjson, which reads more than it writes, cannot write it."""
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError as error:
+        raise InvalidData(
+            f"the request cannot be passed on ({error}): JSON may have 254 levels, whole characters, integers of 64 bits"
+        ) from None
+
+
 def error_body(error: FabrictuneError) -> dict[str, Any]:
     """OpenAI's form of an error."""
     _, kind = HTTP_ERRORS.get(error.code, (500, "internal_error"))

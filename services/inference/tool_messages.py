@@ -11,6 +11,7 @@ from typing import Any
 
 from services.common.errors import Violation
 from services.common.fabric import FORBIDDEN_IN_NAMES, Call, Round, Turn
+from services.inference.calls import escape_halves
 
 
 def read_messages(told: Any, bad: list[Violation]) -> tuple[str, list[Round]]:
@@ -114,7 +115,7 @@ def _read_arguments(told: Any) -> str | None:
         value = json.loads(told) if isinstance(told, str) and told.strip() else told or {}
     except (ValueError, RecursionError):
         return None
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else None
+    return escape_halves(json.dumps(value, ensure_ascii=False)) if isinstance(value, dict) else None
 
 
 def _read_text(message: Mapping[str, Any], field: str, bad: list[Violation]) -> str:

@@ -38,6 +38,13 @@ NO_CALL = {"type": "structural_tag", "format": {"type": "any_text", "excludes": 
 
 def render_tools(body: Mapping[str, Any]) -> dict[str, Any]:
     """The request for the engine out of an OpenAI chat request with `tools`. Raises InvalidSpec naming all that is wrong."""
+    try:
+        return _render_tools(body)
+    except RecursionError:
+        raise InvalidSpec("the request's tools or messages are nested too deeply") from None
+
+
+def _render_tools(body: Mapping[str, Any]) -> dict[str, Any]:
     bad: list[Violation] = []
     tools = _read_tools(body["tools"], bad)
     names = [tool.name for tool in tools]

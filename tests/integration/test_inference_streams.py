@@ -254,3 +254,29 @@ async def test_what_an_engine_refuses_in_mid_stream_is_no_failure_of_its_revisio
             pass
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert house.routes.outcomes.figures("x", "a").failures == 0
+
+
+@pytest.mark.parametrize("default", ['"\\ud83d"', "[" * 300 + "]" * 300, "[" * 1000 + "]" * 1000])
+async def test_parameters_that_no_json_can_pass_on_are_an_invalid_argument(house: House, default: str) -> None:
+    request = inference_pb2.GenerateRequest(
+        deployment="deployments/x",
+        messages=[inference_pb2.Message(role="user", content="hi")],
+        tools=[inference_pb2.Tool(name="t", parameters=f'{{"type": "object", "default": {default}}}')],
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in house.stub.Generate(request):
+            pass
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_number_over_64_bits_in_parameters_is_read_as_over_http(house: House) -> None:
+    house.script.parts = [event("hi"), DONE]
+    parameters = (
+        '{"type": "object", "properties": {"a": {"type": "integer", "maximum": 123456789012345678901234567890}}}'
+    )
+    request = inference_pb2.GenerateRequest(
+        deployment="deployments/x",
+        messages=[inference_pb2.Message(role="user", content="hi")],
+        tools=[inference_pb2.Tool(name="t", parameters=parameters)],
+    )
+    assert "".join([piece.text async for piece in house.stub.Generate(request)]) == "hi"

@@ -55,7 +55,7 @@ def test_what_people_asked_and_were_told_is_for_admins() -> None:
 
 
 def test_unknown_keys_and_unknown_methods_are_denied() -> None:
-    for token in ("", "wrong", "a.b.c"):
+    for token in ("", "wrong", "a.b.c", "\udcff"):  # the last one is a header's byte that is no text
         with pytest.raises(Unauthenticated):
             AUTHENTICATOR.allow(token, GET)
     with pytest.raises(PermissionDenied, match="no role"):
@@ -115,6 +115,11 @@ def test_jwts(issuer: str) -> None:
     forged = jwt.encode({"iss": issuer, "aud": "fabrictune", "role": "admin"}, "x" * 32, "HS256", headers={"kid": "k"})
     with pytest.raises(Unauthenticated):
         authenticator.allow(forged, GET)
+
+
+def test_a_token_that_is_no_text_is_no_jwt(issuer: str) -> None:
+    with pytest.raises(Unauthenticated):
+        Authenticator([], issuer, "fabrictune", "role").allow(token_of(issuer) + "\udcff", GET)
 
 
 def test_an_issuer_that_is_away() -> None:

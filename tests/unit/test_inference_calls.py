@@ -117,6 +117,10 @@ def test_a_call_that_is_cut_off_is_no_call_under_a_grammar_and_text_without_one(
     assert read(cut) == [cut]
 
 
+def test_half_a_surrogate_pair_in_pythons_notation_is_told_as_it_is_written() -> None:
+    assert decode_arguments("{'a': '\\ud83d'}") == '{"a": "\\ud83d"}'
+
+
 def test_what_is_told_as_arguments_always_parses() -> None:
     for text in ('{"a": NaN}', "{'a': {1, 2}}", "{1: 2}", "{a}", "[]", "{'a': 1e999}", "{" * 5000, '{"a": 1,}'):
         arguments = decode_arguments(text)

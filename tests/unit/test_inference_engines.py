@@ -98,6 +98,14 @@ def test_tools_are_refused_where_the_engine_takes_none() -> None:
     assert caught.value.reason_override == "TOOLS_NOT_SUPPORTED"
 
 
+def test_a_prompt_that_is_nested_too_deeply_to_be_counted_is_refused() -> None:
+    prompt: object = ""
+    for _ in range(1000):
+        prompt = {"a": prompt}
+    with pytest.raises(InvalidData, match="nested too deeply"):
+        check_prompt({"prompt": prompt}, Target("x", "a", "x", max_prompt_characters=1))
+
+
 def test_any_name_of_the_model_is_put_back_where_the_engine_says_its_folders() -> None:
     said = rb'data: {"model": "a \"folder\"", "choices": [{"delta": {"content": "\"model\": \"mine\""}}]}'
     told = rb'data: {"model":"deployments/x", "choices": [{"delta": {"content": "\"model\": \"mine\""}}]}'

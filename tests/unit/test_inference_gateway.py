@@ -75,6 +75,8 @@ class Served:
 
 
 async def _authorize(token: str) -> None:
+    if token == "broken":
+        raise RuntimeError("a secret")
     if token != "good":
         raise Unauthenticated("this server asks for a token")
 
@@ -150,6 +152,39 @@ async def test_a_bad_request_gets_a_typed_error(served: Served, raw: bytes, stat
     async with served.session.post(f"{served.url}/v1/completions", data=raw) as response:
         error = (await response.json())["error"]
         assert response.status == status and words in error["message"] and error["type"]
+
+
+@pytest.mark.parametrize("depth", [250, 900])
+async def test_json_that_is_nested_too_deeply_to_be_changed_is_a_typed_400(served: Served, depth: int) -> None:
+    deep = b"[" * depth + b"]" * depth
+    for fields in (
+        b'"model": "x@a", "a": [[[[[%b]]]]]' % deep,
+        b'"model": "x", "tools": [{"function": {"name": "a", "parameters": {"default": [[%b]]}}}]' % deep,
+        b'"model": "x", "tools": [{"function": {"name": "a"}}], "tool_choice": %b' % deep,
+    ):
+        raw = b'{"messages": [{"role": "user", "content": "q"}], %b}' % fields
+        async with served.session.post(f"{served.url}/v1/chat/completions", data=raw) as response:
+            assert response.status == 400 and (await response.json())["error"]["type"] == "invalid_request_error"
+    assert served.upstream.raw == []
+
+
+async def test_a_body_that_is_not_what_its_encoding_says_is_a_typed_400(served: Served) -> None:
+    url, headers = f"{served.url}/v1/completions", {"Content-Encoding": "gzip"}
+    async with served.session.post(url, data=b"no gzip", headers=headers) as response:
+        error = (await response.json())["error"]
+        assert response.status == 400 and "cannot be read" in error["message"] and error["code"] == "INVALID_DATA"
+
+
+async def test_what_nobody_knew_of_is_a_typed_500_with_a_number_to_ask_about_and_nothing_else(
+    served: Served, capfd: pytest.CaptureFixture[str]
+) -> None:
+    headers = {"Authorization": "Bearer broken", "X-Request-Id": "r-7"}
+    async with served.session.get(f"{served.url}/v1/models", headers=headers) as response:
+        error = (await response.json())["error"]
+    assert (response.status, error["type"], error["code"]) == (500, "internal_error", "INTERNAL")
+    assert "r-7" in error["message"] and "secret" not in error["message"]
+    said = "".join(capfd.readouterr())
+    assert "r-7" in said and "a secret" in said
 
 
 async def test_an_unknown_path_is_a_typed_404(served: Served) -> None:

@@ -274,6 +274,15 @@ def test_all_that_is_wrong_is_named_at_once(told: dict[str, Any], fields: list[s
     assert [violation.field for violation in caught.value.violations] == fields
 
 
+def test_half_a_surrogate_pair_in_a_call_of_the_history_stays_as_the_model_wrote_it() -> None:
+    function = {"name": "amap_weather", "arguments": '{"a": "\\ud83d", "b": "\\ud83c\\udf24"}'}
+    called = {"role": "assistant", "tool_calls": [{**CALL, "function": function}]}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "晴"}
+    sent = render_tools({"tools": [TOOL], "messages": [QUESTION, called, result]})
+    assert 'Action Input: {"a": "\\ud83d", "b": "🌤"}\n' in sent["messages"][-1]["content"]
+    sent["messages"][-1]["content"].encode()
+
+
 def long_history(size: int) -> dict[str, Any]:
     said = {"role": "assistant", "content": "a" * 10}
     return {"tools": [TOOL], "messages": [QUESTION, *[said] * size]}
