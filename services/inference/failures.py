@@ -5,13 +5,16 @@ from __future__ import annotations
 FAILURES = {
     "No available memory for the cache blocks": "lower spec.max_model_len, or give it a GPU with more memory",
     "CUDA out of memory": "lower spec.max_model_len or spec.max_concurrency, or ask for more spec.resources.gpus",
+    "is less than desired GPU memory utilization": "something else holds this GPU's memory: stop the other revision, or add "
+    "--gpu-memory-utilization with a smaller part to spec.engine_args",
     "is larger than the available KV cache memory": "lower spec.max_model_len",
     "to serve at least one request": "lower spec.max_model_len",
     "Cannot allocate memory": "this machine's memory is full: stop another revision, or lower spec.max_concurrency",
     "can't allocate memory": "this machine's memory is full: stop another revision, or lower spec.max_concurrency",
     "vllm[runai]": "--load-format runai_streamer needs the package runai-model-streamer; take it out of engine_args",
     "unrecognized arguments": "spec.engine_args has a flag that this vLLM does not know",
-    "trust_remote_code": "the model brings its own code: add --trust-remote-code to spec.engine_args if you trust it",
+    # With its backticks: vLLM's first lines name each of its settings.
+    "`trust_remote_code=True`": "the model brings its own code: add --trust-remote-code to spec.engine_args if you trust it",
     "are not supported for now": "vLLM cannot run this architecture",
     "which has not been registered": "vLLM finds no such tool parser: name another --tool-call-parser in spec.engine_args, "
     "or, where it is agentfabric, start fabrictune from its own folder, so that services.inference.tool_parser is found",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
+from google.rpc import code_pb2
 
 from services.common.clusters import Cluster, Phase, Workload, WorkloadStatus
 from services.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable, WorkerLost
@@ -173,10 +174,12 @@ class Launcher:
             await asyncio.sleep(self.limits.poll)
 
     async def _last_words(self, name: str, status: WorkloadStatus | None = None) -> str:
-        log = (await self.cluster.read_log(name)).strip() or (status.message if status else "")
-        advice = explain_failure(log)
+        log, told = (await self.cluster.read_log(name)).strip(), status.message if status else ""
+        advice = explain_failure(f"{told}\n{log}")
+        if log and status and status.error and status.error.code == code_pb2.ABORTED:
+            told = ""  # it has merely gone: its log says more. That memory ran out, only the cluster says
         end = "\n".join(log.splitlines()[-15:])
-        return (f"{advice[0].upper()}{advice[1:]}. " if advice else "") + (
+        return "".join(f"{words[0].upper()}{words[1:]}. " for words in (told, advice) if words) + (
             f"The end of its log:\n{end}" if end else "It left no log"
         )
 

@@ -181,7 +181,15 @@ def test_engine_names_fit_kubernetes_and_never_meet() -> None:
 
 def test_a_known_failure_of_vllm_says_what_to_change() -> None:
     assert "spec.max_concurrency" in explain_failure("torch.OutOfMemoryError: CUDA out of memory. Tried")
-    assert explain_failure("something else") == ""
+    taken = (
+        "ValueError: Free memory on device cuda:0 (3.1/79.2 GiB) on startup is less than desired GPU memory utilization "
+        "(0.9, 71.3 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes."
+    )
+    assert "--gpu-memory-utilization" in explain_failure(taken) and "stop the other revision" in explain_failure(taken)
+    code = "Please pass the argument `trust_remote_code=True` to allow custom code to be run."
+    assert "--trust-remote-code" in explain_failure(code)
+    started = "INFO Initializing a V1 LLM engine with config: model='/m', trust_remote_code=False, dtype=torch.bfloat16"
+    assert explain_failure(started) == ""
 
 
 def test_what_bfloat16_cannot_tell_apart_is_a_tie_and_what_it_can_is_not() -> None:
