@@ -24,8 +24,9 @@ from services.common.tool_schemas import BadSchema, make_schema
 from services.inference.tool_messages import read_messages
 from services.inference.tool_schema import check_schema
 
-STOP = "Observation:"
-"""Where RolePlay stops an answer: what follows is the tool's to say."""
+STOP = "\nObservation:"
+"""Where RolePlay stops an answer: what follows is the tool's to say. At the beginning of a line only, for vLLM looks for it in
+arguments too, where a JSON string has no bare line break; RolePlay's own "Observation:" would end such a call in its midst."""
 CONSTRAIN = "constrain_tools"
 """Our own field of a request: false lets the model write calls freely. The engine is told in `vllm_xargs`."""
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from services.inference.tools import render_tools
+
 os.environ.setdefault("VLLM_PLUGINS", "")  # ms-swift's would import torchvision
 
 pytestmark = [pytest.mark.slow, pytest.mark.heavy, pytest.mark.timeout(300)]
@@ -59,6 +61,24 @@ def test_a_streamed_answer_says_the_same_as_a_whole_one_at_every_split_point(par
         assert stream(parser_class, request, answer) == told
         for cut in range(len(answer)):
             assert stream(parser_class, request, [answer[:cut], answer[cut:]]) == told
+
+
+@pytest.mark.parametrize("after", ["", "\nObservation: <result>made up", "Observation: <result>made up"])
+def test_the_stop_word_ends_an_answer_after_a_call_and_not_within_its_arguments(parser_class: Any, after: str) -> None:
+    from vllm.v1.engine.detokenizer import check_stop_strings
+
+    stop = render_tools({"tools": TOOLS, "messages": BODY["messages"]})["stop"]
+    call = 'Action: book 车票\nAction Input: {"note": "Observation: patient stable"}\n'
+    said = ""
+    for character in call + after:
+        said += character
+        if found := check_stop_strings(said, 1, stop, include_in_output=False):
+            said = said[: found[1]]
+            break
+    request = parser_class(None).adjust_request(make_request(tools=TOOLS))
+    parser = parser_class(None, request.tools)
+    _, content, calls = parser.parse(said, request, enable_auto_tools=True)
+    assert not content and [c.arguments for c in calls] == ['{"note": "Observation: patient stable"}']
 
 
 def test_without_tools_or_with_choice_none_text_is_text(parser_class: Any) -> None:

@@ -137,7 +137,7 @@ def test_a_result_stands_in_the_users_turn_as_roleplay_sends_it() -> None:
         'Action Input: {"location": "朝阳区"}\n\nObservation: <result>晴</result>\nAnswer:',
     }
     assert "amap_weather: amap_weather API。查天气 输入参数: " in sent["messages"][0]["content"]
-    assert sent["stop"] == ["X", "Observation:"] and sent["model"] == "m" and sent["tool_choice"] == "auto"
+    assert sent["stop"] == ["X", "\nObservation:"] and sent["model"] == "m" and sent["tool_choice"] == "auto"
     assert sent["chat_template_kwargs"] == {"tools": []} and sent["tools"] == [TOOL]
 
 
