@@ -68,7 +68,7 @@ class InPods:
         deadline = time.monotonic() + limits.adapters
         while True:
             status = await self._launcher.cluster.get(name)
-            if status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
+            if status is None or status.asleep or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
                 raise WorkerLost("the engine ended while its adapters changed")
             missing = {pod: gone for pod in status.each if (gone := wanted - await self._models_of(pod))}
             if status.each and not missing:

@@ -1,5 +1,7 @@
 """One revision from PENDING to READY, and again after each crash with growing pauses: a task a revision runs `drive`.
 
+An engine that an autoscaler puts to sleep has not crashed: its revision is PENDING, so requests wait and wake it.
+
 Nothing here knows of traffic; `rollout` says what happens when a revision is ready.
 """
 
@@ -61,13 +63,14 @@ class Driver:
 
     async def drive(self, owner: Deployment, revision: Revision, adopt: bool) -> None:
         """Until it has failed or is cancelled. adopt: an engine that still runs is taken as it is."""
-        name = engine_name(revision.deployment, revision.revision)
+        name, slept = engine_name(revision.deployment, revision.revision), False
         try:
             while True:
+                slept = await self._sleep(owner, revision, name) or slept
                 try:
                     await self._bring_up(owner, revision, adopt)
                 except (WorkerLost, Unavailable) as error:
-                    if not revision.restarts:
+                    if not (revision.restarts or slept or await self.launcher.asleep(name)):
                         raise  # the first start: it would end the same way again
                     lost = error.message
                 else:
@@ -76,22 +79,41 @@ class Driver:
                     lost = await self.launcher.watch(name)
                     revision.restarts *= time.monotonic() - since < self.limits.calm
                 adopt = False
-                revision.restarts += 1
-                if revision.restarts > self.limits.restarts:
-                    raise WorkerLost(f"the engine was lost {revision.restarts} times in a row. {lost}")
-                pause = min(self.limits.first_pause * 2 ** (revision.restarts - 1), 60)
-                self._log.warning("engine lost", revision=revision.name, restarts=revision.restarts, pause=pause)
-                self.addresses.pop(revision.name, None)
-                move(revision, State.PENDING, f"the engine was lost; it is started again in {pause:.0f} s. {lost}")
-                await self.publish(owner)
-                if not await self.launcher.is_coming(name):
-                    await self.cluster.delete(name)
-                await asyncio.sleep(pause)
+                if not await self.launcher.asleep(name):
+                    await self._clear_away(owner, revision, name, lost)
         except FabrictuneError as error:
             await self._fail(owner, revision, error)
         except Exception:  # noqa: BLE001 - the rim of this task: without it the revision would stay LOADING for ever
             self._log.exception("driving a revision failed", revision=revision.name)
             await self._fail(owner, revision, FabrictuneError("internal error; the server's log says more"))
+
+    async def _sleep(self, owner: Deployment, revision: Revision, name: str) -> bool:
+        """Return once it is not asleep, however long that takes; whether it was."""
+        if not (message := await self.launcher.asleep(name)):
+            return False
+        self.addresses.pop(revision.name, None)
+        if revision.state is not State.PENDING:
+            move(revision, State.PENDING)
+        revision.message = f"the engine {message}"
+        self._log.info("asleep", revision=revision.name)
+        await self.publish(owner)
+        while await self.launcher.asleep(name):
+            await asyncio.sleep(self.limits.poll)
+        return True
+
+    async def _clear_away(self, owner: Deployment, revision: Revision, name: str, lost: str) -> None:
+        """Count a lost engine, remove what is left of it and pause. Raises WorkerLost when it was one too many."""
+        revision.restarts += 1
+        if revision.restarts > self.limits.restarts:
+            raise WorkerLost(f"the engine was lost {revision.restarts} times in a row. {lost}")
+        pause = min(self.limits.first_pause * 2 ** (revision.restarts - 1), 60)
+        self._log.warning("engine lost", revision=revision.name, restarts=revision.restarts, pause=pause)
+        self.addresses.pop(revision.name, None)
+        move(revision, State.PENDING, f"the engine was lost; it is started again in {pause:.0f} s. {lost}")
+        await self.publish(owner)
+        if not await self.launcher.is_coming(name):
+            await self.cluster.delete(name)
+        await asyncio.sleep(pause)
 
     async def change_adapters(self, owner: Deployment, revision: Revision, names: tuple[str, ...]) -> None:
         """Load what is new and unload what is gone in the running engine. Raises FailedPrecondition, Unavailable."""

@@ -116,6 +116,11 @@ class Launcher:
         status = await self.cluster.get(name)
         return status is not None and status.phase is Phase.PENDING and not status.stopping
 
+    async def asleep(self, name: str) -> str:
+        """Says so when somebody has scaled it to no pod at all; else ""."""
+        status = await self.cluster.get(name)
+        return status.message if status is not None and status.asleep else ""
+
     async def start(self, work: Workload) -> None:
         """Give it to the cluster; one of that name that is another, or has ended, goes first."""
         status = await self.cluster.get(work.name)
@@ -129,7 +134,7 @@ class Launcher:
     ) -> str:
         """The engine's address once it answers. tell: what it waits for, when that changes; placed: its process runs now.
 
-        Raises WorkerLost, DeadlineExceeded; both with the end of its log.
+        Raises WorkerLost (it ended, or was put to sleep), DeadlineExceeded; with the end of its log.
         """
         deadline = time.monotonic() + (work.queue_timeout_seconds or self.limits.place)
         waits, said = True, ""
@@ -137,6 +142,8 @@ class Launcher:
             status = await self.cluster.get(work.name)
             if status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
                 raise WorkerLost(f"the engine ended while it started. {await self._last_words(work.name, status)}")
+            if status.asleep:  # how long nobody wakes it is no fault of the place
+                raise WorkerLost(f"the engine {status.message}")
             if waits and status.phase is Phase.RUNNING:
                 waits, deadline = False, time.monotonic() + self.limits.start
                 placed()

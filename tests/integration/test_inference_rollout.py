@@ -22,7 +22,7 @@ from services.inference.engine import Hardware, Model, describe_model
 from services.inference.gateway import Gateway
 from services.inference.launch import Artifacts, Limits
 from services.inference.reference import PROMPTS_VERSION, ForcedText, Reference
-from services.inference.revisions import CanaryState, Deployment, State, from_json, to_json
+from services.inference.revisions import CanaryState, Deployment, Revision, State, from_json, to_json
 from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
 from services.inference.spec import Canary, RevisionSpec, parse_spec
@@ -70,13 +70,16 @@ class SmallEngines(LocalCluster):
 
 
 class LostPods(SmallEngines):
-    """While `lost`, engines wait for a place again, as Kubernetes says of a Deployment whose pod is gone."""
+    """While `lost`, engines wait for a place again, as Kubernetes says of a Deployment whose pod is gone; while `asleep`, they
+    are scaled to 0."""
 
-    lost = False
+    lost = asleep = False
     deleted = 0
 
     async def get(self, name: str) -> WorkloadStatus | None:
         status = await super().get(name)
+        if status and self.asleep:
+            return replace(status, phase=Phase.PENDING, message="is asleep", asleep=True)
         return replace(status, phase=Phase.PENDING, message="waits for a node") if status and self.lost else status
 
     async def delete(self, name: str) -> None:
@@ -92,7 +95,7 @@ class House:
     saved: dict[str, str] = field(default_factory=dict)
     rollouts: list[Rollout] = field(default_factory=list)
 
-    def open(self, keep_warm: float = 300, start: float = 20) -> Rollout:
+    def open(self, keep_warm: float = 300, start: float = 20, place: float = 60) -> Rollout:
         async def fetch_model(_: str) -> Model:
             return describe_model("models/m", "d", self.folder)
 
@@ -109,7 +112,7 @@ class House:
             del self.saved[deployment]
 
         artifacts = Artifacts(fetch_model, fetch_reference, store_reference, save, forget)
-        limits = Limits(start=start, drain=1, keep_warm=keep_warm, restarts=2, first_pause=0.05, poll=0.05)
+        limits = Limits(place=place, start=start, drain=1, keep_warm=keep_warm, restarts=2, first_pause=0.05, poll=0.05)
         self.rollouts.append(Rollout(self.cluster, self.routes, artifacts, Hardware(0, 2, 8 * 1024**3), limits))
         return self.rollouts[-1]
 
@@ -225,6 +228,44 @@ async def test_an_engine_whose_pod_is_lost_is_not_ready_until_the_cluster_runs_i
             if revision.state is State.LOADING and "waits for a node" in revision.message:
                 house.cluster.lost = False
     assert revision.restarts == 1 and house.cluster.deleted == 0 and rollout.get("x").traffic == {"a": 100}
+
+
+async def until(rollout: Rollout, state: State, said: str = "") -> Revision:
+    async with asyncio.timeout(20):
+        async for deployment in rollout.watch("x"):
+            revision = deployment.revisions["a"]
+            if revision.state is state and said in revision.message:
+                break
+    return revision
+
+
+async def test_an_engine_scaled_to_zero_sleeps_as_long_as_it_likes_and_keeps_its_traffic(house: House) -> None:
+    rollout = house.open(place=0.1)
+    await ready(rollout, "a", take_traffic=True)
+    for _ in range(4):  # more often than it may crash
+        house.cluster.asleep = True
+        await until(rollout, State.PENDING, "is asleep")
+        assert house.routes.choose("x") is None, "a request waits; that is what wakes it"
+        await asyncio.sleep(0.3)  # longer than a place may take to be found
+        house.cluster.asleep = False
+        revision = await until(rollout, State.READY)
+    assert revision.restarts == 0 and house.cluster.deleted == 0 and rollout.get("x").traffic == {"a": 100}
+
+
+async def test_an_engine_scaled_to_zero_while_it_starts_sleeps_too_and_a_new_process_lets_it(house: House) -> None:
+    first = house.open(place=0.1)
+    await first.create_revision("x", "a", spec("--loading"))
+    await until(first, State.LOADING)
+    house.cluster.asleep = True
+    assert (await until(first, State.PENDING, "is asleep")).restarts == 0
+    await first.close()
+    second = house.open(place=0.1)
+    await second.restore([from_json(json.loads(house.saved["x"]))])
+    await until(second, State.PENDING, "is asleep")
+    await asyncio.sleep(0.3)
+    assert house.cluster.deleted == 0
+    house.cluster.asleep = False
+    await until(second, State.LOADING)
 
 
 async def test_a_new_process_adopts_the_engine_that_still_runs(house: House) -> None:

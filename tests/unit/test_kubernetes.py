@@ -200,6 +200,30 @@ def test_an_engine_that_crashed_is_failed_so_that_the_rollout_begins_anew() -> N
     assert (fine.phase, fine.address, fine.each) == (Phase.RUNNING, "http://e:8000", ())
 
 
+def test_a_crashed_replica_takes_no_pod_with_it_that_is_ready() -> None:
+    deployment = {"kind": "Deployment", "metadata": {"name": "engine-x", "annotations": {}, "labels": {}}, "spec": {}}
+    crashed, *others = [_pod("Running", {"running": {"startedAt": _ago(1)}}) for _ in range(3)]
+    crashed["status"]["containerStatuses"] = [
+        {"restartCount": 1, "ready": False, "lastState": _ended(137, "OOMKilled")}
+    ]
+    for pod in others:
+        pod["status"] |= {"podIP": "10.0.0.1", "conditions": [{"type": "Ready", "status": "True"}]}
+    status = read_engine(Seen(deployment, [crashed, *others]), "http://e:8000")
+    assert (status.phase, status.error, len(status.each)) == (Phase.RUNNING, None, 2)
+
+
+def test_an_engine_scaled_to_zero_is_asleep_whatever_is_left_of_its_pods() -> None:
+    metadata = {"name": "engine-x", "annotations": {}, "labels": {}}
+    deployment = {"kind": "Deployment", "metadata": metadata, "spec": {"replicas": 0}}
+    for pods in ((), (_pod("Running"),)):
+        status = read_engine(Seen(deployment, pods), "http://e:8000")
+        assert (status.phase, status.asleep) == (Phase.PENDING, True) and "scaled to 0" in status.message
+    going = {**deployment, "metadata": {**metadata, "deletionTimestamp": _ago(1)}}
+    assert not read_engine(Seen(going), "http://e:8000").asleep
+    awake = {**deployment, "spec": {"replicas": 1}}
+    assert not read_engine(Seen(awake), "http://e:8000").asleep
+
+
 def test_an_engines_pods_are_named_each_once_they_are_ready() -> None:
     deployment = {"kind": "Deployment", "metadata": {"name": "engine-x", "annotations": {}, "labels": {}}, "spec": {}}
     pods = [_pod("Running", {"running": {"startedAt": _ago(1)}}) for _ in range(3)]

@@ -79,6 +79,8 @@ class WorkloadStatus:
     """Told to stop and not yet gone."""
     each: tuple[str, ...] = ()
     """Addresses of all its pods that are ready, where a cluster runs several behind one address."""
+    asleep: bool = False
+    """A server that somebody has scaled to no pod at all: it is PENDING until it is scaled up again."""
 
 
 class Cluster(Protocol):

@@ -46,6 +46,7 @@ WARNINGS: Mapping[str, str] = {
     "FailedCreatePodSandBox": "the node cannot start the pod",
     "FailedCreate": "its pod is refused; raise the quota, or change what the sentence names",
 }
+ASLEEP = "is asleep: its Deployment is scaled to 0; its autoscaler wakes it when requests wait"
 
 
 def read_job(seen: Seen) -> WorkloadStatus:
@@ -83,11 +84,15 @@ def read_job(seen: Seen) -> WorkloadStatus:
 
 
 def read_engine(seen: Seen, address: str) -> WorkloadStatus:
-    """The status of an engine's Deployment. A container that has crashed is FAILED: whoever started it begins anew."""
+    """The status of an engine's Deployment. FAILED once a container has crashed and no pod is ready: whoever started it begins
+    anew. While others answer, the kubelet starts the crashed one again.
+    """
     main = seen.main
+    if main["spec"].get("replicas") == 0 and not is_going(main):
+        return _status(main, Phase.PENDING, message=ASLEEP, asleep=True)
     pods = [p for p in seen.pods if not is_going(p) and phase_of(p) != "Failed"]
     crashed = next((c for p in pods for c in containers_of(p) if c.get("restartCount") and not c.get("ready")), None)
-    if crashed is not None:
+    if crashed is not None and not any(_is_ready(p) for p in pods):
         last = ((crashed.get("lastState") or {}).get("terminated")) or {}
         error = container_error(last) or WorkerLost("the engine's container ended")
         return _status(main, Phase.FAILED, message=error.message, error=error.to_status())
@@ -146,12 +151,12 @@ def _why_no_pod(seen: Seen) -> str:
 def _status(
     main: Object, phase: Phase, attempt: int = 1, message: str = "", *, error: status_pb2.Status | None = None,
     address: str = "", start: datetime | None = None, end: datetime | None = None, stopping: bool = False,
-    each: tuple[str, ...] = (),
+    each: tuple[str, ...] = (), asleep: bool = False,
 ) -> WorkloadStatus:  # fmt: skip
     metadata = main["metadata"]
     digest = (metadata.get("annotations") or {}).get(DIGEST, "")
     kind = (metadata.get("labels") or {}).get(KIND, "")
     return WorkloadStatus(
         metadata["name"], kind, digest, phase, attempt, message, error, address, start, end, stopping or is_going(main),
-        each,
+        each, asleep,
     )  # fmt: skip
