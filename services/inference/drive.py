@@ -55,6 +55,7 @@ class Driver:
     def __post_init__(self) -> None:
         """Nothing runs yet."""
         self._log = get_logger("rollout")
+        self._to_wake: set[str] = set()
 
     @cached_property
     def _beside(self) -> Beside:
@@ -87,6 +88,11 @@ class Driver:
             self._log.exception("driving a revision failed", revision=revision.name)
             await self._fail(owner, revision, FabrictuneError("internal error; the server's log says more"))
 
+    async def wake(self, revision: Revision) -> None:
+        """Start it anew if it is asleep: whoever asks for a revision waits until it is READY, and no request would wake it."""
+        if await self.launcher.asleep(engine_name(revision.deployment, revision.revision)):
+            self._to_wake.add(revision.name)
+
     async def _sleep(self, owner: Deployment, revision: Revision, name: str) -> bool:
         """Return once it is not asleep, however long that takes; whether it was."""
         if not (message := await self.launcher.asleep(name)):
@@ -98,7 +104,10 @@ class Driver:
         self._log.info("asleep", revision=revision.name)
         await self.publish(owner)
         while await self.launcher.asleep(name):
+            if revision.name in self._to_wake:
+                await self.cluster.delete(name)  # it is made anew with a pod
             await asyncio.sleep(self.limits.poll)
+        self._to_wake.discard(revision.name)
         return True
 
     async def _clear_away(self, owner: Deployment, revision: Revision, name: str, lost: str) -> None:

@@ -116,7 +116,7 @@ class Rollout:
     async def create_revision(
         self, deployment: str, revision: str, spec: RevisionSpec, take_traffic: bool = False
     ) -> Revision:
-        """Start a revision. The same id and spec: the one there is, started again if it had stopped or failed.
+        """Start a revision. The same id and spec: the one there is, started again if it had stopped or failed, or is asleep.
 
         Raises AlreadyExists when the id has another spec. Returns at once; see `watch` and `wait`.
         """
@@ -125,6 +125,7 @@ class Rollout:
         if known is not None and known.spec != spec:
             raise AlreadyExists(f"{known.name} exists with another spec; take another revision id")
         if known is not None and known.state not in (State.STOPPED, State.FAILED):
+            await self._driver.wake(known)
             return known
         made = known or Revision(deployment, revision, spec, create_time=time.time())
         if known is not None:

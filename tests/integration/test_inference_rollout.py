@@ -84,6 +84,7 @@ class LostPods(SmallEngines):
 
     async def delete(self, name: str) -> None:
         self.deleted += 1
+        self.asleep = False
         await super().delete(name)
 
 
@@ -250,6 +251,16 @@ async def test_an_engine_scaled_to_zero_sleeps_as_long_as_it_likes_and_keeps_its
         house.cluster.asleep = False
         revision = await until(rollout, State.READY)
     assert revision.restarts == 0 and house.cluster.deleted == 0 and rollout.get("x").traffic == {"a": 100}
+
+
+async def test_a_revision_that_is_asked_for_again_does_not_sleep_on(house: House) -> None:
+    rollout = house.open()
+    await ready(rollout, "a", take_traffic=True)
+    house.cluster.asleep = True
+    await until(rollout, State.PENDING, "is asleep")
+    await ready(rollout, "a")
+    revision = rollout.get_revision("x", "a")
+    assert revision.restarts == 0 and rollout.get("x").traffic == {"a": 100}
 
 
 async def test_an_engine_scaled_to_zero_while_it_starts_sleeps_too_and_a_new_process_lets_it(house: House) -> None:
