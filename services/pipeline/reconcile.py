@@ -55,6 +55,11 @@ class Reconciler:
         self._clients = {kind: JobClient(channels[kind], kind) for kind in FILLED_IN}
         self._inference = InferenceClient(channels["inference"])
         self._store, self._artifacts = store, artifacts
+        self._leaving = False
+
+    def leave(self) -> None:
+        """What is cancelled from now on is cancelled because this process ends: the next one needs the revisions of runs."""
+        self._leaving = True
 
     async def check(self, spec: Spec) -> None:
         """Ask every service whether it would accept its stage. Raises InvalidSpec naming all that is wrong."""
@@ -162,7 +167,7 @@ class Reconciler:
         if there is None or there.execution.state != SUCCEEDED:
             reporter.log(f"{stage}: starting {model} as {name}, without traffic")
             await self._inference.start_revision(deployment, revision_id, revision)
-        passed = False
+        wanted = False
         try:
             try:
                 await self._do_job(run, stage, spec, reporter)
@@ -173,9 +178,12 @@ class Reconciler:
                 run.stages[stage].execution.error.CopyFrom(error.status)
                 run.stages[stage].execution.message = FORCED
                 reporter.log(f"{stage}: {FORCED}\n{error}", "WARNING")
-            passed = True
+            wanted = keep and run.spec.deployment is not None
+        except asyncio.CancelledError:
+            wanted = self._leaving
+            raise
         finally:
-            if not (passed and keep and run.spec.deployment is not None):
+            if not wanted:
                 await self._release(name)
 
     def _record_deployment(self, run: _Run, revision: str) -> None:

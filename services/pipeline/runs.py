@@ -91,6 +91,7 @@ class RunCluster:
 
     async def close(self) -> None:
         """Leave all runs as they are; the next process goes on with them."""
+        self._reconciler.leave()
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)

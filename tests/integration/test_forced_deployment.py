@@ -1,7 +1,9 @@
-"""A run past a gate that is not met, and what a deployment's lineage tells of it. The stages' servers only say how it went."""
+"""A run past a gate that is not met, what a deployment's lineage tells of it, and what a run leaves that ends before. The
+stages' servers only say how it went."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,14 @@ from google.protobuf import empty_pb2, json_format
 
 from fabrictune.v1 import artifact_pb2, inference_pb2, inference_pb2_grpc, job_pb2
 from services.common.artifacts import Artifacts
+from services.common.clusters import Workload
 from services.common.errors import GateNotMet, NotFound, Violation
 from services.common.store import Store
 from services.pipeline.artifacts import ArtifactService
 from services.pipeline.clients import KINDS, RemoteError
 from services.pipeline.lineage import lineage_key
 from services.pipeline.reconcile import Reconciler, _is_filled_in
+from services.pipeline.runs import RunCluster
 from services.pipeline.spec import Spec
 from tests.conftest import Recorder
 
@@ -83,10 +87,11 @@ def test_what_a_run_fills_in_is_not_complained_of_but_what_is_named_alike_is() -
 
 
 class JobServer:
-    """Jobs of one kind: each has ended at once; an evaluation with a gate has missed it."""
+    """Jobs of one kind: each has ended at once unless `slow`; an evaluation with a gate has missed it."""
 
     def __init__(self, kind: str) -> None:
-        self.kind, self.jobs = kind, dict[str, Any]()
+        self.kind, self.jobs, self.slow = kind, dict[str, Any](), False
+        self.begun, self.cancelled = asyncio.Event(), list[str]()
         self.resource, self.messages = KINDS[kind].resource, KINDS[kind].messages
 
     async def create(self, request: Any, context: Any) -> Any:
@@ -96,17 +101,22 @@ class JobServer:
             job.plan.digest = f"{len(str(job.spec)):012d}"
             return job
         job.name, job.output = f"{KINDS[self.kind].collection}/{getattr(request, f'{field}_id')}", OUTPUTS[self.kind]
-        job.execution.state = job_pb2.Execution.SUCCEEDED
+        job.execution.state = job_pb2.Execution.RUNNING if self.slow else job_pb2.Execution.SUCCEEDED
         if self.kind == "evaluation" and job.spec.gate:
             error = GateNotMet("not good enough", {"report": job.output}, [Violation("calls", "1 % of 10 rows")])
             job.execution.state = job_pb2.Execution.FAILED
             job.execution.error.CopyFrom(error.to_status())
         self.jobs[job.name] = job
+        self.begun.set()
         return job
 
     async def get(self, request: Any, context: Any) -> Any:
         if request.name not in self.jobs:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such job")
+        return self.jobs[request.name]
+
+    async def cancel(self, request: Any, context: Any) -> Any:
+        self.cancelled.append(request.name)
         return self.jobs[request.name]
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -118,7 +128,11 @@ class JobServer:
                 request_deserializer=getattr(self.messages, f"{name}Request").FromString,
                 response_serializer=lambda message: message.SerializeToString(),
             )
-            for name, method in ((f"Create{self.resource}", self.create), (f"Get{self.resource}", self.get))
+            for name, method in (
+                (f"Create{self.resource}", self.create),
+                (f"Get{self.resource}", self.get),
+                (f"Cancel{self.resource}", self.cancel),
+            )
         }
         return grpc.method_handlers_generic_handler(service.full_name, methods)
 
@@ -128,6 +142,7 @@ class RevisionServer(inference_pb2_grpc.InferenceServiceServicer):
 
     def __init__(self) -> None:
         self.traffic: dict[str, int] = {}
+        self.deleted: list[str] = []
 
     async def CreateRevision(
         self, request: inference_pb2.CreateRevisionRequest, context: Any
@@ -136,6 +151,7 @@ class RevisionServer(inference_pb2_grpc.InferenceServiceServicer):
         return inference_pb2.Revision(name=name, state=inference_pb2.Revision.READY)
 
     async def DeleteRevision(self, request: inference_pb2.DeleteRevisionRequest, context: Any) -> Any:
+        self.deleted.append(request.name)
         return empty_pb2.Empty()
 
     async def UpdateTraffic(
@@ -212,3 +228,32 @@ async def test_a_gate_that_is_met_leaves_no_trace_of_the_force(
     await stages.reconciler.drive("pipelineRuns/p", Spec.model_validate(spec), reporter)
     (revision,) = stages.revisions.traffic
     assert store.get_json(lineage_key(f"deployments/d/revisions/{revision}")) == {"run": "pipelineRuns/p"}
+
+
+async def evaluating(stages: Stages, store: Store) -> RunCluster:
+    """A run of this process whose first evaluation goes on and on."""
+    stages.jobs["evaluation"].slow = True
+    store.put_json("pipelineRuns/p/job.json", {"spec": RUN})
+    runs = RunCluster(stages.reconciler, store)
+    await runs.create(Workload("pipeline", "pipeline-p", (), {"FABRICTUNE_JOB": "pipelineRuns/p"}))
+    async with asyncio.timeout(20):
+        await stages.jobs["evaluation"].begun.wait()
+        while not any("job" in s for s in (store.get_json("pipelineRuns/p/stages.json") or {})["stages"][-1:]):
+            await asyncio.sleep(0.05)
+    return runs
+
+
+async def test_a_process_that_ends_leaves_the_revision_that_is_being_evaluated(stages: Stages, store: Store) -> None:
+    runs = await evaluating(stages, store)
+    await runs.close()
+    assert stages.revisions.deleted == [] and stages.jobs["evaluation"].cancelled == []
+
+
+async def test_a_run_that_a_user_cancels_stops_the_revision_that_was_being_evaluated(
+    stages: Stages, store: Store
+) -> None:
+    runs = await evaluating(stages, store)
+    await runs.delete("pipeline-p")
+    (revision,) = stages.revisions.deleted
+    assert revision.startswith("deployments/d/revisions/r-")
+    assert stages.jobs["evaluation"].cancelled == list(stages.jobs["evaluation"].jobs)
