@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+import urllib.parse
+import urllib.request
 from typing import Any
 
 import pytest
 from chart_render import CASES
 
-from tests.chart.objects import Objects, Render
+from tests.chart.objects import Objects, Render, env
 
 
 def policy(objects: Objects, name: str) -> dict[str, Any]:
@@ -69,6 +72,35 @@ def test_the_api_server_is_reached_by_those_that_ask_it(render: Render) -> None:
     asks = {"conversion", "training", "merging", "evaluation", "inference", "hooks"}
     assert components(policy(render(), "api")["podSelector"]) == asks
     assert components(policy(render("locked-down"), "api")["podSelector"]) == asks | {"pipeline"}  # its JWTs' issuer
+
+
+@pytest.mark.parametrize(
+    ("issuer", "ports"),
+    [
+        ("https://sso.example.com", [443, 6443]),
+        ("https://sso:8443/realms/a", [443, 6443, 8443]),
+    ],
+)
+def test_an_issuer_is_reached_at_its_port(render: Render, issuer: str, ports: list[int]) -> None:
+    api = policy(render(auth={"oidc": {"issuer": issuer}}), "api")
+    assert [port["port"] for port in api["egress"][0]["ports"]] == ports
+    assert "pipeline" in components(api["podSelector"])
+
+
+def test_where_there_is_a_proxy_it_is_reached_but_not_for_the_api_server_and_our_own(render: Render) -> None:
+    objects = render("air-gapped")
+    for title, pod in objects.pods():
+        found = env(pod)
+        proxy, direct = urllib.parse.urlsplit(found["HTTPS_PROXY"]), found["NO_PROXY"]
+        assert "$(KUBERNETES_SERVICE_HOST)" in direct.split(","), title
+        urls = [str(v) for k, v in found.items() if k.endswith(("_URL", "_ENDPOINT"))]
+        urls += [f"https://{to}" for to in json.loads(found.get("FABRICTUNE_ENDPOINTS", "{}")).values()]
+        for url in urls:
+            host = urllib.parse.urlsplit(url).netloc
+            assert urllib.request.proxy_bypass(host, {"no": direct}), f"{title}: {url}"
+    for name in ("servers", "workers"):
+        open_to_all = [rule["ports"] for rule in policy(objects, name)["egress"] if "to" not in rule]
+        assert [{"protocol": "TCP", "port": proxy.port}] in open_to_all, name
 
 
 @pytest.mark.parametrize(

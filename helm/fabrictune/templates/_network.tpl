@@ -24,5 +24,11 @@ matchExpressions:
 {{- range $protocol := rest . | default (list "TCP") }}
 {{- range first $ }}{{ $ports = append $ports (dict "port" (int .) "protocol" $protocol) }}{{ end }}
 {{- end -}}
-{{ toYaml $ports }}
+{{ toYaml (uniq $ports) }}
+{{- end }}
+
+{{/* URL → the port that it is reached at */}}
+{{- define "fabrictune.network.portOf" -}}
+{{- $url := urlParse . -}}
+{{ regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) | default (ternary "443" "80" (eq $url.scheme "https")) }}
 {{- end }}
