@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import yaml
-from chart_render import CASES
+from chart_plain import FOLDER
+from chart_render import CASES, parse
 from chart_schemas import VERSIONS, findings
 
 from services.common.clusters import Workload
@@ -98,6 +99,20 @@ def test_kueues_queue_is_a_label_and_its_jobs_begin_suspended(render: Render) ->
     [job, *_] = render(jobs={"training": {"kueueQueue": "gpu"}}).template("training")
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpu" and job["spec"]["suspend"] is True
     assert "suspend" not in render().template("training")[0]["spec"]
+
+
+def test_the_queue_that_we_ship_covers_all_that_the_jobs_of_its_example_request(render: Render) -> None:
+    [job] = fill_template(render("gpu").template("training"), work("training", gpus=2, cpu="4", memory="8Gi"))
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpu"
+    asked = container(job)["resources"]
+    [group] = next(
+        m["spec"]["resourceGroups"]
+        for m in parse((FOLDER / "kueue" / "queues.yaml").read_text())
+        if m["kind"] == "ClusterQueue"
+    )
+    assert asked["requests"].keys() | asked["limits"].keys() <= set(group["coveredResources"])
+    for flavor in group["flavors"]:  # Kueue wants the same, in the same order
+        assert [r["name"] for r in flavor["resources"]] == group["coveredResources"]
 
 
 def test_training_has_time_to_save_a_checkpoint(render: Render) -> None:
