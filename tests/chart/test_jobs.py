@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from chart_schemas import VERSIONS, findings
 from services.common.clusters import Workload
 from services.common.clusters.manifests import fill_template, read_template
 from services.inference.follow import READY
+from services.inference.routes import in_flight_requests, waiting_requests
 from tests.chart.objects import Objects, Render, container, env
 
 KINDS = ("conversion", "training", "merging", "evaluation")
@@ -183,6 +185,27 @@ def test_engines_scale_by_one_of_hpa_and_keda(render: Render) -> None:
         deployment, service, scaler = fill_template(render(case).template("engine"), work("engine"))
         assert (deployment["kind"], service["kind"], scaler["kind"]) == ("Deployment", "Service", kind)
         assert scaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"] == "engine-abc"
+
+
+def test_what_an_engine_scales_by_is_what_the_gateway_counts_of_its_own_revision(render: Render) -> None:
+    counted = {"fabrictune_gateway_waiting_requests": waiting_requests}
+    counted["fabrictune_gateway_in_flight_requests"] = in_flight_requests
+    template = render("openshift").template("engine")
+    for revision in ("r1", "r2"):
+        own = {"deployment": "x", "revision": revision}
+        *_, scaler = fill_template(template, work("engine", labels=own))
+        asked = [trigger["metadata"]["query"] for trigger in scaler["spec"]["triggers"]]
+        assert len(asked) == len(counted)
+        for query, (name, metric) in zip(asked, counted.items(), strict=True):
+            labels = dict(re.findall(r'(\w+)="([^"]*)"', query))
+            metric.labels(**labels)  # refuses names that it does not have
+            assert query.startswith(f"sum({name}{{") and labels.items() <= own.items()
+            assert ("revision" in labels) is (metric is in_flight_requests)
+
+
+def test_a_new_engine_is_not_put_to_sleep_before_it_can_be_ready(render: Render) -> None:
+    deployment, _, scaler = render("openshift").template("engine")
+    assert scaler["spec"]["initialCooldownPeriod"] == deployment["spec"]["progressDeadlineSeconds"]
 
 
 def test_the_inference_server_may_make_the_autoscaler_that_its_template_has(render: Render) -> None:

@@ -24,6 +24,8 @@ spec:
   maxReplicaCount: {{ int .maxReplicas }}
   pollingInterval: {{ int .keda.pollingInterval }}
   cooldownPeriod: {{ int .keda.cooldownPeriod }}
+  {{- /* Nobody asks for a new engine before it is ready; KEDA would put it to sleep before it has ever been. */}}
+  initialCooldownPeriod: {{ int $part.own.progressDeadlineSeconds }}
   triggers: {{- toYaml .keda.triggers | nindent 4 }}
   {{- with .keda.advanced }}
   advanced: {{- toYaml . | nindent 4 }}

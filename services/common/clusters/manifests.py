@@ -2,7 +2,8 @@
 
 A template is a list of whole objects as the chart renders them: for a job one Job (and a headless Service, used when it
 has several nodes), for an engine a Deployment and a Service (and perhaps an autoscaler). Filled in here: names, labels,
-annotations, the first container's command and resources, everybody's env. All the rest is the operator's.
+annotations, the first container's command and resources, everybody's env, and what an autoscaler is to ask about: "{deployment}"
+and "{revision}" in its texts. All the rest is the operator's.
 """
 
 from __future__ import annotations
@@ -84,7 +85,20 @@ def _fill_names(manifest: Manifest, work: Workload) -> None:
     if manifest["kind"] == "Service":
         spec["selector"] = {NAME: work.name}
     elif "scaleTargetRef" in spec:
-        spec["scaleTargetRef"]["name"] = work.name
+        manifest["spec"] = _fill_texts(spec, work.labels)
+        manifest["spec"]["scaleTargetRef"]["name"] = work.name
+
+
+def _fill_texts(value: Any, labels: Mapping[str, str]) -> Any:
+    """The same with "{label}" replaced in every text."""
+    if isinstance(value, dict):
+        return {key: _fill_texts(each, labels) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_fill_texts(each, labels) for each in value]
+    if isinstance(value, str):
+        for label, said in labels.items():
+            value = value.replace(f"{{{label}}}", said)
+    return value
 
 
 def _fill_job(job: Manifest, work: Workload) -> None:
