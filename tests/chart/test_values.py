@@ -15,6 +15,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"services": {"trainning": {}}}, "/services"),
     ({"services": {"training": {"replica": 2}}}, "/services/training"),
     ({"services": {"training": {"replicas": "2"}}}, "/services/training/replicas"),
+    ({"services": {"training": {"pdb": {"maxUnavailable": "0%"}}}}, "/services/training/pdb/maxUnavailable"),
+    ({"services": {"training": {"pdb": {"maxUnavailable": "101%"}}}}, "/services/training/pdb/maxUnavailable"),
     ({"services": {"pipeline": {"replicas": 2}}}, "/services/pipeline/replicas"),
     ({"services": {"training": {"env": {"A": "b"}}}}, "/services/training/env"),
     ({"services": {"training": {"env": [{"name": "A", "valeu": "b"}]}}}, "/services/training/env/0"),
