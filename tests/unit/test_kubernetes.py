@@ -163,6 +163,16 @@ DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionBy
             Phase.PENDING, 'configmap "c" not found',
         ),
         (Seen(_job(), [_pod("Running", {"running": {"startedAt": _ago(9)}})]), Phase.RUNNING, ""),
+        (
+            Seen(_job(parallelism=2), [_pod("Running"), _pod("Pending", conditions=[UNSCHEDULABLE])]),
+            Phase.PENDING, "1 Insufficient nvidia.com/gpu",
+        ),
+        (
+            Seen(_job(parallelism=2), [_pod("Running")], {"training-x": "FailedCreate: exceeded quota: q"}),
+            Phase.PENDING, "raise the quota",
+        ),
+        (Seen(_job(parallelism=2), [_pod("Running"), _pod("Running")]), Phase.RUNNING, ""),
+        (Seen(_job(parallelism=2), [_pod("Running"), _pod("Succeeded")]), Phase.RUNNING, ""),
         (Seen(_job(("FailureTarget", "")), [_pod("Running")]), Phase.RUNNING, "ends"),
         (Seen(_job(), [_pod("Succeeded")]), Phase.RUNNING, "ends"),
         (Seen(_job(), [_pod("Failed", _ended(75))]), Phase.PENDING, "the last attempt ended .*the next one is on its way"),
@@ -239,11 +249,50 @@ def test_the_time_in_the_queue_and_the_running_time_have_a_limit_each() -> None:
     assert patch is not None and patch["spec"] == {"activeDeadlineSeconds": 1}
     assert "queue_timeout 60 s" in patch["metadata"]["annotations"]["fabrictune.dev/ended-because"]
     running = Seen(_job(), [_pod("Running", {"running": {"startedAt": _ago(30)}})])
-    assert deadline_patch(running.main, read_job(running), NOW) == {
-        "spec": {"activeDeadlineSeconds": 79}
-    }  # 70 waited + 9
+    set_now = deadline_patch(running.main, read_job(running), NOW)
+    assert set_now is not None and set_now["spec"] == {"activeDeadlineSeconds": 79}  # 70 waited + 9
     suspended = _job(suspend=True)
     assert deadline_patch(suspended, read_job(Seen(suspended)), NOW) is None  # its clock stands
+
+
+@pytest.mark.parametrize(
+    ("nodes", "after"),
+    [
+        (1, ()),
+        (1, (_pod("Pending", conditions=[UNSCHEDULABLE]),)),
+        (1, (_pod("Failed", _ended(143)),)),
+        (2, (_pod("Running"), _pod("Pending"))),
+    ],
+)
+def test_the_time_in_the_queue_has_no_limit_for_a_job_that_ran_and_was_drained(
+    nodes: int, after: tuple[dict[str, Any], ...]
+) -> None:
+    job = _job(parallelism=nodes, activeDeadlineSeconds=10_000)
+    running = Seen(job, [_pod("Running", {"running": {"startedAt": _ago(90)}})] * nodes)
+    patch = deadline_patch(job, read_job(running), NOW)
+    assert patch is not None and "spec" not in patch
+    job["metadata"]["annotations"] |= patch["metadata"]["annotations"]
+    assert deadline_patch(job, read_job(running), NOW) is None  # noted once
+    drained = Seen(job, after)
+    assert read_job(drained).phase is Phase.PENDING
+    assert deadline_patch(job, read_job(drained), NOW) is None
+
+
+@pytest.mark.parametrize("first", [{"ready": 1}, {"failed": 1}])
+def test_the_time_in_the_queue_ends_for_a_job_of_which_only_one_node_has_a_place(first: dict[str, int]) -> None:
+    job = _job(parallelism=2)
+    job["status"] |= first
+    half = Seen(job, [_pod("Running"), _pod("Pending", conditions=[UNSCHEDULABLE])])
+    patch = deadline_patch(job, read_job(half), NOW)
+    assert patch is not None and patch["spec"] == {"activeDeadlineSeconds": 1}
+    assert "Insufficient nvidia.com/gpu" in patch["metadata"]["annotations"]["fabrictune.dev/ended-because"]
+
+
+def test_the_running_time_of_a_job_on_several_nodes_begins_with_its_last() -> None:
+    started = [_pod("Running", {"running": {"startedAt": _ago(seconds)}}) for seconds in (90, 30)]
+    running = Seen(_job(parallelism=2), started)
+    patch = deadline_patch(running.main, read_job(running), NOW)
+    assert patch is not None and patch["spec"] == {"activeDeadlineSeconds": 79}
 
 
 def test_a_pod_is_given_up_only_when_its_node_does_not_answer() -> None:

@@ -23,6 +23,7 @@ from services.common.clusters.objects import (
     is_going,
     parse_time,
     phase_of,
+    pods_of,
     started_at,
 )
 from services.common.errors import WorkerLost
@@ -73,10 +74,11 @@ def read_job(seen: Seen) -> WorkloadStatus:
         return _status(job, Phase.RUNNING if ending else Phase.PENDING, attempt, "ends", stopping=True, start=start)
     live = [p for p in seen.pods if phase_of(p) in ("Pending", "Running") and not is_going(p)]
     running = [p for p in live if phase_of(p) == "Running"]
-    if live and len(running) == len(live):
-        began = min((t for p in running if (t := started_at(p))), default=start)
+    ended = sum(phase_of(p) == "Succeeded" for p in seen.pods)
+    if running and len(running) + ended >= pods_of(job):  # fewer than all wait for the others
+        began = max((t for p in running if (t := started_at(p))), default=start)
         return _status(job, Phase.RUNNING, attempt, start=began)
-    if not live and any(phase_of(p) == "Succeeded" for p in seen.pods):
+    if not live and ended >= pods_of(job):
         return _status(job, Phase.RUNNING, attempt, "ends", start=start)
     waiting = next((p for p in live if phase_of(p) == "Pending"), None)
     message = why_pod_waits(waiting, seen.warnings) if waiting else _why_no_pod(seen)

@@ -224,8 +224,9 @@ class KubernetesCluster:
         if main is None or status is None or status.phase in (Phase.SUCCEEDED, Phase.FAILED):
             return
         if self._main == "Job" and (patch := deadline_patch(main, status, now)) is not None:
-            because = patch.get("metadata", {}).get("annotations", {}).get(ENDED_BECAUSE, "")
-            self._log.info("a limit is set", workload=name, because=because)
+            if "spec" in patch:
+                because = patch.get("metadata", {}).get("annotations", {}).get(ENDED_BECAUSE, "")
+                self._log.info("a limit is set", workload=name, because=because)
             with explained("patch", "jobs", name):
                 changed = await self._client.patch(RESOURCES["Job"], name, patch, patch_type=PatchType.MERGE)
             self._picture.mains[name] = dict(changed)

@@ -2,7 +2,8 @@
 
 `activeDeadlineSeconds` alone would count the wait for a node, and a bad image never fails a Job by itself. So a Job gets
 that deadline only once it runs, and one that has waited too long gets a deadline of one second and a note that says why:
-the Job controller then ends it, whatever happens to us.
+the Job controller then ends it, whatever happens to us. That it has run is noted on it as well: after a drain nothing else
+tells a Job that waits for another place from one that never had any.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Any
 from services.common.clusters import Phase, WorkloadStatus
 from services.common.clusters.failures import ENDED_BECAUSE
 from services.common.clusters.manifests import RESOURCES
-from services.common.clusters.objects import Object, conditions_of, parse_time
+from services.common.clusters.objects import Object, conditions_of, parse_time, pods_of
 
+BEGAN = "fabrictune.dev/began"
+"""Annotation on a Job: when all its pods ran at the same time for the first time."""
 LOST_SECONDS = 20.0
 """A pod that was told to go so long ago, on a node that no longer answers, has not heard it: its grace period never began."""
 
@@ -28,7 +31,6 @@ def deadline_patch(job: Object, status: WorkloadStatus, now: datetime) -> dict[s
         return None
     limits = json.loads(annotations.get(RESOURCES) or "{}")
     queue, run = float(limits.get("queue_timeout") or 0), float(limits.get("run_timeout") or 0)
-    present = job["spec"].get("activeDeadlineSeconds")
     began = parse_time((job.get("status") or {}).get("startTime"))
     if status.phase is Phase.PENDING and queue and not _has_run(job) and not job["spec"].get("suspend"):
         # Suspended, the clock stands: startTime is set anew when Kueue admits the Job.
@@ -36,10 +38,14 @@ def deadline_patch(job: Object, status: WorkloadStatus, now: datetime) -> dict[s
         if waited > queue:
             why = f"waited {waited:.0f} s for a place to run (queue_timeout {queue:.0f} s): {status.message}"
             return {"metadata": {"annotations": {ENDED_BECAUSE: why}}, "spec": {"activeDeadlineSeconds": 1}}
-    if status.phase is Phase.RUNNING and run and present is None and began and status.start_time:
-        deadline = max(int((status.start_time - began).total_seconds() + run), 1)
-        return {"spec": {"activeDeadlineSeconds": deadline}}
-    return None
+    patch: dict[str, Any] = {}
+    if status.phase is Phase.RUNNING and began and status.start_time:
+        if BEGAN not in annotations:
+            patch["metadata"] = {"annotations": {BEGAN: status.start_time.isoformat()}}
+        if run and job["spec"].get("activeDeadlineSeconds") is None:
+            deadline = max(int((status.start_time - began).total_seconds() + run), 1)
+            patch["spec"] = {"activeDeadlineSeconds": deadline}
+    return patch or None
 
 
 def is_lost(pod: Object, now: datetime) -> bool:
@@ -62,5 +68,7 @@ def _is_ready(conditions: Mapping[str, Any], kind: str) -> bool:
 
 
 def _has_run(job: Object) -> bool:
-    state = job.get("status") or {}
-    return bool(state.get("failed") or state.get("succeeded") or (state.get("ready") or 0) > 0)
+    state, pods = job.get("status") or {}, pods_of(job)
+    # A job on several nodes has not run when one of its pods has: that one waits for the others, and fails in the end.
+    alone = pods == 1 and (state.get("failed") or state.get("succeeded"))
+    return bool(BEGAN in (job["metadata"].get("annotations") or {}) or alone or (state.get("ready") or 0) >= pods)

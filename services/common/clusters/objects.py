@@ -42,6 +42,11 @@ def containers_of(pod: Object) -> Sequence[Object]:
     return [*(state.get("initContainerStatuses") or []), *(state.get("containerStatuses") or [])]
 
 
+def pods_of(job: Object) -> int:
+    """How many pods a Job has at a time: one a node."""
+    return int(job["spec"].get("parallelism") or 1)
+
+
 def started_at(pod: Object) -> datetime | None:
     """When its first container that runs began to."""
     return next(
