@@ -19,7 +19,7 @@ import hashlib
 import re
 import secrets
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -28,7 +28,14 @@ from fabrictune.v1 import job_pb2
 from services.common import metrics
 from services.common.artifacts import Artifacts
 from services.common.clusters import Cluster, Phase, Workload, WorkloadStatus
-from services.common.errors import NEVER_RETRY, FabrictuneError, FailedPrecondition, InvalidSpec, NotFound
+from services.common.errors import (
+    NEVER_RETRY,
+    FabrictuneError,
+    FailedPrecondition,
+    InvalidSpec,
+    NotFound,
+    PermissionDenied,
+)
 from services.common.events import read_events
 from services.common.job_state import ENDED, JobRecord, JobView, execution_of, failed_outcome, outcome_of
 from services.common.logs import get_logger
@@ -38,6 +45,12 @@ from services.common.stage import Stage
 from services.common.store import Store
 
 WATCH_SECONDS = 0.5
+AGAIN_SECONDS = 30.0
+"""Between two attempts to begin a lost job again, while its cluster has no room for it or does not answer."""
+SIDE_BY_SIDE = 8
+"""Jobs that are reconciled at the same time; each of them asks the store a few things."""
+HOPELESS = NEVER_RETRY - {PermissionDenied.exit_code}
+"""Exit codes of a cluster that refuses a job for ever; a right that a Role lacks now is given back by `helm upgrade`."""
 EXPORT_SECONDS = 5.0
 """Between two looks at the progress of running jobs for Prometheus, which asks every 15 to 60 s."""
 RETRIES = 2
@@ -184,33 +197,67 @@ class Jobs:
                 return
             await asyncio.sleep(WATCH_SECONDS)
 
-    async def reconcile(self) -> None:
-        """Begin again what has neither an outcome nor a workload. Called when a server starts."""
-        token = ""
+    async def begin_lost(self) -> None:
+        """Reconcile until nothing is left to begin again. Run it as a task when a server starts."""
+        left: builtins.list[str] | None = None
         while True:
-            ids = await asyncio.to_thread(self._ids, token, 1000)
-            for job_id in ids:
-                view = await self._find(f"{self._stage.collection}/{job_id}")
-                if view is not None and view.outcome is None and view.status is None:
-                    await self._begin_again(view)
-            if len(ids) < 1000:
+            try:
+                left = await self.reconcile(left)
+            except FabrictuneError as error:
+                self._log.warning("lost jobs cannot be looked for now", error=str(error))
+            if left == []:
                 return
-            token = ids[-1]
+            await asyncio.sleep(AGAIN_SECONDS)
+
+    async def reconcile(self, names: Sequence[str] | None = None) -> builtins.list[str]:
+        """Begin again what has neither an outcome nor a workload; returns what cannot be begun now, to be tried again.
+
+        names: the jobs to look at; all that have no outcome when absent. Raises Unavailable when the store is away.
+        """
+        found = await asyncio.to_thread(self._without_outcome) if names is None else names
+        free = asyncio.Semaphore(SIDE_BY_SIDE)
+
+        async def look_at(name: str) -> bool:
+            async with free:
+                return await self._begin_if_lost(name)
+
+        done = await asyncio.gather(*(look_at(name) for name in found))
+        return [name for name, is_done in zip(found, done, strict=True) if not is_done]
+
+    def _without_outcome(self) -> builtins.list[str]:
+        """By their keys alone, a thousand in a request: most jobs that ever were have ended."""
+        keys = list(self._store.list_keys(f"{self._stage.collection}/"))
+        ended = {key.removesuffix("/outcome.json") for key in keys if key.endswith("/outcome.json")}
+        record = re.compile(f"({self._stage.collection}/{ID_PATTERN})/job.json")
+        return [m[1] for key in keys if (m := record.fullmatch(key)) and m[1] not in ended]
+
+    async def _begin_if_lost(self, name: str) -> bool:
+        """False when it is to be tried again."""
+        try:
+            view = await self._find(name)
+            if view is not None and view.outcome is None and view.status is None:
+                await self._begin_again(view)
+        except FabrictuneError as error:  # a full quota, a webhook or a store that is away: none of them for ever
+            self._log.warning("cannot begin again now", job=name, error=str(error))
+            return False
+        return True
 
     async def _begin_again(self, view: JobView) -> None:
+        name = view.record.name
         try:
             await self._cluster.create(render_workload(self._stage, view.record))
         except FabrictuneError as error:
-            if error.exit_code not in NEVER_RETRY:
+            if error.exit_code not in HOPELESS:
                 raise
             # Such as GPUs that this machine has no more. The job's failure, not the server's.
-            self._log.warning("cannot begin again", job=view.record.name, error=str(error))
+            self._log.warning("cannot begin again", job=name, error=str(error))
             outcome = failed_outcome(view, error.to_status())
-            await asyncio.to_thread(
-                self._store.put_json, f"{view.record.name}/outcome.json", outcome, only_if_absent=True
-            )
-        else:
-            self._log.info("begun again", job=view.record.name)
+            await asyncio.to_thread(self._store.put_json, f"{name}/outcome.json", outcome, only_if_absent=True)
+            return
+        self._log.info("begun again", job=name)
+        now = await self._find(name)
+        if now is not None and now.cancel_requested:  # since we looked, by somebody who found nothing to stop
+            await self._cluster.stop(workload_name(self._stage.kind, view.record.id))
 
     async def settle_ended(self) -> None:
         """Write down the outcomes of workloads that end without one, for ever. Run it as a task."""

@@ -16,7 +16,7 @@ from services.common.config import ServerConfig, load_server, load_store
 from services.common.errors import FabrictuneError
 from services.common.job_api import Offer
 from services.common.jobs import Jobs
-from services.common.logs import configure
+from services.common.logs import configure, get_logger
 from services.common.server import Server, Service, wait_for_stop
 from services.common.store import Store, open_store
 
@@ -74,10 +74,19 @@ async def open_cluster(stack: AsyncExitStack, house: House, kind: str) -> Cluste
 
 
 async def settle(stack: AsyncExitStack, jobs: Jobs) -> None:
-    """Go on with the jobs of an earlier process, and note the end of each from now on."""
-    for task in (asyncio.create_task(jobs.settle_ended()), asyncio.create_task(jobs.export_progress())):
+    """Go on with the jobs of an earlier process, and note the end of each from now on, beside serving.
+
+    A server answers at once, however many jobs there are: one that has not been begun again yet is QUEUED.
+    """
+    for work in (jobs.settle_ended(), jobs.export_progress(), jobs.begin_lost()):
+        task = asyncio.create_task(work)
+        task.add_done_callback(_tell_why_it_broke)
         stack.callback(task.cancel)
-    await jobs.reconcile()
+
+
+def _tell_why_it_broke(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        get_logger("server").error("a task of the server broke", exc_info=error)
 
 
 async def serve_until_stopped(stack: AsyncExitStack, house: House, services: Sequence[Service]) -> None:

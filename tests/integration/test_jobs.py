@@ -8,8 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from fabrictune.v1 import job_pb2, merging_pb2, merging_pb2_grpc
 from services.common import jobs as jobs_module
 from services.common import metrics
 from services.common.artifacts import Artifacts
-from services.common.clusters import Workload
+from services.common.clusters import Workload, WorkloadStatus
 from services.common.clusters.local import LocalCluster
 from services.common.config import ServerConfig, StoreConfig
+from services.common.errors import FabrictuneError, PermissionDenied, ResourceExhausted, Unavailable
 from services.common.job_api import JobApi
 from services.common.jobs import Jobs
+from services.common.main import settle
 from services.common.server import Server, Service
 from services.common.store import Store
 from services.merging.service import MergingService
@@ -57,9 +60,10 @@ class Stack:
         self.server = Server([service], ServerConfig(port=0, metrics_port=0, drain_seconds=0), None)
         self.stub: Any = None
 
-    async def start(self) -> None:
+    async def start(self, reconciled: bool = True) -> None:
         await self.cluster.start()
-        await self.jobs.reconcile()
+        if reconciled:
+            await self.jobs.reconcile()
         await self.server.start()
         self._settling = asyncio.create_task(self.jobs.settle_ended())
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.server.port}")
@@ -76,6 +80,10 @@ class Stack:
         request = merging_pb2.CreateMergeJobRequest(merge_job=job, merge_job_id=job_id, **fields)
         made: merging_pb2.MergeJob = await self.stub.CreateMergeJob(request)
         return made
+
+    async def get(self) -> merging_pb2.MergeJob:
+        found: merging_pb2.MergeJob = await self.stub.GetMergeJob(merging_pb2.GetMergeJobRequest(name="mergeJobs/t1"))
+        return found
 
     async def wait(self, name: str = "mergeJobs/t1") -> list[job_pb2.WatchEvent]:
         stream = self.stub.WatchMergeJob(merging_pb2.WatchMergeJobRequest(name=name))
@@ -235,6 +243,94 @@ async def test_a_job_that_the_machine_can_run_no_more_fails_and_the_server_start
     assert "this machine is 1 node" in job.execution.error.message
 
 
+@dataclass
+class Hindered:
+    """How a cluster takes no workload for a while."""
+
+    error: FabrictuneError | None = None
+    """What it says; None: nothing, it does not answer."""
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def hinder(self, stack: Stack) -> None:
+        real = stack.cluster.create
+
+        async def create(workload: Workload) -> WorkloadStatus:
+            if self.error is not None and not self.over.is_set():
+                raise self.error
+            await self.over.wait()
+            return await real(workload)
+
+        stack.cluster.create = create  # type: ignore[method-assign]
+
+
+@pytest.fixture
+async def lost(
+    stack: Stack, store: Store, object_store: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Stack]:
+    """A server that has started and not looked yet for the job that an earlier one has lost."""
+    monkeypatch.setattr(jobs_module, "AGAIN_SECONDS", 0.1)
+    await stack.create("sleep")
+    await _until_running(stack)
+    await stack.close()
+    after = Stack(store, object_store, tmp_path / "data")
+    await after.start(reconciled=False)
+    yield after
+    await after.close()
+
+
+@pytest.mark.parametrize("kind", [ResourceExhausted, Unavailable, PermissionDenied])
+async def test_a_lost_job_waits_while_its_cluster_refuses_it_for_a_time(
+    lost: Stack, kind: type[FabrictuneError]
+) -> None:
+    refusing = Hindered(kind("no jobs today"))
+    refusing.hinder(lost)
+    async with AsyncExitStack() as tasks:
+        await settle(tasks, lost.jobs)
+        await asyncio.sleep(0.5)
+        assert (await lost.get()).execution.state == E.QUEUED
+        refusing.over.set()
+        await _until_running(lost)
+        assert (await lost.get()).execution.state == E.RUNNING
+
+
+async def test_a_server_answers_while_it_looks_for_lost_jobs(lost: Stack) -> None:
+    Hindered().hinder(lost)
+    async with AsyncExitStack() as tasks, asyncio.timeout(5):
+        await settle(tasks, lost.jobs)
+        assert (await lost.get()).execution.state == E.QUEUED
+
+
+async def test_a_lost_job_that_is_cancelled_while_it_is_begun_again_is_stopped(lost: Stack) -> None:
+    hindered = Hindered()
+    hindered.hinder(lost)
+    beginning = asyncio.create_task(lost.jobs.reconcile())
+    await asyncio.sleep(0.5)
+    cancelled = await lost.stub.CancelMergeJob(merging_pb2.CancelMergeJobRequest(name="mergeJobs/t1"))
+    assert cancelled.execution.state == E.CANCELLED
+    hindered.over.set()
+    await beginning
+    assert lost.cluster._entries["toy-t1"].stop_time
+
+
+async def test_jobs_that_have_ended_cost_a_server_that_starts_next_to_nothing(
+    store: Store, object_store: StoreConfig, tmp_path: Path
+) -> None:
+    for number in range(40):
+        for part in ("job", "attempts/0001", "progress", "outcome"):
+            store.put_json(f"mergeJobs/j{number}/{part}.json", {})
+    asked: list[str] = []
+
+    class CountedStore(Store):
+        def _ask(self, key: str, request: Callable[[], Any]) -> Any:
+            asked.append(key)
+            return super()._ask(key, request)
+
+    counted = CountedStore(object_store.model_copy(update={"bucket": store.bucket}))
+    cluster = LocalCluster(tmp_path / "cluster")
+    assert await Jobs(STAGE, counted, Artifacts(counted, tmp_path / "cache"), cluster).reconcile() == []
+    assert asked == ["mergeJobs/"]
+
+
 def ask_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     real = jobs_module.render_workload
     monkeypatch.setattr(jobs_module, "render_workload", lambda stage, record: replace(real(stage, record), gpus=99))
@@ -302,9 +398,9 @@ async def test_a_stranger_with_the_number_of_a_lost_process_is_left_alone(
 
 async def _until_running(stack: Stack) -> int:
     for _ in range(200):
-        entry = stack.cluster._entries["toy-t1"]
+        entry = stack.cluster._entries.get("toy-t1")
         keys = list(stack.jobs._store.list_keys("events/mergeJobs/t1/"))
-        if entry.pid and keys:
+        if entry and entry.pid and keys:
             return entry.pid
         await asyncio.sleep(0.05)
     raise AssertionError("the worker did not start")
