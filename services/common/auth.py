@@ -22,7 +22,9 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from services.common.config import ServerConfig
 from services.common.errors import FailedPrecondition, InvalidSpec, PermissionDenied, Unauthenticated
+from services.common.logs import get_logger
 from services.common.validation import violations_of
+from services.common.watched_files import WatchedFiles
 
 
 class Role(IntEnum):
@@ -72,15 +74,20 @@ class Authenticator:
     """Turns a bearer token into a Caller."""
 
     def __init__(
-        self, tokens: Sequence[TokenEntry], issuer: str = "", audience: str = "", roles_claim: str = ""
-    ) -> None:
-        self._tokens = tokens
+        self, tokens: Sequence[TokenEntry], issuer: str = "", audience: str = "", roles_claim: str = "",
+        tokens_file: Path | None = None,
+    ) -> None:  # fmt: skip
+        """tokens_file: where the tokens come from; they are read again when it changes."""
+        self._tokens, self._file = tokens, tokens_file
+        self._watched = WatchedFiles(tokens_file) if tokens_file else WatchedFiles()
         self._issuer, self._audience, self._roles_claim = issuer, audience, roles_claim
         self._keys: jwt.PyJWKClient | None = None
 
     def identify(self, token: str) -> Caller:
         """Who holds this token. Raises Unauthenticated. May ask the issuer for its keys, once."""
         token = token.encode(errors="replace").decode()  # a header's bytes need not be text
+        if self._file is not None and self._watched.changed():
+            self._read_again(self._file)
         digest = hashlib.sha256(token.encode()).hexdigest()
         for entry in self._tokens:
             if hmac.compare_digest(entry.sha256.lower(), digest):
@@ -100,6 +107,12 @@ class Authenticator:
             wanted = needed.name.lower() if needed else "no role"
             raise PermissionDenied(f"{caller.name} is {caller.role.name.lower()}; {method} needs {wanted}")
         return caller
+
+    def _read_again(self, file: Path) -> None:
+        try:
+            self._tokens = read_tokens(file)
+        except InvalidSpec as error:  # a slip of somebody who edits it must not lock everybody out
+            get_logger("auth").error("the tokens cannot be renewed; the last ones stay", error=str(error))
 
     def _identify_jwt(self, token: str) -> Caller:
         try:
@@ -124,7 +137,7 @@ def load_authenticator(config: ServerConfig) -> Authenticator | None:
     if config.tokens_file is None and not config.oidc_issuer:
         return None
     tokens = read_tokens(config.tokens_file) if config.tokens_file else []
-    return Authenticator(tokens, config.oidc_issuer, config.oidc_audience, config.oidc_roles_claim)
+    return Authenticator(tokens, config.oidc_issuer, config.oidc_audience, config.oidc_roles_claim, config.tokens_file)
 
 
 def read_tokens(file: Path) -> list[TokenEntry]:

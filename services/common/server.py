@@ -9,7 +9,6 @@ import asyncio
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,6 +22,7 @@ from services.common.config import ServerConfig
 from services.common.errors import Unavailable
 from services.common.interceptors import CallInterceptor
 from services.common.logs import get_logger
+from services.common.tls import grpc_credentials
 
 OPTIONS = (
     ("grpc.max_receive_message_length", 16 * 2**20),
@@ -79,8 +79,8 @@ class Server:
         config, address = self._config, f"{self._config.host}:{self._config.port}"
         try:
             if config.tls_certificate and config.tls_key:
-                pair = (_read(config.tls_key), _read(config.tls_certificate))
-                self.port = self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+                credentials = grpc_credentials(config.tls_certificate, config.tls_key)
+                self.port = self._server.add_secure_port(address, credentials)
             else:
                 self.port = self._server.add_insecure_port(address)
         except RuntimeError:
@@ -130,10 +130,3 @@ async def wait_for_stop() -> signal.Signals:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, tell, number)
     return await told
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise Unavailable(f"the TLS file {file} cannot be read: {error.strerror}") from None

@@ -13,9 +13,9 @@ from services.common.artifacts import Artifacts
 from services.common.auth import Authenticator
 from services.common.clusters import Cluster
 from services.common.config import ServerConfig, load_record
-from services.common.errors import FailedPrecondition
 from services.common.server import Service, service
 from services.common.store import Store
+from services.common.tls import http_context
 from services.inference.engine import detect_hardware, read_hardware
 from services.inference.gateway import Gateway
 from services.inference.launch import Limits
@@ -81,9 +81,4 @@ def _authorize(authenticator: Authenticator | None) -> Callable[[str], Awaitable
 def _tls(config: ServerConfig) -> ssl.SSLContext | None:
     if not (config.tls_certificate and config.tls_key):
         return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(config.tls_certificate, config.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise FailedPrecondition(f"the TLS files cannot be used: {error}") from None
-    return context
+    return http_context(config.tls_certificate, config.tls_key)

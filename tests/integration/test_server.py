@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import hashlib
 import ipaddress
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,13 @@ from grpc_status import rpc_status
 from fabrictune.client import Client
 from fabrictune.errors import ApiError
 from fabrictune.v1 import artifact_pb2, artifact_pb2_grpc
-from services.common.auth import Authenticator, TokenEntry
+from services.common.auth import Authenticator, TokenEntry, load_authenticator
 from services.common.config import ServerConfig
 from services.common.errors import NotFound, Unavailable
 from services.common.server import Server, service
+from services.common.tls import http_context
+from services.inference.gateway import Gateway
+from services.inference.routes import RouteTable
 
 
 class Artifacts(artifact_pb2_grpc.ArtifactServiceServicer):
@@ -141,6 +146,103 @@ async def test_tls_and_tokens(tmp_path: Path) -> None:
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())  # probes have no token
         async with grpc.aio.insecure_channel(inside) as channel:
             assert (await get(channel, "models/m")).name == "models/m"  # this process talks to itself
+    finally:
+        await server.close()
+
+
+class MountedSecret:
+    """A folder as the kubelet mounts a Secret: names lead through a link, and an update puts another folder behind it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._version = folder, 0
+
+    def put(self, **files: bytes) -> None:
+        self._version += 1
+        behind = self._folder / f"..{self._version}"
+        behind.mkdir()
+        for name, data in files.items():
+            (behind / name).write_bytes(data)
+            if not (self._folder / name).is_symlink():
+                (self._folder / name).symlink_to(f"..data/{name}")
+        (self._folder / "..new").symlink_to(behind.name)
+        (self._folder / "..new").replace(self._folder / "..data")
+
+    def renew_certificate(self) -> str:
+        """Put another certificate there; its PEM."""
+        certificate, key = write_certificate(self._folder)
+        self.put(crt=certificate.read_bytes(), key=key.read_bytes())
+        return certificate.read_text()
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> MountedSecret:
+    (tmp_path / "secret").mkdir()
+    return MountedSecret(tmp_path / "secret")
+
+
+async def shown_certificate(host: str, port: int) -> str:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    _, writer = await asyncio.open_connection(host, port, ssl=context)
+    shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    return ssl.DER_cert_to_PEM_cert(shown)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])  # the one is named in the handshake, the other is not
+async def test_a_renewed_certificate_is_served_without_a_restart(
+    secret: MountedSecret, tmp_path: Path, host: str
+) -> None:
+    first = secret.renew_certificate()
+    files = (tmp_path / "secret/crt", tmp_path / "secret/key")
+    server = make_server(tls_certificate=files[0], tls_key=files[1])
+    await server.start()
+    gateway = Gateway(RouteTable())
+    ports = (server.port, await gateway.start("127.0.0.1", 0, http_context(*files)))
+    try:
+        assert [await shown_certificate(host, port) for port in ports] == [first, first]
+        second = secret.renew_certificate()
+        assert second != first
+        assert [await shown_certificate(host, port) for port in ports] == [second, second]
+        async with grpc.aio.secure_channel(
+            f"localhost:{server.port}", grpc.ssl_channel_credentials(second.encode())
+        ) as channel:
+            assert (await get(channel, "models/m")).name == "models/m"
+        secret.put(crt=b"half", key=b"written")
+        assert [await shown_certificate(host, port) for port in ports] == [second, second]
+        third = secret.renew_certificate()
+        assert [await shown_certificate(host, port) for port in ports] == [third, third]
+    finally:
+        await gateway.close()
+        await server.close()
+
+
+async def test_a_token_that_is_removed_from_its_file_is_refused_without_a_restart(
+    secret: MountedSecret, tmp_path: Path
+) -> None:
+    def line(name: str) -> bytes:
+        digest = hashlib.sha256(f"key of {name}".encode()).hexdigest()
+        return f"- {{name: {name}, role: viewer, sha256: {digest}}}\n".encode()
+
+    async def may_ask(name: str) -> bool:
+        try:
+            await get(channel, "models/m", metadata=(("authorization", f"Bearer key of {name}"),))
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+            return False
+        return True
+
+    secret.put(tokens=line("ann") + line("bob"))
+    server = make_server(load_authenticator(ServerConfig(tokens_file=tmp_path / "secret/tokens")))
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            assert [await may_ask(name) for name in ("ann", "bob", "cy")] == [True, True, False]
+            secret.put(tokens=line("bob") + line("cy"))
+            assert [await may_ask(name) for name in ("ann", "bob", "cy")] == [False, True, True]
+            secret.put(tokens=b"- {name: bob")
+            assert [await may_ask(name) for name in ("ann", "bob", "cy")] == [False, True, True]
     finally:
         await server.close()
 

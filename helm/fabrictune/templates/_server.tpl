@@ -24,7 +24,7 @@
 {{- end }}
 {{- end }}
 
-{{/* Templates and tokens are read anew when they change; a subPath would hide the change. */}}
+{{/* Templates, tokens and certificates are read anew when they change; a subPath would hide the change. */}}
 {{- define "fabrictune.server.mounts" -}}
 - {name: data, mountPath: /var/lib/fabrictune}
 - {name: tmp, mountPath: /tmp}
