@@ -99,6 +99,7 @@ async def _serve(config: ServerConfig, store: Store, data_dir: Path, announce: b
             )
         await wait_for_stop()
         (data_dir / "up.json").unlink(missing_ok=True)
+        await asyncio.gather(server.close(), inference.drain())  # both at once, in `drain_seconds`
 
 
 def _write_up_file(config: ServerConfig, data_dir: Path, server: Server, gateway: str, s3: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class ServerConfig(BaseSettings):
     oidc_audience: str = "fabrictune"
     oidc_roles_claim: str = "fabrictune_role"
     insecure: bool = Field(False, description="serve beyond loopback without TLS or tokens, knowing what that means")
-    drain_seconds: float = Field(10, ge=0, description="how long calls in flight may take after SIGTERM")
+    drain_seconds: float = Field(10, ge=0, description="how long calls and answers in flight may take after SIGTERM")
     data_dir: Path = Field(Path(".fabrictune"), description="cache, scratch and, on one machine, everything else")
     log_format: str = Field("json", pattern="^(json|console)$")
     log_level: str = "INFO"

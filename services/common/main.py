@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,12 +89,16 @@ def _tell_why_it_broke(task: asyncio.Task[None]) -> None:
         get_logger("server").error("a task of the server broke", exc_info=error)
 
 
-async def serve_until_stopped(stack: AsyncExitStack, house: House, services: Sequence[Service]) -> None:
-    """Serve these; returns once told to stop."""
+async def serve_until_stopped(
+    stack: AsyncExitStack, house: House, services: Sequence[Service], drain: Callable[[], Awaitable[None]] | None = None
+) -> None:
+    """Serve these; returns once told to stop. drain: what else has calls in flight, given the same time to end."""
     server = Server(services, house.config, house.authenticator)
     await server.start()
     stack.push_async_callback(server.close)
     await wait_for_stop()
+    if drain is not None:
+        await asyncio.gather(server.close(), drain())
 
 
 async def _serve_jobs(offer: Offer) -> None:

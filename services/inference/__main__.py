@@ -17,7 +17,7 @@ async def _serve() -> None:
             stack, house.config, house.store, house.artifacts, cluster, house.authenticator
         )
         await inference.restore()
-        await serve_until_stopped(stack, house, [inference.service])
+        await serve_until_stopped(stack, house, [inference.service], inference.drain)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Gateway:
 
     def __init__(
         self, routes: RouteTable, authorize: Authorize | None = None, wait_seconds: float = WAIT_SECONDS,
-        max_body_bytes: int = MAX_BODY_BYTES, recorder: Recorder | None = None,
+        max_body_bytes: int = MAX_BODY_BYTES, recorder: Recorder | None = None, drain_seconds: float = DRAIN_SECONDS,
     ) -> None:  # fmt: skip
         self._routes = routes
         self._authorize = authorize
@@ -56,6 +56,7 @@ class Gateway:
         self._max_body_bytes = max_body_bytes
         self._recorder = recorder
         self._log = get_logger("gateway")
+        self._drain_seconds = drain_seconds
         self._session: aiohttp.ClientSession | None = None
         self._forwarder: Forwarder | None = None
         self._runner: web.AppRunner | None = None
@@ -75,7 +76,9 @@ class Gateway:
             auto_decompress=False,
         )
         self._forwarder = Forwarder(self._session, self._routes.outcomes, self._recorder)
-        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=DRAIN_SECONDS)
+        # aiohttp 3.14 waits twice: for the request to end, then for its handler. And 0 means for ever to it.
+        twice = max(self._drain_seconds / 2, 0.01)
+        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=twice)
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, host, port, ssl_context=ssl_context, reuse_port=False).start()
@@ -88,7 +91,7 @@ class Gateway:
         return int(self._runner.addresses[0][1])
 
     async def close(self) -> None:
-        """Take no more requests, let those in flight end (10 s), and stop."""
+        """Take no more requests, let those in flight end for `drain_seconds`, and stop."""
         if self._runner:
             await self._runner.cleanup()
         if self._session:

@@ -35,6 +35,12 @@ class Inference:
     """The gateway's address, without /v1."""
     rollout: Rollout
     store: Store
+    gateway: Gateway
+
+    async def drain(self) -> None:
+        """Let the answers in flight end. The next process may drive the deployments already, so we do no more."""
+        await self.rollout.stop_driving()
+        await self.gateway.close()
 
     async def restore(self) -> None:
         """Go on with the deployments of an earlier process."""
@@ -58,14 +64,15 @@ async def open_inference(
     stack.push_async_callback(rollout.close)
     record = load_record()
     recorder = open_recorder(stack, record, store)
-    gateway = Gateway(routes, _authorize(authenticator), recorder=recorder)
+    gateway = Gateway(routes, _authorize(authenticator), recorder=recorder, drain_seconds=config.drain_seconds)
     port = await gateway.start(config.host, config.gateway_port, _tls(config))
     stack.push_async_callback(gateway.close)
     # In a cluster the gateway listens everywhere, and is reached under its Service's name.
     url = config.gateway_url or f"{'https' if config.tls_certificate else 'http'}://{config.host}:{port}"
     traffic = Traffic(None if record.record_folder else store, recorder)
     servicer = InferenceService(rollout, routes, artifacts, f"{url}/v1", traffic)
-    return Inference(service(servicer, inference_pb2_grpc.add_InferenceServiceServicer_to_server), url, rollout, store)
+    offered = service(servicer, inference_pb2_grpc.add_InferenceServiceServicer_to_server)
+    return Inference(offered, url, rollout, store, gateway)
 
 
 def _authorize(authenticator: Authenticator | None) -> Callable[[str], Awaitable[None]] | None:

@@ -78,13 +78,17 @@ class Rollout:
             self._canaries.resume(deployment)
 
     async def close(self) -> None:
-        """Stop driving. Engines are left as they are: the cluster ends them, or the next process adopts them."""
+        """Stop all. Engines are left as they are: the cluster ends them, or the next process adopts them."""
+        await self.stop_driving()
+        await self._launcher.close()
+
+    async def stop_driving(self) -> None:
+        """Change nothing from now on; what is served goes on being served."""
         await self._canaries.close()
         tasks = [t for d in self._tasks.values() for t in (d.drive, d.warm) if t]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._launcher.close()
 
     def get(self, deployment: str) -> Deployment:
         """By id. Raises NotFound."""

@@ -76,6 +76,18 @@ def test_no_server_is_gone_while_it_is_replaced_but_of_those_that_drive_there_ar
             assert strategy["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
 
 
+def test_a_server_is_told_to_end_after_its_endpoints_have_gone_and_has_the_rest_of_its_grace_for_what_is_in_flight(
+    render: Render,
+) -> None:
+    objects = render(services={"inference": {"terminationGracePeriodSeconds": 600}})
+    for name in SERVERS:
+        server = objects.get("Deployment", f"fabrictune-{name}")
+        pause = container(server)["lifecycle"]["preStop"]["sleep"]["seconds"]
+        grace = server["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+        assert grace == (600 if name == "inference" else 30)
+        assert int(env(server)["FABRICTUNE_DRAIN_SECONDS"]) + pause == grace - 5, name
+
+
 def test_zero_replicas_are_zero(render: Render) -> None:
     objects = render(services={"training": {"replicas": 0}})
     assert objects.get("Deployment", "fabrictune-training")["spec"]["replicas"] == 0

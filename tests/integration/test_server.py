@@ -6,9 +6,13 @@ import asyncio
 import datetime
 import hashlib
 import ipaddress
+import os
+import signal
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +31,26 @@ from grpc_status import rpc_status
 from fabrictune.client import Client
 from fabrictune.errors import ApiError
 from fabrictune.v1 import artifact_pb2, artifact_pb2_grpc
+from services.common.artifacts import Artifacts as StoredArtifacts
 from services.common.auth import Authenticator, TokenEntry, load_authenticator
 from services.common.config import ServerConfig
 from services.common.errors import NotFound, Unavailable
+from services.common.main import House, serve_until_stopped
 from services.common.server import Server, service
+from services.common.store import Store
 from services.common.tls import http_context
 from services.inference.gateway import Gateway
 from services.inference.routes import RouteTable
 
 
 class Artifacts(artifact_pb2_grpc.ArtifactServiceServicer):
-    """Answers one name, fails on two others."""
+    """Answers one name, fails on two others, and is slow with a third."""
 
     async def GetArtifact(self, request: artifact_pb2.GetArtifactRequest, context: Any) -> artifact_pb2.Artifact:
         if request.name == "models/broken":
             raise RuntimeError("a secret: hunter2")
+        if request.name == "models/slow":
+            await asyncio.sleep(60)
         if request.name != "models/m":
             raise NotFound(f"there is no artifact {request.name}", {"name": request.name})
         return artifact_pb2.Artifact(name=request.name)
@@ -245,6 +254,28 @@ async def test_a_token_that_is_removed_from_its_file_is_refused_without_a_restar
             assert [await may_ask(name) for name in ("ann", "bob", "cy")] == [False, True, True]
     finally:
         await server.close()
+
+
+async def test_what_is_in_flight_elsewhere_ends_in_the_same_time_as_the_calls(
+    store: Store, artifacts: StoredArtifacts, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = ServerConfig(port=port, metrics_port=0, drain_seconds=1)
+    offered = service(Artifacts(), artifact_pb2_grpc.add_ArtifactServiceServicer_to_server)
+    async with AsyncExitStack() as stack, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        house = House(config, tmp_path, None, store, artifacts)
+        serving = asyncio.create_task(serve_until_stopped(stack, house, [offered], lambda: asyncio.sleep(1)))
+        await channel.channel_ready()
+        slow = asyncio.ensure_future(get(channel, "models/slow"))
+        await asyncio.sleep(0.3)
+        begin = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await serving
+        assert 0.9 < time.monotonic() - begin < 1.6
+        with pytest.raises(grpc.aio.AioRpcError):
+            await slow
 
 
 def test_the_client_says_what_to_do_when_no_server_answers() -> None:

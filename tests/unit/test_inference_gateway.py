@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
@@ -241,6 +242,25 @@ async def test_draining_waits_for_open_answers_and_gives_up_after_its_time(serve
         served.upstream.release.set()
         assert (await response.content.read()).endswith(b"data: [DONE]\n\n")
         assert await draining
+
+
+@pytest.mark.parametrize(("seconds", "is_whole"), [(30, True), (1, False), (0, False)])
+async def test_a_gateway_that_closes_gives_the_answers_in_flight_its_time_and_no_more(
+    served: Served, seconds: float, is_whole: bool
+) -> None:
+    gateway = Gateway(served.routes, drain_seconds=seconds)
+    url = f"http://127.0.0.1:{await gateway.start('127.0.0.1', 0)}/v1/chat/completions"
+    async with served.session.post(url, json={"model": "x", "stream": True, "hang": True}) as response:
+        await response.content.readline()
+        begin = time.monotonic()
+        closing = asyncio.create_task(gateway.close())
+        if is_whole:
+            await asyncio.sleep(0.2)
+            served.upstream.release.set()
+            assert (await response.content.read()).endswith(b"data: [DONE]\n\n")
+        await closing
+    took = time.monotonic() - begin
+    assert took < seconds if is_whole else seconds - 0.1 <= took < seconds + 0.7
 
 
 async def test_closing_generate_closes_the_request_at_the_engine(served: Served) -> None:

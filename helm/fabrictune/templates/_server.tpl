@@ -9,6 +9,8 @@
 - {name: FABRICTUNE_HOST, value: 0.0.0.0}
 - {name: FABRICTUNE_LOG_FORMAT, value: json}
 - {name: FABRICTUNE_DATA_DIR, value: /var/lib/fabrictune}
+{{- /* The grace period without the pause before SIGTERM, and without 5 s to end in. */}}
+- {name: FABRICTUNE_DRAIN_SECONDS, value: {{ sub (int (index .root.Values.services .service).terminationGracePeriodSeconds) 10 | quote }}}
 {{ include "fabrictune.env.store" .root }}
 {{- include "fabrictune.env.guard" .root }}
 {{- if has .service (list "pipeline" "inference") }}
