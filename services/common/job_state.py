@@ -21,7 +21,7 @@ ENDED = frozenset({job_pb2.Execution.SUCCEEDED, job_pb2.Execution.FAILED, job_pb
 STATE_OF_PHASE: Mapping[Phase, job_pb2.Execution.State] = {
     Phase.PENDING: job_pb2.Execution.QUEUED,
     Phase.RUNNING: job_pb2.Execution.RUNNING,
-    # It ended without a word: its outcome is being written down, or will be by the server (see Jobs.settle).
+    # It ended without a word: its outcome is being written down, or will be by the server (see services.common.upkeep).
     Phase.SUCCEEDED: job_pb2.Execution.RUNNING,
     Phase.FAILED: job_pb2.Execution.RUNNING,
 }
@@ -88,7 +88,7 @@ def outcome_of(view: JobView) -> dict[str, Any] | None:
     if view.outcome is not None or (status is not None and status.phase in (Phase.PENDING, Phase.RUNNING)):
         return None
     if status is None and not view.cancel_requested:
-        return None  # the cluster has forgotten it: it is begun again (see Jobs.reconcile)
+        return None  # the cluster has forgotten it: it is begun again (see services.common.upkeep)
     if view.cancel_requested:
         return _outcome(view, "CANCELLED", None)
     error = status.error if status is not None and status.error is not None else None

@@ -19,6 +19,7 @@ from services.common.jobs import Jobs
 from services.common.logs import configure, get_logger
 from services.common.server import Server, Service, wait_for_stop
 from services.common.store import Store, open_store
+from services.common.upkeep import Upkeep
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ async def settle(stack: AsyncExitStack, jobs: Jobs) -> None:
 
     A server answers at once, however many jobs there are: one that has not been begun again yet is QUEUED.
     """
-    for work in (jobs.settle_ended(), jobs.export_progress(), jobs.begin_lost()):
+    upkeep = Upkeep(jobs)
+    for work in (upkeep.settle_ended(), upkeep.export_progress(), upkeep.begin_lost()):
         task = asyncio.create_task(work)
         task.add_done_callback(_tell_why_it_broke)
         stack.callback(task.cancel)

@@ -21,7 +21,7 @@ from grpc_status import rpc_status
 
 from fabrictune.v1 import job_pb2, merging_pb2, merging_pb2_grpc
 from services.common import jobs as jobs_module
-from services.common import metrics
+from services.common import metrics, upkeep
 from services.common.artifacts import Artifacts
 from services.common.clusters import Workload, WorkloadStatus
 from services.common.clusters.local import LocalCluster
@@ -32,6 +32,7 @@ from services.common.jobs import Jobs
 from services.common.main import settle
 from services.common.server import Server, Service
 from services.common.store import Store
+from services.common.upkeep import Upkeep
 from services.merging.service import MergingService
 from tests.toy.worker import STAGE
 
@@ -63,9 +64,9 @@ class Stack:
     async def start(self, reconciled: bool = True) -> None:
         await self.cluster.start()
         if reconciled:
-            await self.jobs.reconcile()
+            await Upkeep(self.jobs).reconcile()
         await self.server.start()
-        self._settling = asyncio.create_task(self.jobs.settle_ended())
+        self._settling = asyncio.create_task(Upkeep(self.jobs).settle_ended())
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.server.port}")
         self.stub = merging_pb2_grpc.MergingServiceStub(self._channel)
 
@@ -120,8 +121,8 @@ async def test_a_job_runs_to_its_end_and_its_events_arrive_in_order(stack: Stack
 
 
 async def test_prometheus_has_the_progress_of_running_jobs_only(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs_module, "EXPORT_SECONDS", 0.1)
-    exporting = asyncio.create_task(stack.jobs.export_progress())
+    monkeypatch.setattr(upkeep, "EXPORT_SECONDS", 0.1)
+    exporting = asyncio.create_task(Upkeep(stack.jobs).export_progress())
     labels = {"kind": "toy", "job": "t1"}
     await stack.create("sleep")
     async with asyncio.timeout(20):
@@ -268,7 +269,7 @@ async def lost(
     stack: Stack, store: Store, object_store: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Stack]:
     """A server that has started and not looked yet for the job that an earlier one has lost."""
-    monkeypatch.setattr(jobs_module, "AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(upkeep, "AGAIN_SECONDS", 0.1)
     await stack.create("sleep")
     await _until_running(stack)
     await stack.close()
@@ -303,7 +304,7 @@ async def test_a_server_answers_while_it_looks_for_lost_jobs(lost: Stack) -> Non
 async def test_a_lost_job_that_is_cancelled_while_it_is_begun_again_is_stopped(lost: Stack) -> None:
     hindered = Hindered()
     hindered.hinder(lost)
-    beginning = asyncio.create_task(lost.jobs.reconcile())
+    beginning = asyncio.create_task(Upkeep(lost.jobs).reconcile())
     await asyncio.sleep(0.5)
     cancelled = await lost.stub.CancelMergeJob(merging_pb2.CancelMergeJobRequest(name="mergeJobs/t1"))
     assert cancelled.execution.state == E.CANCELLED
@@ -327,7 +328,7 @@ async def test_jobs_that_have_ended_cost_a_server_that_starts_next_to_nothing(
 
     counted = CountedStore(object_store.model_copy(update={"bucket": store.bucket}))
     cluster = LocalCluster(tmp_path / "cluster")
-    assert await Jobs(STAGE, counted, Artifacts(counted, tmp_path / "cache"), cluster).reconcile() == []
+    assert await Upkeep(Jobs(STAGE, counted, Artifacts(counted, tmp_path / "cache"), cluster)).reconcile() == []
     assert asked == ["mergeJobs/"]
 
 
