@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from services.common.artifacts import Artifacts
+from services.common.artifacts import Artifacts, Manifest
 from services.common.errors import AlreadyExists, InvalidSpec, NotFound, Violation
 from services.common.job_state import JobRecord
 from services.common.resources import ID_PATTERN
@@ -34,7 +34,10 @@ def plan_record(
     request_id: str = "",
     labels: Mapping[str, str] | None = None,
 ) -> JobRecord:
-    """The record of a job. Raises InvalidSpec naming all that is wrong, NotFound naming the inputs that do not exist."""
+    """The record of a job.
+
+    Raises InvalidSpec naming all that is wrong, NotFound naming the inputs that do not exist, AlreadyExists (find_output).
+    """
     found = []
     if not re.fullmatch(ID_PATTERN, job_id):
         found.append(Violation("id", f"{job_id!r} must match {ID_PATTERN}"))
@@ -53,7 +56,29 @@ def plan_record(
     inputs = _resolve_inputs(stage, artifacts, parsed)
     digest = digest_of({"kind": stage.kind, "spec": plain, "inputs": [i["digest"] for i in inputs]})
     name = f"{stage.collection}/{job_id}"
-    return JobRecord(name, plain, output, digest, tuple(inputs), request_id, dict(labels or {}), round(time.time(), 3))
+    asked = round(time.time(), 3)
+    record = JobRecord(name, plain, output, digest, tuple(inputs), request_id, dict(labels or {}), asked)
+    if artifacts.store.get_json(f"{name}/job.json") is None:  # else accept_record says whether it is the same job
+        find_output(artifacts, record)
+    return record
+
+
+def find_output(artifacts: Artifacts, record: JobRecord) -> Manifest | None:
+    """What this job has made before, maybe before it was deleted. Raises AlreadyExists when something else has the name.
+
+    Asked before the work begins: the seal at its end would refuse it all the same.
+    """
+    try:
+        manifest = artifacts.get(record.output)
+    except NotFound:
+        return None
+    if manifest.created_by.get("digest") == record.digest:
+        return manifest
+    raise AlreadyExists(
+        f"{record.output} exists, and this job did not make it; take another id, or delete it with "
+        f"`fabrictune artifacts rm {record.output}`",
+        {"name": record.output},
+    )
 
 
 def read_spec_file(stage: Stage[Any], artifacts: Artifacts) -> JobRecord:

@@ -32,11 +32,10 @@ from services.common.errors import (
     FabrictuneError,
     FailedPrecondition,
     InvalidSpec,
-    NotFound,
 )
 from services.common.events import EventWriter
 from services.common.job_state import JobRecord
-from services.common.records import accept_record, read_record, read_spec_file
+from services.common.records import accept_record, find_output, read_record, read_spec_file
 from services.common.remote import RemoteArtifact, RemoteDraft
 from services.common.reporter import Progress, Reporter, Silent
 from services.common.shares import Shares
@@ -104,7 +103,7 @@ def _do_job(stage: Stage[Any], name: str) -> tuple[int, status_pb2.Status]:
     events = _StoredReporter(store, artifacts, record, attempt)
     error: FabrictuneError | None = None
     try:
-        manifest = _existing(artifacts, record) or _run_stage(stage, record, artifacts, events, data_dir)
+        manifest = find_output(artifacts, record) or _run_stage(stage, record, artifacts, events, data_dir)
         events.artifact(manifest.name, manifest.digest)
         if stage.verdict is not None:
             stage.verdict(manifest.metadata, manifest.name)
@@ -238,14 +237,6 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _existing(artifacts: Artifacts, record: JobRecord) -> Manifest | None:
-    try:
-        manifest = artifacts.get(record.output)
-    except NotFound:
-        return None
-    return manifest if manifest.created_by.get("digest") == record.digest else None
 
 
 def claim_attempt(store: Store, name: str) -> int:

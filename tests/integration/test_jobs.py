@@ -216,6 +216,18 @@ async def test_deleting_a_running_job_is_refused_and_an_ended_one_is_forgotten(s
     assert not listed.merge_jobs
 
 
+async def test_a_job_whose_output_another_one_has_made_is_refused_before_it_begins(stack: Stack) -> None:
+    await stack.create("write")
+    await stack.wait()
+    await stack.stub.DeleteMergeJob(merging_pb2.DeleteMergeJobRequest(name="mergeJobs/t1"))
+    for dry in (True, False):
+        with pytest.raises(grpc.aio.AioRpcError, match=r"models/t1 exists.*artifacts rm models/t1") as caught:
+            await stack.create("sleep", validate_only=dry)
+        assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+    await stack.create("write")  # the same as before: it is there
+    assert (await stack.wait())[-1].state.state == E.SUCCEEDED
+
+
 async def test_a_job_that_the_machine_cannot_run_is_refused_and_nothing_is_left(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
