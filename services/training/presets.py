@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from services.common.errors import InvalidSpec, Violation
+from services.training.values import describe_wrong
 
 SWIFT_VERSION = "4.6.0"
 _RECIPES = Path(__file__).parent / "recipes"
@@ -183,26 +184,21 @@ def check_arguments(arguments: Mapping[str, Any]) -> list[Violation]:
         field = f"spec.arguments.{key}"
         if key in CONTROLLED:
             found.append(Violation(field, f"fabrictune sets this itself: {CONTROLLED[key]}"))
-        elif key in OWN:
-            continue
-        elif key not in swift_argument_names():
+        elif key not in OWN and key not in swift_argument_names():
             near = difflib.get_close_matches(key, [*swift_argument_names(), *OWN], 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             found.append(Violation(field, f"ms-swift {SWIFT_VERSION} has no argument of this name{hint}"))
-        elif not isinstance(value, str | int | float | bool | list | dict):
+        elif key not in OWN and not isinstance(value, str | int | float | bool | list | dict):
             found.append(Violation(field, f"{value!r} cannot be passed on a command line; leave the key out instead"))
-        elif key == "tuner_type" and value not in TUNERS:
+        elif key == "tuner_type" and (not isinstance(value, str) or value not in TUNERS):
             found.append(
                 Violation(
                     field,
                     f"{value!r} makes no adapter that can be merged; use lora (use_dora, use_rslora are LoRA too) or full",
                 )
             )
-    size = arguments.get("effective_batch_size", 1)
-    if isinstance(size, bool) or not isinstance(size, int | float) or size < 1 or size != int(size):
-        found.append(
-            Violation("spec.arguments.effective_batch_size", f"{size!r} is not a whole number of rows above 0")
-        )
+        elif wrong := describe_wrong(key, value):
+            found.append(Violation(field, wrong))
     if not isinstance(arguments.get("trust_remote_code", False), bool):
         found.append(Violation("spec.arguments.trust_remote_code", "must be true or false"))
     less = arguments.get("logit_adjustment", 0)

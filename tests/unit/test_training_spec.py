@@ -10,9 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from services.common.errors import InvalidSpec
-from services.training.presets import CONTROLLED, fit_accumulation, load_preset, preset_names, swift_argument_names
+from services.training.presets import CONTROLLED, OWN, fit_accumulation, load_preset, preset_names, swift_argument_names
 from services.training.spec import Spec
 from services.training.swift import PLUGIN, Command, Hardware, Paths, infer_family, plan_children, plan_sft
+from services.training.values import VALUES
 
 NAMES = {"dataset": "datasets/d1", "base_model": "models/m1"}
 WORK = Path("/work/j1")
@@ -68,8 +69,8 @@ def test_every_preset_has_a_description_and_only_arguments_of_ms_swift(name: str
     assert set(preset.arguments) <= swift_argument_names() - set(CONTROLLED)
 
 
-def test_controlled_arguments_are_arguments_of_ms_swift() -> None:
-    stale = set(CONTROLLED) - swift_argument_names()
+def test_controlled_and_checked_arguments_are_arguments_of_ms_swift() -> None:
+    stale = {*CONTROLLED, *VALUES} - {*swift_argument_names(), *OWN}
     assert not stale
 
 
@@ -89,7 +90,7 @@ def test_every_accumulation_gives_the_batch_back(accumulation: int) -> None:
 
 
 def test_all_bad_arguments_are_named_at_once() -> None:
-    arguments = {"lora_rnak": 8, "output_dir": "/tmp", "tuner_type": "adalora", "effective_batch_size": 0}
+    arguments = {"lora_rnak": 8, "output_dir": "/tmp", "tuner_type": ["adalora"], "effective_batch_size": 0}
     with pytest.raises(ValidationError) as caught:
         Spec.model_validate({**NAMES, "arguments": arguments})
     said = str(caught.value)
@@ -97,6 +98,33 @@ def test_all_bad_arguments_are_named_at_once() -> None:
     assert "output_dir: fabrictune sets this itself" in said
     assert "makes no adapter" in said
     assert "effective_batch_size: 0 is not a whole number" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("per_device_train_batch_size", 0, "a whole number above 0"),
+        ("per_device_train_batch_size", [2], "a whole number above 0"),
+        ("effective_batch_size", None, "a whole number above 0"),
+        ("effective_batch_size", float("inf"), "a whole number above 0"),
+        ("max_length", "abc", "a whole number above 0"),
+        ("num_train_epochs", "two", "a number above 0"),
+        ("lora_rank", "x", "a whole number above 0"),
+        ("lora_dropout", 1.5, "a number from 0 to 1"),
+        ("target_regex", "[", "a regular expression"),
+        ("save_strategy", "no", "steps, epoch or best: without a checkpoint"),
+        ("save_strategy", False, "steps, epoch or best: without a checkpoint"),
+        ("eval_strategy", False, 'steps, epoch or "no" (in quotes,'),
+    ],
+)
+def test_a_value_that_training_would_stumble_over_is_refused(name: str, value: Any, said: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(f"{name}: {value!r} is not {said}")):
+        Spec.model_validate({**NAMES, "arguments": {name: value}})
+
+
+def test_numbers_that_yaml_takes_for_words_are_numbers() -> None:
+    arguments = {"learning_rate": "1e-4", "save_steps": 0.1, "max_steps": -1, "save_strategy": "epoch"}
+    assert Spec.model_validate({**NAMES, "arguments": arguments}).arguments == arguments
 
 
 def test_packing_without_flash_attention_and_a_quantized_full_training_are_refused() -> None:
