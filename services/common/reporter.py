@@ -5,6 +5,7 @@ Engines get a Reporter and know nothing of where its words go: to a terminal, to
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -58,3 +59,11 @@ class Silent:
 
     def checkpoint(self, step: int, folder: Path) -> None:
         """Drop it."""
+
+
+class Aside(Silent):
+    """A Reporter of a further node of a job, whose first node reports: its lines go where the cluster keeps a process's words."""
+
+    def log(self, text: str, severity: str = "INFO") -> None:
+        """Print it on stderr."""
+        print(f"{severity} {text}", file=sys.stderr, flush=True)

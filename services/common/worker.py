@@ -37,7 +37,7 @@ from services.common.events import EventWriter
 from services.common.job_state import JobRecord
 from services.common.records import accept_record, find_output, read_record, read_spec_file
 from services.common.remote import RemoteArtifact, RemoteDraft
-from services.common.reporter import Progress, Reporter, Silent
+from services.common.reporter import Aside, Progress, Reporter
 from services.common.shares import Shares
 from services.common.stage import Stage
 from services.common.store import Store, open_store
@@ -180,9 +180,9 @@ def _follow(
     """One of the further nodes of a job: it computes with the first one, which alone reports, keeps and publishes."""
     spec = stage.spec.model_validate(record.spec)
     folders = _fetch_inputs(record, artifacts)
-    if _give_share(stage, spec, record, artifacts, data_dir, folders, Silent()) is None:
+    if _give_share(stage, spec, record, artifacts, data_dir, folders, Aside()) is None:
         with _scratch(data_dir, record) as output:
-            stage.run(spec, folders, output, Silent())
+            stage.run(spec, folders, output, Aside())
     return 0, status_pb2.Status()
 
 

@@ -128,7 +128,7 @@ def choose(run: Path, resumed_from: Path | None, wanted: str, newest_step: int |
     elif resumed_from is not None:
         last = resumed_from
     else:
-        raise FabrictuneError("ms-swift ended well but left no checkpoint; train.log has its output")
+        raise FabrictuneError("ms-swift ended well but left no checkpoint; the job's log has the end of its output")
     state = read_state(last)
     step, best_step = int(state["global_step"]), state.get("best_global_step")
     if wanted == "best" and best_step and best_step != step:

@@ -183,7 +183,7 @@ def explain_failure(code: int, output: Sequence[str]) -> FabrictuneError:
     for pattern, error, advice in _FAILURES:
         if any(pattern.search(line) for line in said):
             return error(f"{advice}\n{tail}")
-    return FabrictuneError(f"ms-swift ended with code {code}; train.log has all of its output\n{tail}")
+    return FabrictuneError(f"ms-swift ended with code {code}; the job's log has the end of its output\n{tail}")
 
 
 def _after_evaluation(line: Mapping[str, Any], before: Metrics) -> tuple[Metrics, list[str]]:

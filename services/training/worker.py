@@ -39,6 +39,8 @@ _TOKENIZER_FILES = (
 )
 _NAMED = 1000
 """Refused rows that are named in the metadata; beyond it they are counted only."""
+_LAST_LINES, _LAST_CHARACTERS = 200, 20_000
+"""Of the output of a run that failed."""
 
 
 def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter) -> dict[str, Any]:
@@ -68,10 +70,23 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
             )
         refused = account_for_rows(train, trained.rows["train"], work, "train", reporter)
         metadata = _leave_adapter(spec, model, work, checkpoint, trained, output, command)
+        shutil.copyfile(work / "train.log", output / "train.log")
         return {**metadata, "rows": len(train), "rows_trained": trained.rows["train"], "rows_refused": refused[:_NAMED]}
+    except FabrictuneError as error:
+        if not isinstance(error, Cancelled):
+            tell_end_of_output(work, reporter)
+        raise
     finally:
-        _keep_log(work, output)
         shutil.rmtree(work, ignore_errors=True)
+
+
+def tell_end_of_output(work: Path, reporter: Reporter) -> None:
+    """Say what ms-swift has said last: of a run that failed nothing else stays."""
+    log = work / "train.log"
+    lines = log.read_text(errors="replace").splitlines()[-_LAST_LINES:] if log.exists() else []
+    if lines:
+        text = "\n".join(lines)[-_LAST_CHARACTERS:]
+        reporter.log(f"the end of ms-swift's output:\n{text}", "ERROR")
 
 
 def account_for_rows(rows: Sequence[Row], trained: int, work: Path, split: str, reporter: Reporter) -> list[str]:
@@ -80,7 +95,7 @@ def account_for_rows(rows: Sequence[Row], trained: int, work: Path, split: str, 
     if trained + len(refused) != len(rows):
         raise FabrictuneError(
             f"{len(rows)} rows of {split}.jsonl went in, ms-swift trains {trained} and refused {len(refused)}: "
-            f"{len(rows) - trained - len(refused)} are unaccounted for; train.log may say why"
+            f"{len(rows) - trained - len(refused)} are unaccounted for; the job's log has the end of its output"
         )
     if refused:
         reporter.log(f"{len(refused)} rows longer than max_length were left out: {', '.join(refused[:5])}", "WARNING")
@@ -173,11 +188,6 @@ def _count_kept(spec: Spec) -> int:
     """As many as the trainer keeps in its folder; each carries the best adapter so far."""
     arguments = {**load_preset(spec.preset).arguments, **spec.arguments}
     return int(arguments.get("save_total_limit", 2))
-
-
-def _keep_log(work: Path, output: Path) -> None:
-    if (work / "train.log").exists():
-        shutil.copyfile(work / "train.log", output / "train.log")
 
 
 STAGE = Stage(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from services.common.errors import DataLoss, FabrictuneError, FailedPrecondition, InvalidData, Unavailable
-from services.common.reporter import Silent
+from services.common.reporter import Aside, Silent
+from services.training import worker
 from services.training.admission import check_model, hardware_here
 from services.training.checkpoints import (
     CheckpointKeeper,
@@ -21,7 +23,9 @@ from services.training.checkpoints import (
 )
 from services.training.rows import read_rows
 from services.training.spec import Spec
+from services.training.swift import Command
 from services.training.worker import account_for_rows
+from tests.conftest import Recorder
 
 GOOD = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
@@ -57,6 +61,32 @@ def test_rows_that_ms_swift_lost_without_a_word_are_an_error(tmp_path: Path) -> 
     assert account_for_rows(rows, 3, tmp_path, "train", Silent()) == []
     with pytest.raises(FabrictuneError, match="1 are unaccounted for"):
         account_for_rows(rows, 2, tmp_path, "train", Silent())
+
+
+def test_the_end_of_ms_swifts_output_outlives_a_run_that_failed(
+    tmp_path: Path, reporter: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model := tmp_path / "model").mkdir()
+    for name, text in (("config.json", "{}"), ("vocab.json", "{}"), ("model.safetensors", "")):
+        (model / name).write_text(text)
+    _write(tmp_path / "train.jsonl", {"id": "r1", "messages": GOOD})
+    (output := tmp_path / "output").mkdir()
+    failing = Command([sys.executable, "-c", "for n in range(300): print('line', n)\nraise SystemExit(3)"])
+    monkeypatch.setattr(worker, "plan_sft", lambda *_: failing)
+    spec = Spec.model_validate({"dataset": "datasets/d", "base_model": "models/m"})
+    with pytest.raises(FabrictuneError, match="ended with code 3; the job's log has the end of its output"):
+        worker.run(spec, {"dataset": tmp_path, "base_model": model}, output, reporter)
+    severity, told = reporter.lines[-1]
+    assert severity == "ERROR"
+    assert [told.count(f"line {n}\n") for n in (99, 100, 298)] == [0, 1, 1]
+    assert told.endswith("line 299")
+    assert not list(output.iterdir()), "nor is anything left that looks like an adapter"
+
+
+def test_a_further_node_says_it_where_the_cluster_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.log").write_text("RuntimeError: NCCL\n")
+    worker.tell_end_of_output(tmp_path, Aside())
+    assert "RuntimeError: NCCL" in capsys.readouterr().err
 
 
 def _model(folder: Path, **config: Any) -> Path:
