@@ -32,6 +32,21 @@ def kept_name(path: str) -> str:
     return f"{path}l" if path.endswith(LOOSE_SUFFIX) else path
 
 
+def rows_below(path: Path) -> dict[str, Path]:
+    """Place below the folder → rows file, in order. Hidden ones are left out: nobody means a .env, or an editor's copy.
+
+    Of a path that is a file: that file, whatever its name.
+    """
+    if path.is_file():
+        return {path.name: path}
+    places = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
+    return {
+        place.as_posix(): file
+        for place, file in places.items()
+        if names_rows(place.name) and not any(part.startswith(".") for part in place.parts)
+    }
+
+
 def check_rows(file: Path, origin: str) -> None:
     """Raises ApiError when a file is not what its name says: an HTML page, a JSON array, an empty file.
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fabrictune.errors import ApiError
+from fabrictune.row_files import SUFFIXES, rows_below
 from fabrictune.sources import Rows, find_rows, is_artifact
 
 if TYPE_CHECKING:
@@ -20,20 +22,22 @@ def push_rows(
     folder: Path = Path(),
     find: Callable[[str, Path], Rows] = find_rows,
 ) -> str:
-    """The name of an artifact with these rows; one that is pushed gets a name made from its content.
+    """The name of an artifact with these rows; one that is pushed gets a name made from its content. Raises ApiError.
 
     uri: a source (see fabrictune.sources) with paths relative to `folder`, or an artifact's name, which is returned.
     """
     if is_artifact(uri) and not (folder / uri).exists():
         return uri
     path, origin = find(uri, folder)
+    files = rows_below(path)
+    if not files:
+        raise ApiError(f"{path} has no rows files; they end in {', '.join(SUFFIXES)}", "INVALID_ARGUMENT")
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            with file.open("rb") as data:
-                digest.update(file.name.encode() + hashlib.file_digest(data, "sha256").digest())
+    for place, file in files.items():
+        with file.open("rb") as data:
+            digest.update(place.encode() + hashlib.file_digest(data, "sha256").digest())
     named = origin.partition("@")[0].rstrip("/").rpartition("/")[2] if path.is_dir() and origin else path.stem
     stem = "".join(c if c.isalnum() and c.isascii() else "-" for c in named.lower().split(".")[0])
     name = f"datasets/rows-{stem.strip('-')[:18].strip('-') or 'rows'}-{digest.hexdigest()[:10]}"
-    push(client, path, name, "rows", {"description": f"raw rows: {named}", **({"source": origin} if origin else {})})
+    push(client, files, name, "rows", {"description": f"raw rows: {named}", **({"source": origin} if origin else {})})
     return name

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 OnBytes = Callable[[int], None]
+Source = Path | Mapping[str, Path]
+"""A folder with all that is in it, one file, or files by the paths that they are to have."""
 
 
 def pull(client: Client, name: str, folder: Path, on_bytes: OnBytes = lambda _: None) -> artifact_pb2.Artifact:
@@ -52,16 +54,16 @@ def pull(client: Client, name: str, folder: Path, on_bytes: OnBytes = lambda _: 
 
 def push(
     client: Client,
-    folder: Path,
+    source: Source,
     name: str,
     kind: str,
     metadata: Mapping[str, str] | None = None,
     on_bytes: OnBytes = lambda _: None,
 ) -> artifact_pb2.Artifact:
-    """Upload a folder, or one file, as an artifact. Sending the same files again returns the one that is there."""
-    files = dict(_scan(folder))
+    """Upload files as an artifact. Sending the same ones again returns the one that is there."""
+    files = dict(_scan(source))
     if not files:
-        raise ApiError(f"{folder} has no files", "INVALID_ARGUMENT")
+        raise ApiError(f"{source} has no files", "INVALID_ARGUMENT")
     request = artifact_pb2.CreateUploadRequest(name=name, kind=kind)
     for path, file in files.items():
         request.files.add(path=path, size_bytes=file.stat().st_size, sha256=_sha256(file))
@@ -85,9 +87,9 @@ def push(
     return client.artifacts.seal(upload.upload_id)
 
 
-def folder_size(folder: Path) -> int:
-    """Bytes of all files below a folder, or of one file."""
-    return sum(file.stat().st_size for _, file in _scan(folder))
+def source_size(source: Source) -> int:
+    """Bytes of all files."""
+    return sum(file.stat().st_size for _, file in _scan(source))
 
 
 def _pull_file(
@@ -164,13 +166,16 @@ def _unreachable(error: httpx.ConnectError) -> ApiError:
     )
 
 
-def _scan(folder: Path) -> Iterator[tuple[str, Path]]:
-    if folder.is_file():
-        yield folder.name, folder
+def _scan(source: Source) -> Iterator[tuple[str, Path]]:
+    if not isinstance(source, Path):
+        yield from source.items()
         return
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and file != folder / "manifest.json":
-            yield file.relative_to(folder).as_posix(), file
+    if source.is_file():
+        yield source.name, source
+        return
+    for file in sorted(source.rglob("*")):
+        if file.is_file() and file != source / "manifest.json":
+            yield file.relative_to(source).as_posix(), file
 
 
 def _read(file: Path, on_bytes: OnBytes) -> Iterator[bytes]:

@@ -19,6 +19,7 @@ from fabrictune.v1 import artifact_pb2
 
 if TYPE_CHECKING:
     from fabrictune.client import Client
+    from fabrictune.transfer import Source
 
 KINDS = {"datasets": "dataset", "models": "model", "adapters": "adapter", "reports": "report"}
 app = typer.Typer(
@@ -161,16 +162,16 @@ def import_with_bar(client: Client, source: str, model_id: str = "") -> artifact
 
 
 def push_with_bar(
-    client: Client, folder: Path, name: str, kind: str, metadata: Mapping[str, str] | None = None
+    client: Client, source: Source, name: str, kind: str, metadata: Mapping[str, str] | None = None
 ) -> artifact_pb2.Artifact:
     """Push with a progress bar."""
     from fabrictune import transfer
 
     if settings().json:
-        return transfer.push(client, folder, name, kind, metadata)
+        return transfer.push(client, source, name, kind, metadata)
     with new_progress() as display:
-        task = display.add_task(f"push {name}", total=transfer.folder_size(folder), figures="bytes")
-        sealed = transfer.push(client, folder, name, kind, metadata, lambda n: display.advance(task, n))
+        task = display.add_task(f"push {name}", total=transfer.source_size(source), figures="bytes")
+        sealed = transfer.push(client, source, name, kind, metadata, lambda n: display.advance(task, n))
         display.update(task, completed=sealed.size_bytes, total=sealed.size_bytes)
     return sealed
 

@@ -65,6 +65,8 @@ def find_files(path: Path, pattern: str) -> list[Path]:
 def choose_files(folder: str, paths: Iterable[PurePosixPath], pattern: str) -> list[PurePosixPath]:
     """Those of a folder's files that hold rows and match the pattern, in order. Raises InvalidData when there are none."""
     found = sorted(p for p in paths if p.name.endswith(SUFFIXES) and p.match(pattern or "*"))
+    # Hidden ones are nobody's, unless there is nothing else: a file that was pushed by its name.
+    found = [p for p in found if not any(part.startswith(".") for part in p.parts)] or found
     if not found:
         raise InvalidData(
             f"{folder} has no rows files{f' that match {pattern!r}' if pattern else ''}; they end in {', '.join(SUFFIXES)}"

@@ -306,11 +306,28 @@ def test_fetched_rows_are_pushed_under_a_name_made_from_their_content(shop: Shop
     name = push_rows(client, uri, lambda *a: pushed.append(a))
     assert name.startswith("datasets/rows-train-")
     assert push_rows(client, uri, lambda *a: None) == name
-    path, metadata = pushed[0][1], pushed[0][4]
-    assert path.read_bytes() == ROW
+    files, metadata = pushed[0][1], pushed[0][4]
+    assert {place: file.read_bytes() for place, file in files.items()} == {"Train.set.jsonl": ROW}
     assert metadata == {"description": "raw rows: Train.set", "source": f"{shop.address}/Train.set.jsonl"}
     assert push_rows(client, "datasets/d1", lambda *a: pushed.append(a)) == "datasets/d1"
     assert len(pushed) == 1
+
+
+def test_of_a_folder_only_the_rows_are_pushed_and_their_places_are_part_of_the_name(tmp_path: Path) -> None:
+    for place in ("rows.jsonl", "a/rows.jsonl", ".env", "notes.md", ".git/rows.jsonl", "a/.rows.jsonl"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_bytes(ROW)
+    client: Any = None
+    pushed: list[list[str]] = []
+    named = [push_rows(client, str(tmp_path), lambda *a: pushed.append(list(a[1])))]
+    (tmp_path / "a").rename(tmp_path / "b")
+    named.append(push_rows(client, str(tmp_path), lambda *a: pushed.append(list(a[1]))))
+    assert pushed == [["a/rows.jsonl", "rows.jsonl"], ["b/rows.jsonl", "rows.jsonl"]]
+    assert named[0] != named[1]
+    assert [file.name for file in conversion_sources.find_files(tmp_path, "")] == ["rows.jsonl"] * 2
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ApiError, match=r"bare has no rows files; they end in \.jsonl"):
+        push_rows(client, str(tmp_path / "bare"), lambda *a: None)
 
 
 def convert(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
