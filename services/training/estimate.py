@@ -187,19 +187,33 @@ def find_device(name: str) -> Device:
 
 
 def measure_dataset(report: bytes | None, sample: bytes, whole_size: int) -> DatasetSize:
-    """Rows and tokens from conversion's report.json, else from the first bytes of train.jsonl (extrapolated)."""
-    told = json.loads(report) if report else {}
-    tokens, rows = told.get("tokens") or {}, (told.get("rows_written") or {}).get("train", 0)
-    if rows and tokens.get("histogram"):
-        width, share = int(tokens["bin"]), rows / tokens["rows"]
-        middle = {min(int(b) * width + width // 2, tokens["max"]): n * share for b, n in tokens["histogram"].items()}
-        return DatasetSize(middle, exact=True)
+    """Rows and tokens from conversion's report.json, else from the first bytes of train.jsonl (extrapolated).
+
+    Raises InvalidData when there is a report that is none.
+    """
+    try:
+        told = _read_report(json.loads(report)) if report else {}
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise InvalidData(
+            f"the dataset's report.json cannot be read ({type(error).__name__}: {error}); convert again"
+        ) from None
+    if told:
+        return DatasetSize(told, exact=True)
     lines = [line for line in sample.splitlines() if line.strip()]
     if len(sample) < whole_size and len(lines) > 1:
         lines.pop()  # cut off in the middle
     counts = [count_roughly(line) for line in lines]
     scale = whole_size / (sum(map(len, lines)) + len(lines)) if lines and len(sample) < whole_size else 1.0
     return DatasetSize({tokens: rows * scale for tokens, rows in Counter(counts).items()}, exact=False)
+
+
+def _read_report(told: Mapping[str, Any]) -> dict[int, float]:
+    """Tokens → rows of that length; {} where they were not counted."""
+    tokens, rows = told.get("tokens") or {}, (told.get("rows_written") or {}).get("train", 0)
+    if not rows or not tokens.get("histogram"):
+        return {}
+    width, share = int(tokens["bin"]), rows / tokens["rows"]
+    return {min(int(b) * width + width // 2, tokens["max"]): n * share for b, n in tokens["histogram"].items()}
 
 
 def count_roughly(line: bytes) -> int:

@@ -39,7 +39,7 @@ def read_rows(file: Path) -> list[Row]:
     if not file.exists():
         return []
     rows, wrong = [], []
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -96,9 +96,11 @@ def longest_length(rows: Sequence[Row], model: Path, max_length: int | None) -> 
     return longest if max_length is None else min(longest, max_length)
 
 
-def _read_row(line: str) -> Row:
+def _read_row(line: bytes) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:

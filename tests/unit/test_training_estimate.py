@@ -174,6 +174,14 @@ def test_row_lengths_come_from_the_conversions_report_or_from_a_sample() -> None
         estimate_training(_spec(), QWEN_7B, DatasetSize({2000: 5.0}, exact=True))
 
 
+@pytest.mark.parametrize(
+    "report", [b"{", b"[]", b'{"rows_written": {"train": 1}, "tokens": {"histogram": {"2": 1}}}', b"\xff\xfe{"]
+)
+def test_a_report_that_is_none_is_refused(report: bytes) -> None:
+    with pytest.raises(InvalidData, match=r"report\.json cannot be read \(.*convert again"):
+        measure_dataset(report, b"", 0)
+
+
 def test_a_server_estimates_from_heads_of_artifacts(artifacts: Artifacts, model: Path, dataset: Path) -> None:
     spec = training_pb2.TrainingSpec(dataset=NAMES["dataset"], base_model=NAMES["base_model"])
     request = training_pb2.EstimateTrainingRequest(spec=spec, gpu="l4", price_per_hour=1)

@@ -56,6 +56,13 @@ def test_a_row_that_cannot_be_trained_is_refused_with_its_line_number(tmp_path: 
     assert "line 2" in caught.value.message
 
 
+def test_a_row_that_is_not_utf_8_is_refused_with_its_line_number(tmp_path: Path) -> None:
+    file = _write(tmp_path / "train.jsonl", {"id": "ok", "messages": GOOD})
+    file.write_bytes(file.read_bytes() + b'{"id": "\xff"}\n')
+    with pytest.raises(InvalidData, match="line 2: not UTF-8"):
+        read_rows(file)
+
+
 def test_rows_that_ms_swift_lost_without_a_word_are_an_error(tmp_path: Path) -> None:
     rows = read_rows(_write(tmp_path / "train.jsonl", *({"id": f"r{n}", "messages": GOOD} for n in range(3))))
     assert account_for_rows(rows, 3, tmp_path, "train", Silent()) == []
