@@ -7,6 +7,7 @@ them. A clone has them; an installed wheel does not, and says so.
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import signal
 import sys
@@ -57,8 +58,11 @@ def run_stage(
     Ctrl-C and SIGTERM arrive in the stage as in a worker: it ends what it has started, then raises Cancelled.
     """
     stage, parsed = _check_stage(kind, spec, inputs, output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    except OSError as error:
+        raise _cannot_be_made(output, str(error)) from None
     try:
         with _cancelled_by_signals():
             metadata = stage.run(parsed, inputs, draft, _Reporter(listener))
@@ -74,8 +78,13 @@ def run_stage(
 
 
 def plan_stage(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, Path], output: Path) -> job_pb2.Plan:
-    """What run_stage would do: the processes that the stage would start; everything is checked, nothing is written."""
+    """What run_stage would do: the processes that the stage would start. Nothing is written.
+
+    Spec, inputs and output are checked, this machine (its GPUs, its memory) is not: the plan may be for another one.
+    """
     stage, parsed = _check_stage(kind, spec, inputs, output)
+    if stage.check is not None:
+        stage.check(parsed, inputs)
     children = stage.children(parsed) if stage.children else ()
     return job_pb2.Plan(commands=[job_pb2.Command(argv=c.argv, env=dict(c.env)) for c in children])
 
@@ -105,9 +114,27 @@ def _check_stage(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, Path],
     for role, path in inputs.items():
         if not path.exists():
             raise ApiError(f"{role}: there is nothing at {path}", "NOT_FOUND")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ApiError(f"{output} exists and is not empty; choose another folder", "ALREADY_EXISTS")
+    _check_output(output)
     return stage, parsed
+
+
+def _check_output(output: Path) -> None:
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ApiError(f"{output} exists and is not empty; choose another folder", "ALREADY_EXISTS")
+        place = output.absolute().parent
+        while not place.exists():
+            place = place.parent
+    except OSError as error:  # a folder on the way may not be entered
+        raise _cannot_be_made(output, str(error)) from None
+    if not place.is_dir():
+        raise _cannot_be_made(output, f"{place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise _cannot_be_made(output, f"{place} may not be written")
+
+
+def _cannot_be_made(output: Path, why: str) -> ApiError:
+    return ApiError(f"{output} cannot be made: {why}; choose another folder", "FAILED_PRECONDITION")
 
 
 def _parse_spec(kind: str, model: Any, spec: Mapping[str, Any]) -> Any:

@@ -20,11 +20,19 @@ def read_spec(file: Path | None) -> dict[str, Any]:
         read = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ApiError(f"{file} cannot be read: {error.strerror}", "NOT_FOUND") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ApiError(f"{file} is not YAML: {error}", "INVALID_ARGUMENT") from None
     if not isinstance(read, dict):
         raise ApiError(f"{file} must hold a mapping, such as `training: …`", "INVALID_ARGUMENT")
     return read
+
+
+def read_section(spec: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The mapping at a key, to which options of the command are added. Raises ApiError."""
+    told = spec.get(key)
+    if told is not None and not isinstance(told, dict):
+        raise ApiError(f"{key} must be a mapping, not {told!r}", "INVALID_ARGUMENT")
+    return told or {}
 
 
 def read_sources(conversion: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -80,4 +88,10 @@ def parse_setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ApiError(f"--set {text!r} must look like learning_rate=1e-4", "INVALID_ARGUMENT")
-    return key.replace("-", "_"), yaml.safe_load(value)
+    try:
+        return key.replace("-", "_"), yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45
+        why = getattr(error, "problem", None) or error
+        raise ApiError(
+            f"--set {text!r}: the value is not YAML ({why}); quote it: {key}='\"…\"'", "INVALID_ARGUMENT"
+        ) from None

@@ -18,7 +18,15 @@ from fabrictune.cli.estimate import estimate_training, show_estimate
 from fabrictune.cli.jobs import raise_failure
 from fabrictune.cli.preview import preview_sources, show_preview
 from fabrictune.cli.progress import StageListener, find_with_bar, follow, new_progress
-from fabrictune.cli.specs import name_adapters, name_sources, parse_range, parse_setting, read_spec, read_template
+from fabrictune.cli.specs import (
+    name_adapters,
+    name_sources,
+    parse_range,
+    parse_setting,
+    read_section,
+    read_spec,
+    read_template,
+)
 from fabrictune.errors import ApiError
 from fabrictune.rows import push_rows
 from fabrictune.sources import is_artifact, public_uri
@@ -33,7 +41,9 @@ JobId = Annotated[str, typer.Option("--id", help="The job's id, and that of what
 SpecFile = Annotated[
     Path | None, typer.Option("--spec", help="YAML with the stage's spec; the other options win over it.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; start nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check the spec and the inputs, and print the plan; start nothing.")
+]
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Start the job and return.")]
 
 
@@ -109,9 +119,9 @@ def train(
     if preset:
         spec["preset"] = preset
     if argument:
-        spec["arguments"] = {**spec.get("arguments", {}), **dict(parse_setting(a) for a in argument)}
+        spec["arguments"] = {**read_section(spec, "arguments"), **dict(parse_setting(a) for a in argument)}
     if asked := {k: v for k, v in {"gpus": gpus, "nodes": nodes}.items() if v is not None}:
-        spec["resources"] = {**spec.get("resources", {}), **asked}
+        spec["resources"] = {**read_section(spec, "resources"), **asked}
     if estimate:
         show_estimate(estimate_training(spec, dataset, model, gpu, price))
         return
@@ -203,15 +213,16 @@ def evaluate(
     """
     spec = read_spec(spec_file)
     target = {"label": label, "revision": revision, "address": address, "model": model, "tools": tools}
-    spec["target"] = {**spec.get("target", {}), **{k: v for k, v in target.items() if v}}
+    spec["target"] = {**read_section(spec, "target"), **{k: v for k, v in target.items() if v}}
     given = {"limit": limit, "suites": suite, "constrained": constrained}
     spec |= {key: value for key, value in given.items() if value}
     inputs = {"dataset": dataset, "bfcl": bfcl, "baseline": baseline}
     if output is not None:
         paths = {role: Path(path) for role, path in inputs.items() if path}
         spec |= {role: f"{'reports' if role == 'baseline' else 'datasets'}/local" for role in paths}
-        for number, comparison in enumerate(spec.get("not_worse", ())):
-            if str(comparison.get("than", "")).startswith("reports/"):
+        comparisons = spec.get("not_worse")
+        for number, comparison in enumerate(comparisons if isinstance(comparisons, list) else ()):
+            if isinstance(comparison, dict) and str(comparison.get("than", "")).startswith("reports/"):
                 paths[f"compared/{number}"] = Path(comparison["than"])
         _run_here("evaluation", spec, paths, output, dry_run)
         return

@@ -54,6 +54,9 @@ class Stage(Generic[S]):
     A resumed run gets one more role, "checkpoint". Raises errors of services.common.errors; a SIGTERM to the worker
     arrives as `Cancelled`, raised in the main thread.
     """
+    check: Callable[[S, Mapping[str, Path]], None] | None = None
+    """(spec, {role: folder}): raises what `run` would raise of these inputs before its work begins, on whatever machine; for
+    --dry-run on folders."""
     share: Callable[[S, Mapping[str, Path], Path, tuple[int, int], Reporter], None] | None = None
     """(spec, inputs, folder, (this node, nodes), reporter): a node's part of the work, where nodes work apart.
 

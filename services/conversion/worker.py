@@ -67,6 +67,11 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     return {key: told[key] for key in (*keys, "rejected_by_code", "rows_written", "rows_scored", "tools")}
 
 
+def check(spec: Spec, inputs: Mapping[str, Path]) -> None:
+    """Raises InvalidData when a source has no rows files."""
+    _Work.plan(spec, inputs)
+
+
 def share(spec: Spec, inputs: Mapping[str, Path], folder: Path, place: tuple[int, int], reporter: Reporter) -> None:
     """Do one node's part of the first pass. place: (this node, nodes). Leaves a folder "read-…" for each process."""
     node, nodes = place
@@ -156,6 +161,7 @@ STAGE: Stage[Spec] = Stage(
     spec=Spec,
     inputs=_inputs,
     run=run,
+    check=check,
     share=share,
 )
 

@@ -48,7 +48,7 @@ def load_config(folder: Path) -> dict[str, Any]:
     """The same whatever it holds. Raises InvalidData when there is none, or no weights but pickled ones."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InvalidData(f"{folder.name} is no adapter: there is no adapter_config.json") from None
     except ValueError as error:
         raise InvalidData(f"adapter_config.json of {folder.name} is not JSON: {error}") from None

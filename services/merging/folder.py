@@ -38,11 +38,8 @@ def merge_folder(base: Path, mixture: Mixture, output: Path, on_tensor: OnTensor
     """Write base + adapters into `output`. Raises InvalidData before a byte is written when they do not fit together,
     ResourceExhausted when the disk is or becomes full, DataLoss when what was written is not the definition.
     """
-    files = sorted(base.glob("*.safetensors"))
-    if not files:
-        raise InvalidData(f"{base} has no *.safetensors weights; pickled weights are never read")
     with ExitStack() as stack:
-        opened = {path.name: stack.enter_context(TensorFile(path)) for path in files}
+        opened = _open_weights(base, stack)
         plan = plan_merge([tensors.header for tensors in opened.values()], mixture, base.name)
         _check_room(plan, output)
         merge = Merge(plan, mixture)
@@ -52,6 +49,25 @@ def merge_folder(base: Path, mixture: Mixture, output: Path, on_tensor: OnTensor
             plan, mixture, lambda f, b, e: bytes(opened[f].view(b, e)), lambda f, b, e: _read(output / f, b, e), sizes
         )
     return Merged(plan, digest_of_files(written))
+
+
+def plan_folder(base: Path, mixture: Mixture) -> Plan:
+    """What merge_folder would do. Raises InvalidData."""
+    with ExitStack() as stack:
+        headers = [tensors.header for tensors in _open_weights(base, stack).values()]
+        return plan_merge(headers, mixture, base.name)
+
+
+def find_weights(base: Path) -> list[Path]:
+    """The base model's files. Raises InvalidData when there are none."""
+    files = sorted(base.glob("*.safetensors"))
+    if not files:
+        raise InvalidData(f"{base} has no *.safetensors weights; pickled weights are never read")
+    return files
+
+
+def _open_weights(base: Path, stack: ExitStack) -> dict[str, TensorFile]:
+    return {path.name: stack.enter_context(TensorFile(path)) for path in find_weights(base)}
 
 
 def _check_room(plan: Plan, output: Path) -> None:

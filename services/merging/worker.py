@@ -7,18 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from services.common.errors import InvalidData
 from services.common.reporter import Progress, Reporter
 from services.common.stage import Stage
 from services.merging.adapter import read_adapter
 from services.merging.adapter_config import load_config
 from services.merging.carried import Files, carry
-from services.merging.folder import merge_folder
+from services.merging.folder import find_weights, merge_folder, plan_folder
 from services.merging.mixture import Mixture
 from services.merging.peft_engine import merge_with_peft
 from services.merging.plan import Plan
 from services.merging.spec import Spec
-from services.merging.swift_engine import merge_with_swift
+from services.merging.swift_engine import merge_with_swift, plan_swift
 
 if TYPE_CHECKING:
     from services.common.remote import RemoteArtifact, RemoteDraft
@@ -29,8 +28,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     begin = time.monotonic()
     base, folders = inputs["base_model"], [inputs[role] for role in spec.adapter_roles]
     told = _describe(spec, [load_config(folder) for folder in folders])
-    if not any(base.glob("*.safetensors")):
-        raise InvalidData(f"{base} has no *.safetensors weights; pickled weights are never read")
+    find_weights(base)
     plan: Plan | None = None
     if spec.engine == "stream":
         mixture = Mixture([read_adapter(folder) for folder in folders], spec.weights, spec.combination)
@@ -46,6 +44,20 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
         if spec.engine == "stream" or not _is_engines_own(name, output):
             (output / name).write_bytes(content)
     return _conclude(told, begin, reporter)
+
+
+def check(spec: Spec, inputs: Mapping[str, Path]) -> None:
+    """Raises InvalidData when the adapters among the inputs cannot be merged into inputs["base_model"]."""
+    base, folders = inputs["base_model"], [inputs[role] for role in spec.adapter_roles]
+    for folder in folders:
+        load_config(folder)
+    find_weights(base)
+    plan: Plan | None = None
+    if spec.engine == "stream":
+        plan = plan_folder(base, Mixture([read_adapter(f) for f in folders], spec.weights, spec.combination))
+    elif spec.engine == "swift":
+        plan_swift(base, folders[0], Path())
+    carry(_files(base), _files(folders[0]), spec.chat_template, plan)
 
 
 def stream(spec: Spec, inputs: Mapping[str, RemoteArtifact], draft: RemoteDraft, reporter: Reporter) -> dict[str, Any]:
@@ -102,6 +114,7 @@ STAGE: Stage[Spec] = Stage(
     spec=Spec,
     inputs=lambda spec: spec.inputs,
     run=run,
+    check=check,
     stream=lambda spec: stream if spec.stream else None,
     versions=("numpy", "ml_dtypes"),
 )

@@ -8,14 +8,14 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from services.common.cpu import cpu_flags, multiplies_bfloat16
 from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, Violation
 from services.common.model_code import files_naming_code
-from services.common.reporter import Progress, Reporter
+from services.common.reporter import Progress, Reporter, Silent
 from services.training.estimate import (
     SAMPLE_BYTES,
     DatasetSize,
@@ -53,20 +53,32 @@ def admit(spec: Spec, dataset: Path, model: Path, reporter: Reporter) -> Admitte
     """Check everything, warn of rows that will be left out. Raises one error that names all that is wrong."""
     preset, found = load_preset(spec.preset), list[FabrictuneError]()
     hardware = _collect(found, lambda: hardware_here(spec)) or Hardware()
-    trusted = bool(spec.arguments.get("trust_remote_code", False))
-    family = _collect(found, lambda: check_model(model, trusted))
     _collect(found, lambda: check_packages({**preset.arguments, **spec.arguments}))
     reporter.progress(Progress(unit="rows", step=0, phase="checking the rows"))
+    inputs = _check_inputs(found, spec, dataset, model, reporter)
+    if not found:
+        arguments = plan_arguments(spec, preset, hardware)
+        _collect(found, lambda: check_memory(spec, inputs.train, model, arguments, reporter))
+    raise_all(found)
+    return replace(inputs, hardware=hardware)
+
+
+def check_inputs(spec: Spec, dataset: Path, model: Path) -> None:
+    """What admit says of the folders, whatever this machine has. Raises one error that names all that is wrong."""
+    found = list[FabrictuneError]()
+    _check_inputs(found, spec, dataset, model, Silent())
+    raise_all(found)
+
+
+def _check_inputs(found: list[FabrictuneError], spec: Spec, dataset: Path, model: Path, reporter: Reporter) -> Admitted:
+    trusted = bool(spec.arguments.get("trust_remote_code", False))
+    family = _collect(found, lambda: check_model(model, trusted))
     train = _collect(found, lambda: read_rows(dataset / "train.jsonl"))
     validation = _collect(found, lambda: read_rows(dataset / "validation.jsonl"))
-    arguments = plan_arguments(spec, preset, hardware) if not found else {}
-    max_length = {**preset.arguments, **spec.arguments}.get("max_length")
+    max_length = {**load_preset(spec.preset).arguments, **spec.arguments}.get("max_length")
     if train is not None:
         _collect(found, lambda: check_rows(train, model, max_length, reporter))
-    if not found and train:
-        _collect(found, lambda: check_memory(spec, train, model, arguments, reporter))
-    raise_all(found)
-    return Admitted(hardware, family, train or [], validation or [], max_length)
+    return Admitted(Hardware(), family, train or [], validation or [], max_length)
 
 
 def raise_all(found: Sequence[FabrictuneError]) -> None:
@@ -109,12 +121,14 @@ def check_model(model: Path, trusted: bool) -> Family | None:
     """What ms-swift has to be told about a model. Raises InvalidData for a folder that cannot be trained."""
     try:
         config = json.loads((model / "config.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InvalidData(
             f"the base model {model} has no config.json; import it with `fabrictune models import`"
         ) from None
     except ValueError as error:
         raise InvalidData(f"the base model's config.json cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise InvalidData("the base model's config.json must hold an object")
     if not any(model.glob("*.safetensors")):
         raise InvalidData(
             "the base model has no .safetensors file; other formats are not read, for pickles can run code"
@@ -233,12 +247,12 @@ def _collect(found: list[FabrictuneError], check: Callable[[], T]) -> T | None:
 
 def _chat_template(model: Path) -> str:
     if (model / "chat_template.jinja").exists():
-        return (model / "chat_template.jinja").read_text()
+        return (model / "chat_template.jinja").read_text(errors="replace")
     try:
         config = json.loads((model / "tokenizer_config.json").read_text())
     except (FileNotFoundError, ValueError):
         return ""
-    template = config.get("chat_template") or ""
+    template = config.get("chat_template") or "" if isinstance(config, dict) else ""
     return template if isinstance(template, str) else json.dumps(template, ensure_ascii=False)
 
 

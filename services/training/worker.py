@@ -15,7 +15,7 @@ from typing import Any
 from services.common.errors import Cancelled, FabrictuneError, WorkerLost
 from services.common.reporter import Progress, Reporter
 from services.common.stage import Stage
-from services.training.admission import admit, all_too_long
+from services.training.admission import admit, all_too_long, check_inputs
 from services.training.checkpoints import (
     check_resumable,
     choose,
@@ -87,6 +87,11 @@ def tell_end_of_output(work: Path, reporter: Reporter) -> None:
     if lines:
         text = "\n".join(lines)[-_LAST_CHARACTERS:]
         reporter.log(f"the end of ms-swift's output:\n{text}", "ERROR")
+
+
+def check(spec: Spec, inputs: Mapping[str, Path]) -> None:
+    """Raises what is wrong with dataset and base model."""
+    check_inputs(spec, inputs["dataset"], inputs["base_model"])
 
 
 def account_for_rows(rows: Sequence[Row], trained: int, work: Path, split: str, reporter: Reporter) -> list[str]:
@@ -198,6 +203,7 @@ STAGE = Stage(
     spec=Spec,
     inputs=lambda spec: {"dataset": spec.dataset, "base_model": spec.base_model},
     run=run,
+    check=check,
     versions=("ms-swift", "torch", "transformers", "peft"),
     output_of=lambda spec: spec.output,
     children=plan_children,

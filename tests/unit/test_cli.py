@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from fabrictune.cli import app
 from fabrictune.cli.context import print_message
 from fabrictune.cli.progress import new_progress, show_progress
 from fabrictune.cli.serving import read_tools
+from fabrictune.cli.specs import parse_setting
 from fabrictune.errors import ApiError
 from fabrictune.v1 import job_pb2
 from services.common.errors import WorkerLost
@@ -172,6 +174,73 @@ def test_an_unknown_preset_and_argument(tmp_path: Path) -> None:
     assert done.returncode == 64
     assert "did you mean 'learning_rate'?" in done.stderr
     assert "deepspeed" in done.stderr
+
+
+@pytest.mark.parametrize("setting", ["target_modules=[q_proj", "system=*x", "run_name=2024-13-45"])
+def test_a_setting_that_is_no_yaml_is_named(setting: str) -> None:
+    with pytest.raises(ApiError, match=re.escape(f"--set {setting!r}: the value is not YAML")):
+        parse_setting(setting)
+
+
+@pytest.mark.parametrize(("text", "status"), [("arguments:", 0), ("arguments: [1]", 64), ("resources: 3", 64)])
+def test_options_are_added_to_a_section_that_is_a_mapping_or_empty(tmp_path: Path, text: str, status: int) -> None:
+    (tmp_path / "spec.yaml").write_text(text)
+    _trainable(tmp_path)
+    train = ("train", "data", "--model", "base", "--output", "out", "--dry-run", "--spec", "spec.yaml")
+    done = call(*train, "--set", "lora_rank=8", "--gpus", "1", folder=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert status == 0 or "must be a mapping" in done.stderr
+
+
+def test_a_dry_run_says_all_that_is_wrong_with_the_folders(tmp_path: Path) -> None:
+    for name in ("data", "base", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base/config.json").write_text("{}")
+    (tmp_path / "data/train.jsonl").write_bytes(b'{"id": "\xff"}\n')
+    dry = ("--output", "out", "--dry-run")
+    done = call("train", "data", "--model", "base", *dry, folder=tmp_path)
+    assert done.returncode == 65, done.stderr
+    assert "no .safetensors file" in done.stderr and "line 1: not UTF-8" in done.stderr
+    done = call("merge", "--model", "base", "--adapter", "empty", *dry, folder=tmp_path)
+    assert done.returncode == 65 and "empty is no adapter" in done.stderr
+    done = call("convert", "empty", *dry, folder=tmp_path)
+    assert done.returncode == 65 and "empty has no rows files" in done.stderr
+    _trainable(tmp_path)
+    write_base(tmp_path / "model")
+    write_adapter(tmp_path / "adapter")
+    for good in (
+        ("train", "data", "--model", "base"),
+        ("merge", "--model", "model", "--adapter", "adapter"),
+        ("convert", "data"),
+    ):
+        done = call(*good, *dry, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def _trainable(folder: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    for name in ("data", "base"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "data/train.jsonl").write_text(json.dumps({"id": "r1", "messages": messages}) + "\n")
+    for name, text in (("config.json", "{}"), ("vocab.json", "{}"), ("model.safetensors", "")):
+        (folder / "base" / name).write_text(text)
+
+
+@pytest.mark.parametrize("dry", [("--dry-run",), ()])
+def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path, dry: tuple[str, ...]) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    done = call("convert", "rows.jsonl", "--output", "rows.jsonl/below/out", *dry, folder=tmp_path)
+    assert done.returncode == 78
+    assert "rows.jsonl/below/out cannot be made: " in done.stderr and "rows.jsonl is a file" in done.stderr
+
+
+def test_an_output_where_nobody_may_write_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    done = call("convert", "rows.jsonl", "--output", "/proc/nowhere/out", folder=tmp_path)
+    assert done.returncode == 78
+    assert "/proc/nowhere/out cannot be made: " in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_base_model_without_safetensors(tmp_path: Path) -> None:
