@@ -7,6 +7,7 @@ is checked against the manifest's hashes, and is renamed at the end, so a half f
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import ssl
 from collections.abc import Callable, Iterator, Mapping
@@ -33,12 +34,14 @@ def pull(client: Client, name: str, folder: Path, on_bytes: OnBytes = lambda _: 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ApiError(f"{folder} exists and is not empty; choose another folder", "ALREADY_EXISTS")
     download = client.artifacts.begin_download(name)
-    needed, free = download.artifact.size_bytes, shutil.disk_usage(_nearest(folder)).free
+    # Named by the digest: what is there of another artifact is no beginning of this one.
+    draft = folder.with_name(f".{folder.name}.{download.artifact.digest[:12]}.part")
+    needed, free = download.artifact.size_bytes - _bytes_on_disk(draft), shutil.disk_usage(_nearest(folder)).free
     if needed > free:
         raise ApiError(
-            f"{name} is {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free at {folder}", "RESOURCE_EXHAUSTED"
+            f"{name} needs {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free at {folder}",
+            "RESOURCE_EXHAUSTED",
         )
-    draft = folder.with_name(f".{folder.name}.part")
     with open_http(60) as http:
         for file in download.artifact.files:
             target = (draft / file.path).resolve()
@@ -49,6 +52,7 @@ def pull(client: Client, name: str, folder: Path, on_bytes: OnBytes = lambda _: 
         folder.rmdir()
     draft.mkdir(parents=True, exist_ok=True)
     draft.rename(folder)
+    _forget_drafts(folder)
     return download.artifact
 
 
@@ -188,6 +192,20 @@ def _read(file: Path, on_bytes: OnBytes) -> Iterator[bytes]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def _bytes_on_disk(draft: Path) -> int:
+    """What a download that broke off has taken already."""
+    stats = (file.stat() for file in draft.rglob("*") if file.is_file())
+    return sum(min(stat.st_blocks * 512, stat.st_size) for stat in stats)
+
+
+def _forget_drafts(folder: Path) -> None:
+    """The folder is there now: what was begun of other artifacts under its name will never go on."""
+    ours = re.compile(rf"\.{re.escape(folder.name)}(\.[0-9a-f]{{12}})?\.part")
+    for draft in folder.parent.glob(".*.part"):
+        if ours.fullmatch(draft.name):
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _nearest(path: Path) -> Path:

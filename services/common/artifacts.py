@@ -26,7 +26,7 @@ from services.common.file_digests import File as File
 from services.common.file_digests import digest_of_files as digest_of_files
 from services.common.resources import ID_PATTERN
 from services.common.store import Store
-from services.common.transfer import download, upload
+from services.common.transfer import bytes_on_disk, download, upload
 
 COLLECTIONS = ("datasets", "models", "adapters", "reports")
 # Of a job that is not done, seen by its workers only: checkpoints, and what its nodes share.
@@ -183,13 +183,12 @@ class Artifacts:
     def fetch(self, name: str, folder: Path, on_bytes: OnBytes = lambda _: None) -> Manifest:
         """Download into a new folder; goes on where an interrupted one stopped. Raises DataLoss, ResourceExhausted."""
         manifest = self.get(name)
-        draft = folder.with_name(f".{folder.name}.part")
+        # Named by the digest: what is there of another artifact is no beginning of this one.
+        draft = folder.with_name(f".{folder.name}.{manifest.digest[:12]}.part")
         draft.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(draft).free
-        if manifest.size > free:
-            raise ResourceExhausted(
-                f"{name} is {manifest.size / 1e6:.0f} MB; {folder.parent} has {free / 1e6:.0f} MB free"
-            )
+        needed, free = manifest.size - bytes_on_disk(draft), shutil.disk_usage(draft).free
+        if needed > free:
+            raise ResourceExhausted(f"{name} needs {needed / 1e6:.0f} MB; {folder.parent} has {free / 1e6:.0f} MB free")
         for file in manifest.files:
             download(
                 self._store,

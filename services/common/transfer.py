@@ -125,6 +125,12 @@ def download(store: Store, key: str, file: Path, size: int, sha256: str, on_byte
         )
 
 
+def bytes_on_disk(draft: Path) -> int:
+    """What a download that broke off has taken already; its files have their whole size from the start."""
+    stats = (file.stat() for file in draft.rglob("*") if file.is_file())
+    return sum(min(stat.st_blocks * 512, stat.st_size) for stat in stats)
+
+
 def _read_notes(notes: Path) -> set[int]:
     """The parts that are there."""
     return set(json.loads(notes.read_text())) if notes.exists() else set()

@@ -6,12 +6,17 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fabrictune.errors import ApiError
+from fabrictune.transfer import CHUNK, pull
+from fabrictune.v1 import artifact_pb2
 from services.common import transfer
 from services.common.artifacts import Artifacts
 from services.common.config import StoreConfig
@@ -26,6 +31,7 @@ from services.common.errors import (
 )
 from services.common.remote import RemoteDraft
 from services.common.store import Store, open_store
+from services.pipeline.artifacts import artifact_message
 
 
 def folder_of(path: Path, **files: bytes) -> Path:
@@ -99,6 +105,7 @@ def test_a_broken_download_goes_on_where_it_stopped(
     with pytest.raises(Unavailable):
         artifacts.fetch("datasets/a", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    leave_free(monkeypatch, 2 * transfer.PART)  # no room for all of it once more
     artifacts.fetch("datasets/a", tmp_path / "out")
     assert fetched.count(0) == fetched.count(1) == fetched.count(2) == 1
     assert (tmp_path / "out/big").read_bytes() == (tmp_path / "in/big").read_bytes()
@@ -113,6 +120,82 @@ def test_a_small_download_that_broke_off_goes_on(
         artifacts.fetch("datasets/a", tmp_path / "out")
     artifacts.fetch("datasets/a", tmp_path / "out")
     assert (tmp_path / "out/a").read_bytes() == b"all of it"
+
+
+def test_what_is_there_of_another_artifact_is_no_beginning_of_this_one(
+    artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(artifacts, folder_of(tmp_path / "in", a=b"one", b=b"1"))
+    publish(artifacts, folder_of(tmp_path / "other", b=b"two"), "datasets/b")
+    fetch_part = transfer._fetch_part
+    with monkeypatch.context() as broken, pytest.raises(Unavailable):
+        broken.setattr(
+            transfer,
+            "_fetch_part",
+            lambda s, at, key, *rest: (refuse if key.endswith("/b") else fetch_part)(s, at, key, *rest),
+        )
+        artifacts.fetch("datasets/a", tmp_path / "out")
+    artifacts.fetch("datasets/b", tmp_path / "out")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == {"b": b"two"}
+
+
+class Downloads:
+    """A client's artifacts, with addresses of a real store."""
+
+    def __init__(self, artifacts: Artifacts) -> None:
+        self.artifacts = artifacts
+
+    def begin_download(self, name: str) -> artifact_pb2.Download:
+        manifest = self.artifacts.get(name)
+        addresses = {
+            f.path: self.artifacts.store.presign("GET", f"{name}/{manifest.attempt}/{f.path}") for f in manifest.files
+        }
+        return artifact_pb2.Download(artifact=artifact_message(manifest), addresses=addresses)
+
+
+def client_of(artifacts: Artifacts) -> Any:
+    return type("Client", (), {"artifacts": Downloads(artifacts)})()
+
+
+def pull_a_part(artifacts: Artifacts, name: str, folder: Path) -> None:
+    def interrupt(count: int) -> None:
+        if count >= CHUNK:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pull(client_of(artifacts), name, folder, interrupt)
+
+
+def test_a_broken_pull_goes_on_where_there_is_room_for_the_rest(
+    artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = os.urandom(3 * CHUNK)
+    publish(artifacts, folder_of(tmp_path / "in", big=big))
+    pull_a_part(artifacts, "datasets/a", tmp_path / "out")
+    leave_free(monkeypatch, 2 * CHUNK)
+    told: list[int] = []
+    pull(client_of(artifacts), "datasets/a", tmp_path / "out", told.append)
+    assert told[0] == CHUNK and sum(told) == len(big)
+    assert (tmp_path / "out/big").read_bytes() == big
+    with pytest.raises(ApiError, match="needs 3 MB, but only 2 MB are free"):
+        pull(client_of(artifacts), "datasets/a", tmp_path / "again")
+
+
+def test_a_broken_pull_of_another_artifact_leaves_nothing_in_this_one_s_folder(
+    artifacts: Artifacts, tmp_path: Path
+) -> None:
+    publish(artifacts, folder_of(tmp_path / "in", a=b"1", big=os.urandom(2 * CHUNK)))
+    publish(artifacts, folder_of(tmp_path / "other", big=b"two"), "datasets/b")
+    target = tmp_path / "pulled/out"
+    pull_a_part(artifacts, "datasets/a", target)
+    pull_a_part(artifacts, "datasets/a", target.with_name("out-2"))
+    pull(client_of(artifacts), "datasets/b", target)
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == {"big": b"two"}
+    assert [f.name[:7] for f in sorted(target.parent.iterdir())] == [".out-2.", "out"], "another folder's goes on"
+
+
+def leave_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
 
 
 def refuse(*_: object) -> None:
