@@ -28,6 +28,8 @@ from services.inference.revisions import Deployment, Revision, State, move
 from services.inference.spec import RevisionSpec
 
 _T = TypeVar("_T")
+LONGEST_WAIT_SECONDS = 10.0
+"""Between two looks whether the object store answers again."""
 
 start_seconds = Histogram(
     "fabrictune_engine_start_seconds",
@@ -164,19 +166,19 @@ class Driver:
         self._log.warning("revision failed", revision=revision.name, error=error.message)
         self.addresses.pop(revision.name, None)
         move(revision, State.FAILED, error=error)
-        await self.publish(owner)
-        await self.cluster.delete(engine_name(revision.deployment, revision.revision))
+        try:
+            await self.publish(owner)
+        finally:
+            await self.cluster.delete(engine_name(revision.deployment, revision.revision))
 
     async def _bring_up(self, owner: Deployment, revision: Revision, adopt: bool) -> None:
         begin = clock = time.monotonic()
         spec = revision.spec
-        model = await self.artifacts.fetch_model(spec.model)
-        adapters = await self._adapters(spec, model)
+        model, adapters = await self._fetch(owner, revision, patient=adopt or revision.restarts > 0)
         work = render_engine(
             revision.deployment, revision.revision, spec, model, self.hardware,
             largest_rank(spec.lora.max_rank, adapters),
         )  # fmt: skip
-        await self._beside.expect(revision, adapters)
         revision.seconds = {"fetch": round(time.monotonic() - clock, 2)}
         adopted = adopt and await self.launcher.runs_already(work)
         await self.launcher.start(work)
@@ -225,6 +227,24 @@ class Driver:
         self.addresses[revision.name] = address
         self._log.info("ready", revision=revision.name, seconds=revision.seconds, adopted=adopted)
         await self.publish(owner)
+
+    async def _fetch(self, owner: Deployment, revision: Revision, patient: bool) -> tuple[Model, list[Adapter]]:
+        """What it serves. patient: a store that is away is waited for, for that says nothing of an engine that ran before."""
+        pause = self.limits.first_pause
+        while True:
+            try:
+                model = await self.artifacts.fetch_model(revision.spec.model)
+                adapters = await self._adapters(revision.spec, model)
+                await self._beside.expect(revision, adapters)
+            except Unavailable as error:
+                if not patient:
+                    raise
+                revision.message = f"waits for the object store: {error.message}"
+                await self.publish(owner)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_WAIT_SECONDS)
+            else:
+                return model, adapters
 
     async def _adapters(self, spec: RevisionSpec, model: Model) -> list[Adapter]:
         if not spec.adapters:

@@ -25,7 +25,9 @@ class State(Enum):
 
 
 FOLLOWS: Mapping[State, frozenset[State]] = {
-    State.PENDING: frozenset({State.LOADING, State.FAILED, State.STOPPED}),
+    State.PENDING: frozenset(
+        {State.LOADING, State.FAILED, State.STOPPED, State.PENDING}
+    ),  # PENDING: it was lost before it began to load
     State.LOADING: frozenset(
         {State.PROBING, State.READY, State.FAILED, State.STOPPED, State.PENDING}
     ),  # READY: adopted

@@ -1,8 +1,9 @@
 """Deployments, their revisions and their traffic: create, move traffic (at once or by a canary), drain, stop, remember.
 
-One task drives each revision (see `drive`). Every change is saved before others see it, so a restarted service goes on
-where it was: an engine that still runs is adopted as it is. A revision that has lost its traffic stays warm for a while,
-so that going back to it needs no loading.
+One task drives each revision (see `drive`). Every change is saved (see `saver`), so a restarted service goes on where it
+was: an engine that still runs is adopted as it is. The gateway sees a change before that, since it ends with this process:
+a store that is away keeps no traffic from moving. A revision that has lost its traffic stays warm for a while, so that
+going back to it needs no loading.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from services.inference.engines import ENGINES
 from services.inference.launch import Artifacts, Launcher, Limits
 from services.inference.revisions import COMING, Deployment, Revision, State, check_traffic, move
 from services.inference.routes import RouteTable, Target
+from services.inference.saver import Saver
 from services.inference.spec import Canary, RevisionSpec
 
 
@@ -48,7 +50,7 @@ class Rollout:
         self._deployments: dict[str, Deployment] = {}
         self._tasks: dict[tuple[str, str], _Tasks] = {}
         self._watchers: set[asyncio.Queue[Deployment]] = set()
-        self._saving = asyncio.Lock()
+        self._saver = Saver(self.artifacts)
         self._launcher = Launcher(self.cluster, self.artifacts, self.hardware, self.limits)
         self._driver = Driver(
             self.cluster, self._launcher, self.artifacts, self.hardware, self.limits, self._publish, self._ready
@@ -89,6 +91,7 @@ class Rollout:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._saver.close()
 
     def get(self, deployment: str) -> Deployment:
         """By id. Raises NotFound."""
@@ -231,9 +234,9 @@ class Rollout:
         owner.traffic = {}
         await self._publish(owner)
         await asyncio.gather(*(self._stop(owner, r) for r in owner.revisions.values()))
+        await self._saver.forget(deployment)  # first: what the store still has would come back with the next start
         self._deployments.pop(deployment, None)
         self.routes.remove(deployment)
-        await self.artifacts.forget(deployment)
         self._tell(owner)
 
     # One task a revision runs what is below.
@@ -269,12 +272,12 @@ class Rollout:
             await self._publish(owner)
 
     async def _publish(self, deployment: Deployment) -> None:
-        """Save it, then let the gateway and the watchers see it."""
-        async with self._saving:
-            await self.artifacts.save(deployment)
-        if self._deployments.get(deployment.id) is deployment:
-            targets = {r.revision: self._target(r) for r in deployment.revisions.values()}
-            self.routes.put(deployment.id, targets, deployment.traffic)
+        """Let the gateway see it, save it, then let the watchers see it. A store that is away stops none of this."""
+        if self._deployments.get(deployment.id) is not deployment:
+            return  # it was deleted meanwhile
+        targets = {r.revision: self._target(r) for r in deployment.revisions.values()}
+        self.routes.put(deployment.id, targets, deployment.traffic)
+        await self._saver.save(deployment)
         self._tell(deployment)
 
     def _target(self, revision: Revision) -> Target:

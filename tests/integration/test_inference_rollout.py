@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import pytest
 
 from services.common.clusters import Phase, Workload, WorkloadStatus
 from services.common.clusters.local import LocalCluster
-from services.common.errors import AlreadyExists, FailedPrecondition
+from services.common.errors import AlreadyExists, FailedPrecondition, Unavailable
+from services.inference import saver
 from services.inference.engine import Hardware, Model, describe_model
 from services.inference.gateway import Gateway
 from services.inference.launch import Artifacts, Limits
@@ -95,9 +96,15 @@ class House:
     routes: RouteTable = field(default_factory=RouteTable)
     saved: dict[str, str] = field(default_factory=dict)
     rollouts: list[Rollout] = field(default_factory=list)
+    store_is_away: bool = False
+
+    def reach_store(self) -> None:
+        if self.store_is_away:
+            raise Unavailable("the object store does not answer")
 
     def open(self, keep_warm: float = 300, start: float = 20, place: float = 60) -> Rollout:
         async def fetch_model(_: str) -> Model:
+            self.reach_store()
             return describe_model("models/m", "d", self.folder)
 
         async def fetch_reference(_digest: str, _dtype: str) -> Reference | None:
@@ -107,15 +114,25 @@ class House:
             raise AssertionError("it is there already")
 
         async def save(deployment: Deployment) -> None:
+            self.reach_store()
             self.saved[deployment.id] = json.dumps(to_json(deployment))
 
         async def forget(deployment: str) -> None:
+            self.reach_store()
             del self.saved[deployment]
 
         artifacts = Artifacts(fetch_model, fetch_reference, store_reference, save, forget)
         limits = Limits(place=place, start=start, drain=1, keep_warm=keep_warm, restarts=2, first_pause=0.05, poll=0.05)
         self.rollouts.append(Rollout(self.cluster, self.routes, artifacts, Hardware(0, 2, 8 * 1024**3), limits))
         return self.rollouts[-1]
+
+    def restored(self) -> list[Deployment]:
+        return [from_json(json.loads(plain)) for plain in self.saved.values()]
+
+    def answers(self) -> str:
+        """The revision that the gateway would ask now."""
+        target = self.routes.choose("x")
+        return target.revision if target else ""
 
     def engine_pid(self) -> int:
         [entry] = [json.loads(f.read_text()) for f in (self.folder / "cluster" / "journal").glob("*.json")]
@@ -351,3 +368,90 @@ async def test_a_rollback_and_a_drain_under_open_streams_abort_none(house: House
             await rollout.set_traffic("x", {revision: 100})
         assert all(status == 200 and raw.endswith(b"[DONE]\n\n") for status, raw in await asyncio.gather(*streams))
     await gateway.close()
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not holds():
+            await asyncio.sleep(0.02)
+
+
+async def test_an_engine_that_crashes_while_the_store_is_away_is_started_again(house: House) -> None:
+    rollout = house.open()
+    await ready(rollout, "a", take_traffic=True)
+    made, house.store_is_away = rollout.get_revision("x", "a"), True
+    os.kill(house.engine_pid(), signal.SIGKILL)
+    await eventually(lambda: made.restarts == 1 and house.routes.choose("x") is None)
+    await eventually(lambda: "waits for the object store" in made.message)
+    house.store_is_away = False
+    await eventually(lambda: house.answers() == "a")
+    assert made.state is State.READY and made.restarts == 1
+    await eventually(lambda: house.restored()[0].revisions["a"].restarts == 1)
+
+
+async def test_an_engine_that_fails_while_the_store_is_away_is_no_longer_asked_and_goes(house: House) -> None:
+    rollout = house.open(start=0.5)
+    await rollout.create_revision("x", "a", spec("--loading"), take_traffic=True)
+    await eventually(lambda: rollout.get_revision("x", "a").state is State.LOADING)
+    house.store_is_away = True
+    assert (await rollout.wait("x", "a")).state is State.FAILED
+    with pytest.raises(Unavailable, match="it has failed or was stopped|no revision takes traffic"):
+        house.routes.choose("x")
+    async with asyncio.timeout(20):
+        while await house.cluster.list("engine"):
+            await asyncio.sleep(0.05)
+
+
+async def test_an_engine_becomes_ready_while_the_store_is_away_and_that_is_saved_later(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saver, "RETRY_SECONDS", 0.1)
+    rollout = house.open()
+    await rollout.create_revision("x", "a", spec(), take_traffic=True)
+    await eventually(lambda: rollout.get_revision("x", "a").state is State.LOADING)
+    house.store_is_away = True
+    await eventually(lambda: house.answers() == "a")
+    assert house.restored()[0].traffic == {}
+    house.store_is_away = False
+    await eventually(lambda: house.restored()[0].traffic == {"a": 100})
+
+
+async def test_a_new_process_adopts_a_running_engine_even_if_the_store_goes_away(house: House) -> None:
+    first = house.open()
+    await ready(first, "a", take_traffic=True)
+    pid = house.engine_pid()
+    await first.close()
+    second, house.store_is_away = house.open(), True
+    await second.restore(house.restored())
+    made = second.get_revision("x", "a")
+    await eventually(lambda: "waits for the object store" in made.message)
+    house.store_is_away = False
+    await eventually(lambda: house.answers() == "a")
+    assert house.engine_pid() == pid and made.restarts == 0
+
+
+async def test_a_store_that_hangs_holds_up_no_engine(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saver, "WAIT_SECONDS", 0.05)
+    rollout, free = house.open(), asyncio.Event()
+
+    async def hang(deployment: Deployment) -> None:
+        await free.wait()
+        house.saved[deployment.id] = json.dumps(to_json(deployment))
+
+    monkeypatch.setattr(rollout._saver, "_artifacts", replace(rollout.artifacts, save=hang))
+    await ready(rollout, "a", take_traffic=True)
+    await eventually(lambda: house.answers() == "a")
+    free.set()
+    await eventually(lambda: bool(house.saved) and house.restored()[0].traffic == {"a": 100})
+
+
+async def test_a_deployment_that_the_store_could_not_forget_is_there_until_it_can(house: House) -> None:
+    rollout = house.open()
+    await ready(rollout, "a", take_traffic=True)
+    house.store_is_away = True
+    with pytest.raises(Unavailable):
+        await rollout.delete("x")
+    assert await house.cluster.list("engine") == [] and rollout.get("x").traffic == {}
+    house.store_is_away = False
+    await rollout.delete("x")
+    assert house.saved == {} and rollout.list() == []
