@@ -11,19 +11,17 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 
-from services.common.errors import FabrictuneError
 from services.common.logs import get_logger
 from services.inference.outcomes import Figures, Outcomes
 from services.inference.revisions import COMING, CanaryRun, CanaryState, Deployment, State
 from services.inference.spec import Canary
 
 POLL_SECONDS = 0.25
-RETRY_SECONDS = 2.0
 NOTICEABLE_SECONDS = 0.05
 """First bytes that differ by less than this are alike, whatever their ratio: of a few milliseconds, noise makes many."""
 
 Shift = Callable[[Deployment, dict[str, int]], Awaitable[None]]
-"""Gives a deployment other traffic, saved and published."""
+"""Gives a deployment other traffic at once; a store that is away does not keep it from that."""
 
 
 class Canaries:
@@ -41,8 +39,8 @@ class Canaries:
         if total != 100:  # the candidate had some of it already
             before = share(before, 100)
         owner.canary = CanaryRun(candidate, before, policy, create_time=time.time())
+        self.resume(owner)  # first: a caller that goes away meanwhile leaves no canary that nobody watches
         await self._take_step(owner, owner.canary)
-        self.resume(owner)
 
     def resume(self, owner: Deployment) -> None:
         """Go on with a canary that runs."""
@@ -82,26 +80,14 @@ class Canaries:
                 if bad:
                     run.state, run.reason = CanaryState.ROLLED_BACK, bad
                     self._log.warning("rolled back", revision=candidate.name, reason=bad)
-                    await self._take_back(owner, run)
+                    await self._shift(owner, run.before)
                 elif time.monotonic() - since >= run.policy.observe and mine.answers >= run.policy.min_answers:
                     since = time.monotonic()
                     run.step += 1
                     await self._take_step(owner, run)
-        except FabrictuneError as error:  # the store is away, say: the weights stay, and the state says why
-            self._log.warning("canary stopped", deployment=owner.id, error=error.message)
-            run.state, run.reason = CanaryState.STOPPED, error.message
         finally:
-            self._tasks.pop(owner.id, None)
-
-    async def _take_back(self, owner: Deployment, run: CanaryRun) -> None:
-        while True:
-            try:
-                return await self._shift(owner, run.before)
-            except (
-                FabrictuneError
-            ) as error:  # the store is away, say: a bad candidate must not keep its traffic for that
-                self._log.warning("rollback is tried again", deployment=owner.id, error=error.message)
-                await asyncio.sleep(RETRY_SECONDS)
+            if self._tasks.get(owner.id) is asyncio.current_task():  # not when another canary has taken its place
+                del self._tasks[owner.id]
 
     async def _take_step(self, owner: Deployment, run: CanaryRun) -> None:
         if run.step >= len(run.policy.steps):

@@ -51,7 +51,7 @@ class Driver:
     limits: Limits
     publish: Callable[[Deployment], Awaitable[None]]
     ready: Callable[[Deployment, Revision], Awaitable[None]]
-    """Called each time that one has become READY."""
+    """Publishes that one has become READY, with the traffic that it takes from then on."""
     addresses: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,7 +77,6 @@ class Driver:
                         raise  # the first start: it would end the same way again
                     lost = error.message
                 else:
-                    await self.ready(owner, revision)
                     since = time.monotonic()
                     lost = await self.launcher.watch(name)
                     revision.restarts *= time.monotonic() - since < self.limits.calm
@@ -226,7 +225,7 @@ class Driver:
                 start_seconds.labels(step).observe(seconds)
         self.addresses[revision.name] = address
         self._log.info("ready", revision=revision.name, seconds=revision.seconds, adopted=adopted)
-        await self.publish(owner)
+        await self.ready(owner, revision)
 
     async def _fetch(self, owner: Deployment, revision: Revision, patient: bool) -> tuple[Model, list[Adapter]]:
         """What it serves. patient: a store that is away is waited for, for that says nothing of an engine that ran before."""

@@ -42,6 +42,9 @@ FOLLOWS: Mapping[State, frozenset[State]] = {
 COMING = frozenset({State.PENDING, State.LOADING, State.PROBING})
 """On the way to READY: requests for it wait."""
 
+ENDED = frozenset({State.STOPPED, State.FAILED})
+"""No engine runs for it."""
+
 
 @dataclass
 class Revision:
@@ -58,6 +61,10 @@ class Revision:
     """ParityResult; empty until it was probed."""
     take_traffic: bool = False
     """It takes all traffic as soon as it is ready."""
+    asked_time: float = 0
+    """When that was last asked for: of two it is the later one's in the end."""
+    warm_since: float = 0
+    """When it lost its traffic; 0 when it has some or never had any."""
     create_time: float = 0
     ready_time: float = 0
     restarts: int = 0

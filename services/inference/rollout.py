@@ -9,9 +9,11 @@ going back to it needs no loading.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 
@@ -23,7 +25,7 @@ from services.inference.drive import Driver
 from services.inference.engine import Hardware, adapter_model, engine_name
 from services.inference.engines import ENGINES
 from services.inference.launch import Artifacts, Launcher, Limits
-from services.inference.revisions import COMING, Deployment, Revision, State, check_traffic, move
+from services.inference.revisions import COMING, ENDED, Deployment, Revision, State, check_traffic, move
 from services.inference.routes import RouteTable, Target
 from services.inference.saver import Saver
 from services.inference.spec import Canary, RevisionSpec
@@ -49,6 +51,7 @@ class Rollout:
         """Nothing runs yet."""
         self._deployments: dict[str, Deployment] = {}
         self._tasks: dict[tuple[str, str], _Tasks] = {}
+        self._ending: dict[str, asyncio.Task[None]] = {}
         self._watchers: set[asyncio.Queue[Deployment]] = set()
         self._saver = Saver(self.artifacts)
         self._launcher = Launcher(self.cluster, self.artifacts, self.hardware, self.limits)
@@ -87,7 +90,7 @@ class Rollout:
     async def stop_driving(self) -> None:
         """Change nothing from now on; what is served goes on being served."""
         await self._canaries.close()
-        tasks = [t for d in self._tasks.values() for t in (d.drive, d.warm) if t]
+        tasks = [t for d in self._tasks.values() for t in (d.drive, d.warm) if t] + list(self._ending.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -114,34 +117,42 @@ class Rollout:
         return [self._deployments[name] for name in sorted(self._deployments)]
 
     async def create(self, deployment: str) -> Deployment:
-        """A deployment without revisions, or the one that is there."""
-        if deployment not in self._deployments:
-            self._deployments[deployment] = Deployment(deployment, create_time=time.time())
-            await self._publish(self._deployments[deployment])
-        return self._deployments[deployment]
+        """A deployment without revisions, or the one that is there; one that is being deleted goes first."""
+        while (ending := self._ending.get(f"deployments/{deployment}")) is not None:
+            await asyncio.wait({ending})
+        if deployment in self._deployments:
+            return self._deployments[deployment]
+        owner = self._deployments[deployment] = Deployment(deployment, create_time=time.time())
+        await self._publish(owner)
+        return owner
 
     async def create_revision(
         self, deployment: str, revision: str, spec: RevisionSpec, take_traffic: bool = False
     ) -> Revision:
         """Start a revision. The same id and spec: the one there is, started again if it had stopped or failed, or is asleep.
 
-        Raises AlreadyExists when the id has another spec. Returns at once; see `watch` and `wait`.
+        take_traffic: all of it, at once if it is READY and else as soon as it is; whoever asks last has it in the end.
+        Raises AlreadyExists when the id has another spec. Returns at once, but one that is about to stop does so first; see
+        `watch` and `wait`.
         """
         owner = await self.create(deployment)
         known = owner.revisions.get(revision)
         if known is not None and known.spec != spec:
             raise AlreadyExists(f"{known.name} exists with another spec; take another revision id")
-        if known is not None and known.state not in (State.STOPPED, State.FAILED):
+        if known is not None and known.state not in ENDED:
             await self._driver.wake(known)
+        if known is not None and known.state not in ENDED and (deployment, revision) not in self._tasks:
+            await self._stop(owner, known)  # nobody drives it: it drains, or could not be stopped when that was tried
+            return await self.create_revision(deployment, revision, spec, take_traffic)
+        if known is not None and known.state is State.READY and take_traffic:
+            await self.set_traffic(deployment, {revision: 100})
             return known
         made = known or Revision(deployment, revision, spec, create_time=time.time())
-        if known is not None:
-            move(made, State.PENDING)
-            made.restarts, made.parity = 0, {}
-        made.take_traffic = take_traffic
-        owner.revisions[revision] = made
+        if known is None or known.state in ENDED:
+            self._start(owner, made)
+        if take_traffic:
+            made.take_traffic, made.asked_time = True, time.time()
         await self._publish(owner)
-        self._drive(made)
         return made
 
     async def wait(self, deployment: str, revision: str) -> Revision:
@@ -166,17 +177,21 @@ class Rollout:
             self._watchers.discard(queue)
 
     async def set_traffic(self, deployment: str, traffic: Mapping[str, int]) -> Deployment:
-        """Move traffic in one step; what is in flight ends where it began. Raises InvalidSpec, FailedPrecondition."""
+        """Move traffic in one step; what is in flight ends where it began.
+
+        Raises InvalidSpec, FailedPrecondition, and Unavailable when it was moved but could not be saved.
+        """
         owner = self.get(deployment)
         check_traffic(owner, traffic)
         self._canaries.stop(owner, "traffic was moved by hand")
         await self._shift(owner, traffic)
+        self._saver.check(deployment)
         return owner
 
     async def start_canary(self, deployment: str, traffic: Mapping[str, int], policy: Canary) -> Deployment:
         """Move traffic to one revision by steps; taken back when it does worse. traffic: {revision: 100}.
 
-        Raises InvalidSpec, FailedPrecondition.
+        Raises InvalidSpec, FailedPrecondition, Unavailable (it goes on, but could not be saved).
         """
         owner = self.get(deployment)
         check_traffic(owner, traffic)
@@ -188,6 +203,7 @@ class Rollout:
             raise FailedPrecondition(f"no other revision of deployments/{deployment} takes traffic to compare with")
         self._canaries.stop(owner, "another canary was started")
         await self._canaries.start(owner, wanted[0], policy)
+        self._saver.check(deployment)
         return owner
 
     async def change_adapters(self, deployment: str, revision: str, adapters: tuple[str, ...]) -> Revision:
@@ -197,21 +213,17 @@ class Rollout:
             await self._driver.change_adapters(owner, found, adapters)
         return found
 
-    async def _shift(self, owner: Deployment, traffic: Mapping[str, int]) -> None:
-        deployment, before = owner.id, owner.traffic
-        owner.traffic = {r: part for r, part in traffic.items() if part}
+    async def _shift(self, owner: Deployment, traffic: Mapping[str, int], asked_time: float = math.inf) -> None:
+        """asked_time: when this was asked for; what was asked for later will still be done."""
+        before, owner.traffic = owner.traffic, {r: part for r, part in traffic.items() if part}
         for revision in owner.revisions.values():
-            revision.take_traffic = False
+            revision.take_traffic &= revision.asked_time > asked_time
+            if revision.revision in owner.traffic:
+                revision.warm_since = 0
+            elif revision.revision in before:
+                revision.warm_since = time.time()
+            self._keep_warm(revision)
         await self._publish(owner)
-        for revision_id in before.keys() - owner.traffic.keys():
-            tasks = self._tasks.get((deployment, revision_id))
-            if tasks is not None:
-                tasks.warm = asyncio.create_task(self._cool(deployment, revision_id))
-        for revision_id in owner.traffic:
-            tasks = self._tasks.get((deployment, revision_id))
-            if tasks is not None and tasks.warm is not None:
-                tasks.warm.cancel()
-                tasks.warm = None
 
     async def stop_revision(self, deployment: str, revision: str) -> None:
         """Drain and stop it; it is remembered. Raises FailedPrecondition when it takes traffic."""
@@ -222,41 +234,81 @@ class Rollout:
 
     async def delete_revision(self, deployment: str, revision: str) -> None:
         """Drain, stop and forget it. Raises FailedPrecondition when it takes traffic."""
+        found = self.get_revision(deployment, revision)
         await self.stop_revision(deployment, revision)
         owner = self.get(deployment)
-        owner.revisions.pop(revision, None)
+        if found.state in ENDED:  # and not started again meanwhile
+            owner.revisions.pop(revision, None)
         await self._publish(owner)
 
     async def delete(self, deployment: str) -> None:
-        """Drain and stop all its revisions and forget it."""
+        """Drain and stop all its revisions and forget it; that goes on when the caller goes away."""
         owner = self.get(deployment)
+        await self._end(f"deployments/{deployment}", lambda: self._delete(owner))
+
+    async def _delete(self, owner: Deployment) -> None:
         self._canaries.stop(owner, "the deployment was deleted")
         owner.traffic = {}
         await self._publish(owner)
         await asyncio.gather(*(self._stop(owner, r) for r in owner.revisions.values()))
-        await self._saver.forget(deployment)  # first: what the store still has would come back with the next start
-        self._deployments.pop(deployment, None)
-        self.routes.remove(deployment)
+        await self._saver.forget(owner.id)  # first: what the store still has would come back with the next start
+        self._deployments.pop(owner.id, None)
+        self.routes.remove(owner.id)
         self._tell(owner)
 
     # One task a revision runs what is below.
 
+    def _start(self, owner: Deployment, revision: Revision) -> None:
+        if revision.state is not State.PENDING:
+            move(revision, State.PENDING)
+        revision.take_traffic, revision.restarts, revision.warm_since, revision.parity = False, 0, 0, {}
+        owner.revisions[revision.revision] = revision
+        self._drive(revision)
+
     def _drive(self, revision: Revision, adopt: bool = False) -> None:
         owner = self._deployments[revision.deployment]
         task = asyncio.create_task(self._driver.drive(owner, revision, adopt), name=revision.name)
-        self._tasks[revision.deployment, revision.revision] = _Tasks(task)
+        before = self._tasks.get((revision.deployment, revision.revision))
+        self._tasks[revision.deployment, revision.revision] = _Tasks(task, before.warm if before else None)
+        self._keep_warm(revision)
 
     async def _ready(self, owner: Deployment, revision: Revision) -> None:
-        if revision.take_traffic:
-            await self.set_traffic(owner.id, {revision.revision: 100})
+        if not revision.take_traffic:
+            return await self._publish(owner)
+        self._canaries.stop(owner, "another revision was deployed")
+        await self._shift(owner, {revision.revision: 100}, revision.asked_time)
 
-    async def _cool(self, deployment: str, revision: str) -> None:
-        await asyncio.sleep(self.limits.keep_warm)
-        await self.stop_revision(deployment, revision)
+    def _keep_warm(self, revision: Revision) -> None:
+        """Let one that has lost its traffic stop in time, and one that has some again go on."""
+        tasks = self._tasks.get((revision.deployment, revision.revision))
+        if tasks is None:
+            return
+        if tasks.warm is not None:
+            tasks.warm.cancel()
+        tasks.warm = asyncio.create_task(self._cool(revision)) if revision.warm_since else None
+
+    async def _cool(self, revision: Revision) -> None:
+        await asyncio.sleep(revision.warm_since + self.limits.keep_warm - time.time())
+        await self.stop_revision(revision.deployment, revision.revision)
 
     async def _stop(self, owner: Deployment, revision: Revision) -> None:
+        await self._end(revision.name, lambda: self._drain(owner, revision))
+
+    async def _end(self, name: str, act: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do it in a task of its own, or wait for the one that does: a caller that goes away leaves nothing half ended."""
+        if name not in self._ending:
+            task = self._ending[name] = asyncio.create_task(act(), name=f"end {name}")
+            task.add_done_callback(lambda done: self._ended(name, done))
+        await asyncio.shield(self._ending[name])
+
+    def _ended(self, name: str, task: asyncio.Task[None]) -> None:
+        del self._ending[name]
+        if not task.cancelled() and (error := task.exception()):
+            self._log.warning("not ended; asking again goes on", name=name, error=str(error))
+
+    async def _drain(self, owner: Deployment, revision: Revision) -> None:
         tasks = self._tasks.pop((owner.id, revision.revision), None)
-        running = [t for t in ((tasks.drive, tasks.warm) if tasks else ()) if t and t is not asyncio.current_task()]
+        running = [t for t in ((tasks.drive, tasks.warm) if tasks else ()) if t]
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
@@ -267,7 +319,7 @@ class Rollout:
                 self._log.warning("answers are cut off", revision=revision.name, after_seconds=self.limits.drain)
         await self.cluster.delete(engine_name(owner.id, revision.revision))
         self._driver.addresses.pop(revision.name, None)
-        if revision.state not in (State.STOPPED, State.FAILED):
+        if revision.state not in ENDED:
             move(revision, State.STOPPED)
             await self._publish(owner)
 

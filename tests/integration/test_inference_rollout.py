@@ -395,7 +395,7 @@ async def test_an_engine_that_fails_while_the_store_is_away_is_no_longer_asked_a
     await eventually(lambda: rollout.get_revision("x", "a").state is State.LOADING)
     house.store_is_away = True
     assert (await rollout.wait("x", "a")).state is State.FAILED
-    with pytest.raises(Unavailable, match="it has failed or was stopped|no revision takes traffic"):
+    with pytest.raises(Unavailable, match=r"it has failed or was stopped|no revision takes traffic"):
         house.routes.choose("x")
     async with asyncio.timeout(20):
         while await house.cluster.list("engine"):
@@ -455,3 +455,155 @@ async def test_a_deployment_that_the_store_could_not_forget_is_there_until_it_ca
     house.store_is_away = False
     await rollout.delete("x")
     assert house.saved == {} and rollout.list() == []
+
+
+async def test_traffic_that_is_moved_while_the_store_is_away_is_moved_and_says_that_it_is_not_saved(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saver, "RETRY_SECONDS", 0.1)
+    rollout = house.open(keep_warm=0.5)
+    await ready(rollout, "a", take_traffic=True)
+    await ready(rollout, "b")
+    house.store_is_away = True
+    with pytest.raises(Unavailable, match="is changed, but the object store has not taken that yet"):
+        await rollout.set_traffic("x", {"b": 100})
+    assert rollout.get("x").traffic == {"b": 100} and house.answers() == "b"
+    house.store_is_away = False
+    await eventually(lambda: house.restored()[0].traffic == {"b": 100})
+    await rollout.set_traffic("x", {"b": 100})
+    await eventually(lambda: rollout.get_revision("x", "a").state is State.STOPPED)
+
+
+async def test_a_canary_that_fails_while_the_store_is_away_loses_its_traffic_at_once(house: House) -> None:
+    rollout = house.open()
+    await ready(rollout, "a", take_traffic=True)
+    await ready(rollout, "b", fields={"max_concurrency": 2})
+    await rollout.start_canary("x", {"b": 100}, Canary(steps=(50,), observe=0.1, min_answers=2))
+    house.store_is_away = True
+    for _ in range(3):
+        house.routes.outcomes.note("x", "b", 0.1, failed=True)
+    await eventually(lambda: house.routes.choose("x@b") is not None and {house.answers() for _ in range(4)} == {"a"})
+    assert rollout.get("x").traffic == {"a": 100}
+
+
+async def test_a_canary_whose_caller_goes_away_is_watched(house: House) -> None:
+    rollout = house.open()
+    await ready(rollout, "a", take_traffic=True)
+    await ready(rollout, "b", fields={"max_concurrency": 2})
+    policy = Canary(steps=(50,), observe=0.1, min_answers=0)
+    for _ in range(2):  # the second takes the place of the first
+        call = asyncio.create_task(rollout.start_canary("x", {"b": 100}, policy))
+        await asyncio.sleep(0)
+        call.cancel()
+    await eventually(lambda: rollout.get("x").traffic == {"b": 100})
+
+
+async def test_a_revision_that_lost_its_traffic_stops_after_a_restart_of_the_service_too(house: House) -> None:
+    first = house.open(keep_warm=1.5)
+    await ready(first, "a", take_traffic=True)
+    await ready(first, "b", fields={"max_concurrency": 2})
+    await first.set_traffic("x", {"b": 100})
+    await first.close()
+    second = house.open(keep_warm=1.5)
+    await second.restore(house.restored())
+    await eventually(lambda: second.get_revision("x", "a").state is State.STOPPED)
+    assert len(await house.cluster.list("engine")) == 1 and house.answers() == "b"
+
+
+async def test_an_engine_whose_undeployment_is_cancelled_in_mid_drain_ends_all_the_same(house: House) -> None:
+    rollout = house.open()
+    await ready(rollout, "a", take_traffic=True)
+    async with house.routes.hold("x", 1):
+        call = asyncio.create_task(rollout.delete("x"))
+        await eventually(lambda: rollout.get_revision("x", "a").state is State.DRAINING)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        again = asyncio.create_task(rollout.delete("x"))
+        await asyncio.sleep(0.1)
+        assert house.engine_pid(), "asking again cuts no answer off"
+    await again
+    assert await house.cluster.list("engine") == [] and house.saved == {} and rollout.list() == []
+
+
+async def test_a_revision_whose_deletion_is_cancelled_in_mid_drain_stops(house: House) -> None:
+    rollout = house.open()
+    await ready(rollout, "a")
+    async with house.routes.hold("x@a", 1):
+        call = asyncio.create_task(rollout.delete_revision("x", "a"))
+        await eventually(lambda: rollout.get_revision("x", "a").state is State.DRAINING)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+    await eventually(lambda: rollout.get_revision("x", "a").state is State.STOPPED)
+    assert await house.cluster.list("engine") == []
+
+
+async def test_an_earlier_model_deployed_again_while_it_is_warm_takes_the_traffic_at_once(house: House) -> None:
+    rollout, other = house.open(), spec(max_concurrency=2)
+    await ready(rollout, "a", take_traffic=True)
+    await rollout.create_revision("x", "b", other, take_traffic=True)
+    assert (await rollout.wait("x", "b")).state is State.READY and rollout.get("x").traffic == {"b": 100}
+    await rollout.create_revision("x", "a", spec(), take_traffic=True)
+    assert rollout.get("x").traffic == {"a": 100} and house.answers() == "a"
+    await rollout.create_revision("x", "b", other)
+    assert rollout.get("x").traffic == {"a": 100}, "who starts a revision beside the others moves no traffic"
+
+
+async def test_a_revision_deployed_again_while_it_loads_takes_the_traffic_when_it_is_ready(house: House) -> None:
+    rollout = house.open()
+    await rollout.create_revision("x", "a", spec())
+    await rollout.create_revision("x", "a", spec(), take_traffic=True)
+    await rollout.create_revision("x", "a", spec())
+    assert (await rollout.wait("x", "a")).state is State.READY and rollout.get("x").traffic == {"a": 100}
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+async def test_of_two_revisions_that_load_the_one_deployed_last_has_the_traffic_in_the_end(
+    house: House, first: str
+) -> None:
+    rollout = house.open()
+    await rollout.create_revision("x", "a", spec(), take_traffic=True)
+    await rollout.create_revision("x", "b", spec(max_concurrency=2), take_traffic=True)
+    if first == "a":  # it is deployed before the other, and now once more
+        await rollout.create_revision("x", "a", spec(), take_traffic=True)
+    for revision in ("a", "b"):
+        assert (await rollout.wait("x", revision)).state is State.READY
+    assert rollout.get("x").traffic == {first: 100}
+
+
+async def test_a_revision_deployed_again_while_it_drains_is_started_when_it_has_stopped(house: House) -> None:
+    rollout = house.open()
+    await ready(rollout, "a")
+    async with house.routes.hold("x@a", 1):
+        stop = asyncio.create_task(rollout.stop_revision("x", "a"))
+        await eventually(lambda: rollout.get_revision("x", "a").state is State.DRAINING)
+        again = asyncio.create_task(rollout.create_revision("x", "a", spec(), take_traffic=True))
+        await asyncio.sleep(0.1)
+        assert not again.done()
+    await asyncio.gather(stop, again)
+    assert (await rollout.wait("x", "a")).state is State.READY and rollout.get("x").traffic == {"a": 100}
+
+
+async def test_a_deployment_made_again_while_it_is_deleted_is_made_when_it_has_gone(house: House) -> None:
+    rollout = house.open()
+    await ready(rollout, "a", take_traffic=True)
+    async with house.routes.hold("x", 1):
+        gone = asyncio.create_task(rollout.delete("x"))
+        await eventually(lambda: rollout.get_revision("x", "a").state is State.DRAINING)
+        again = asyncio.create_task(rollout.create_revision("x", "b", spec(), take_traffic=True))
+        await asyncio.sleep(0.1)
+    await asyncio.gather(gone, again)
+    assert (await rollout.wait("x", "b")).state is State.READY
+    assert rollout.get("x").revisions.keys() == {"b"} and rollout.get("x").traffic == {"b": 100}
+
+
+async def test_a_revision_that_failed_while_it_was_warm_is_not_stopped_once_it_is_started_again(house: House) -> None:
+    rollout = house.open(keep_warm=2)
+    await ready(rollout, "a", take_traffic=True)
+    await ready(rollout, "b", fields={"max_concurrency": 2})
+    await rollout.set_traffic("x", {"b": 100})
+    made = rollout.get_revision("x", "a")
+    rollout._tasks["x", "a"].drive.cancel()
+    await rollout._driver._fail(rollout.get("x"), made, FailedPrecondition("it is too far off"))
+    await ready(rollout, "a")
+    await asyncio.sleep(2)
+    assert made.state is State.READY
