@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from services.common.errors import FabrictuneError, FailedPrecondition, InvalidSpec, Violation
+from services.common.logs import get_logger
 from services.inference.spec import Canary, RevisionSpec
+
+_M = TypeVar("_M", bound=BaseModel)
 
 
 class State(Enum):
@@ -170,18 +175,34 @@ def to_json(deployment: Deployment) -> dict[str, Any]:
 
 
 def from_json(plain: Mapping[str, Any]) -> Deployment:
-    """A deployment from the store; fields of a later version are passed over."""
-    known = {f.name for f in fields(Revision)}
+    """A deployment from the store; fields of a later version are passed over, at any depth."""
     revisions = {
         revision_id: Revision(**{
-            **{k: v for k, v in r.items() if k in known},
-            "spec": RevisionSpec.model_validate(r["spec"]),
+            **_known(Revision, r),
+            "spec": _read(RevisionSpec, r["spec"], f"the spec of revision {revision_id}"),
             "state": State(r["state"]),
         })
         for revision_id, r in plain["revisions"].items()
     }  # fmt: skip
     canary = plain.get("canary")
     if canary:
-        policy, state = Canary.model_validate(canary["policy"]), CanaryState(canary["state"])
-        canary = CanaryRun(**{**canary, "policy": policy, "state": state})
+        policy, state = _read(Canary, canary["policy"], "the canary's policy"), CanaryState(canary["state"])
+        canary = CanaryRun(**{**_known(CanaryRun, canary), "policy": policy, "state": state})
     return Deployment(plain["id"], dict(plain["traffic"]), revisions, plain["create_time"], canary or None)
+
+
+def _known(kind: type[Revision | CanaryRun], plain: Mapping[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in fields(kind)}
+    return {k: v for k, v in plain.items() if k in names}
+
+
+def _read(kind: type[_M], plain: Any, whose: str) -> _M:
+    """A model whose unknown fields are passed over with a warning: what users write is refused, what was saved is not."""
+    try:
+        return kind.model_validate(plain)
+    except ValidationError as error:
+        unknown = [".".join(map(str, e["loc"])) for e in error.errors() if e["type"] == "extra_forbidden"]
+        if not unknown:
+            raise
+        get_logger("rollout").warning("passed over: this version does not know them", where=whose, fields=unknown)
+        return kind.model_validate(plain, extra="ignore")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from services.common.errors import FailedPrecondition, InvalidData, InvalidSpec
 from services.inference.engine import (
@@ -27,8 +28,8 @@ from services.inference.reference import (
     reference_from_json,
     reference_to_json,
 )
-from services.inference.revisions import Deployment, Revision, State, check_traffic, from_json, move, to_json
-from services.inference.spec import Parity, parse_spec
+from services.inference.revisions import CanaryRun, Deployment, Revision, State, check_traffic, from_json, move, to_json
+from services.inference.spec import Parity, parse_canary, parse_spec
 
 LAPTOP = Hardware(gpus=0, cores=2, memory_bytes=24 * 1024**3, cpu_flags=frozenset({"avx2"}))
 CONFIG = {"max_position_embeddings": 4096, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -235,6 +236,24 @@ def test_a_deployment_comes_back_from_json() -> None:
     )
     deployment = Deployment("x", {"r": 100}, {"r": revision}, 1.5)
     assert from_json(json.loads(json.dumps(to_json(deployment)))) == deployment
+
+
+def test_what_a_later_version_saved_comes_back_without_the_fields_that_it_added(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    revision = Revision("x", "r", parse_spec({"model": "models/m"}), State.READY)
+    canary = CanaryRun("r", {"o": 100}, parse_canary({}))
+    deployment = Deployment("x", {"r": 100}, {"r": revision}, 1.5, canary)
+    saved = json.loads(json.dumps(to_json(deployment)))
+    stored = saved["revisions"]["r"]
+    for added in (saved, stored, stored["spec"], stored["spec"]["lora"], saved["canary"], saved["canary"]["policy"]):
+        added["later"] = 1
+    assert from_json(saved) == deployment
+    said = capsys.readouterr()
+    assert "later" in said.out + said.err and "lora.later" in said.out + said.err
+    stored["spec"]["model"] = "what never was a model"
+    with pytest.raises(ValidationError, match="must look like models/an-id"):
+        from_json(saved)
 
 
 def test_a_stopped_revision_cannot_become_ready_and_says_so() -> None:
