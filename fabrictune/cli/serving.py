@@ -25,6 +25,7 @@ agentfabric = typer.Typer(
 )
 START_STEPS = ("fetch", "place", "load", "reference", "probe", "first_token", "adapters")
 """Steps of Revision.start_seconds, in their order."""
+POLL_SECONDS = 0.5
 Name = Annotated[str, typer.Argument(help="Such as deployments/quickstart; the only one there is when absent.")]
 
 
@@ -35,7 +36,10 @@ def deploy(
     spec_file: Annotated[Path | None, typer.Option("--spec", help="YAML: dtype, max_model_len, engine_args, …")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything; start nothing.")] = False,
 ) -> None:
-    """Serve a model behind an OpenAI-compatible address, once it has passed the parity probe."""
+    """Serve a model behind an OpenAI-compatible address, once it has passed the parity probe.
+
+    An earlier revision answers until then. A model deployed again while it is warm takes the traffic at once.
+    """
     if Path(model).is_dir():
         from fabrictune import local
 
@@ -43,11 +47,13 @@ def deploy(
         return
     spec = {**read_spec(spec_file), "model": model}
     with settings().connect() as client:
-        made = client.inference.deploy(deployment or model.rpartition("/")[2], spec, validate_only=dry_run)
+        name = deployment or model.rpartition("/")[2]
+        planned = client.inference.deploy(name, spec, validate_only=True)  # names the one revision that this makes
         if dry_run:
-            print_message(made)
+            print_message(planned)
             return
-        ready = _wait_ready(client, made.name)
+        client.inference.deploy(name, spec)
+        ready = wait_ready(client, planned.name, planned.revisions[0].name)
     if settings().json:
         print_json(to_dict(ready))
     else:
@@ -199,20 +205,37 @@ def write_model_config(file: Path, entry: Mapping[str, Any]) -> bool:
     return True
 
 
-def _wait_ready(client: Client, name: str) -> inference_pb2.Deployment:
-    """Wait for a deployment's first traffic. Raises ApiError when its revision fails."""
+def wait_ready(client: Client, name: str, revision_name: str) -> inference_pb2.Deployment:
+    """The deployment once this revision of it takes traffic. Raises ApiError when it fails, stops, or another one has it."""
     with console.status(f"{name}: starting") as status:
         while True:
             deployment = client.inference.get(name)
-            for revision in deployment.revisions:
-                if revision.state == State.FAILED:
-                    from fabrictune.channel import from_status
+            revision = next((r for r in deployment.revisions if r.name == revision_name), None)
+            if revision is None:
+                raise ApiError(f"{revision_name} was deleted while it started", "NOT_FOUND")
+            if revision.state == State.FAILED:
+                from fabrictune.channel import from_status
 
-                    raise from_status(revision.error)
-                status.update(f"{name}: {State.State.Name(revision.state).lower()}  {revision.message}")
-            if deployment.traffic:
+                raise from_status(revision.error)
+            if revision.state in (State.DRAINING, State.STOPPED):
+                raise ApiError(f"{revision_name} was stopped while it started", "FAILED_PRECONDITION")
+            if revision.state == State.READY:
+                _check_takes_traffic(deployment, revision_name)
                 return deployment
-            time.sleep(0.5)
+            status.update(f"{name}: {State.State.Name(revision.state).lower()}  {revision.message}")
+            time.sleep(POLL_SECONDS)
+
+
+def _check_takes_traffic(deployment: inference_pb2.Deployment, revision_name: str) -> None:
+    """A revision has become READY and taken the traffic in one step: without any, somebody wanted it otherwise."""
+    revision_id = revision_name.rpartition("/")[2]
+    if not deployment.traffic.get(revision_id):
+        others = ", ".join(f"{r} {part} %" for r, part in sorted(deployment.traffic.items())) or "nobody"
+        raise ApiError(
+            f"{revision_name} is ready, but the traffic was given to others while it started ({others}); "
+            f"`fabrictune traffic {deployment.name} {revision_id}=100` moves it",
+            "FAILED_PRECONDITION",
+        )
 
 
 def read_tools(file: Path) -> list[dict[str, Any]]:
