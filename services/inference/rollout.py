@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,9 @@ from services.inference.revisions import COMING, ENDED, Deployment, Revision, St
 from services.inference.routes import RouteTable, Target
 from services.inference.saver import Saver
 from services.inference.spec import Canary, RevisionSpec
+
+PATIENCE_SECONDS = 30.0
+"""What is about to stop may take so long until it is started again; clients wait for 60 s."""
 
 
 @dataclass
@@ -117,9 +120,12 @@ class Rollout:
         return [self._deployments[name] for name in sorted(self._deployments)]
 
     async def create(self, deployment: str) -> Deployment:
-        """A deployment without revisions, or the one that is there; one that is being deleted goes first."""
+        """A deployment without revisions, or the one that is there; one that is being deleted goes first.
+
+        Raises FailedPrecondition when that takes long.
+        """
         while (ending := self._ending.get(f"deployments/{deployment}")) is not None:
-            await asyncio.wait({ending})
+            await self._outlast(f"deployments/{deployment}", asyncio.shield(ending))
         if deployment in self._deployments:
             return self._deployments[deployment]
         owner = self._deployments[deployment] = Deployment(deployment, create_time=time.time())
@@ -132,8 +138,8 @@ class Rollout:
         """Start a revision. The same id and spec: the one there is, started again if it had stopped or failed, or is asleep.
 
         take_traffic: all of it, at once if it is READY and else as soon as it is; whoever asks last has it in the end.
-        Raises AlreadyExists when the id has another spec. Returns at once, but one that is about to stop does so first; see
-        `watch` and `wait`.
+        Returns at once, but one that is about to stop does so first; see `watch` and `wait`. Raises AlreadyExists when the id
+        has another spec, FailedPrecondition when its stopping takes long.
         """
         owner = await self.create(deployment)
         known = owner.revisions.get(revision)
@@ -142,7 +148,8 @@ class Rollout:
         if known is not None and known.state not in ENDED:
             await self._driver.wake(known)
         if known is not None and known.state not in ENDED and (deployment, revision) not in self._tasks:
-            await self._stop(owner, known)  # nobody drives it: it drains, or could not be stopped when that was tried
+            # Nobody drives it: it drains, or could not be stopped when that was tried.
+            await self._outlast(known.name, self._stop(owner, known))
             return await self.create_revision(deployment, revision, spec, take_traffic)
         if known is not None and known.state is State.READY and take_traffic:
             await self.set_traffic(deployment, {revision: 100})
@@ -290,6 +297,17 @@ class Rollout:
     async def _cool(self, revision: Revision) -> None:
         await asyncio.sleep(revision.warm_since + self.limits.keep_warm - time.time())
         await self.stop_revision(revision.deployment, revision.revision)
+
+    async def _outlast(self, name: str, ending: Awaitable[None]) -> None:
+        """Wait for an end, but no longer than a client waits for its answer."""
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await ending
+        except TimeoutError:
+            raise FailedPrecondition(
+                f"{name} is about to stop and still answers what it has begun; ask again when it has stopped, in "
+                f"{self.limits.drain:.0f} s at most"
+            ) from None
 
     async def _stop(self, owner: Deployment, revision: Revision) -> None:
         await self._end(revision.name, lambda: self._drain(owner, revision))

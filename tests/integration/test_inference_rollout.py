@@ -18,6 +18,7 @@ import pytest
 from services.common.clusters import Phase, Workload, WorkloadStatus
 from services.common.clusters.local import LocalCluster
 from services.common.errors import AlreadyExists, FailedPrecondition, Unavailable
+from services.inference import rollout as rollouts
 from services.inference import saver
 from services.inference.engine import Hardware, Model, describe_model
 from services.inference.gateway import Gateway
@@ -591,6 +592,21 @@ async def test_a_revision_deployed_again_while_it_drains_is_started_when_it_has_
         assert not again.done()
     await asyncio.gather(stop, again)
     assert (await rollout.wait("x", "a")).state is State.READY and rollout.get("x").traffic == {"a": 100}
+
+
+async def test_what_is_asked_for_again_but_long_drains_is_refused_with_what_to_do(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollouts, "PATIENCE_SECONDS", 0.1)
+    rollout = house.open()
+    await ready(rollout, "a")
+    async with house.routes.hold("x@a", 1):
+        for end in (rollout.stop_revision("x", "a"), rollout.delete("x")):
+            ending = asyncio.create_task(end)
+            await eventually(lambda: rollout.get_revision("x", "a").state is State.DRAINING)
+            with pytest.raises(FailedPrecondition, match=r"is about to stop .* ask again when it has stopped, in 1 s"):
+                await rollout.create_revision("x", "a", spec())
+    await ending
 
 
 async def test_a_deployment_made_again_while_it_is_deleted_is_made_when_it_has_gone(house: House) -> None:
