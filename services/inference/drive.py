@@ -73,7 +73,7 @@ class Driver:
                 try:
                     await self._bring_up(owner, revision, adopt)
                 except (WorkerLost, Unavailable) as error:
-                    if not (revision.restarts or slept or await self.launcher.asleep(name)):
+                    if not (adopt or revision.restarts or slept or await self.launcher.asleep(name)):
                         raise  # the first start: it would end the same way again
                     lost = error.message
                 else:

@@ -431,6 +431,26 @@ async def test_a_new_process_adopts_a_running_engine_even_if_the_store_goes_away
     assert house.engine_pid() == pid and made.restarts == 0
 
 
+async def test_an_engine_whose_adoption_a_cluster_cannot_answer_is_started_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = house.open()
+    await ready(first, "a", take_traffic=True)
+    await first.close()
+    create, refusals = house.cluster.create, [Unavailable("the API server does not answer")]
+
+    async def refuse_once(workload: Workload) -> WorkloadStatus:
+        if refusals:
+            raise refusals.pop()
+        return await create(workload)
+
+    monkeypatch.setattr(house.cluster, "create", refuse_once)
+    second = house.open()
+    await second.restore(house.restored())
+    await eventually(lambda: house.answers() == "a")
+    assert second.get_revision("x", "a").restarts == 1
+
+
 async def test_a_store_that_hangs_holds_up_no_engine(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saver, "WAIT_SECONDS", 0.05)
     rollout, free = house.open(), asyncio.Event()
