@@ -23,6 +23,7 @@ from services.conversion.spill import PLACE, Buckets, Row, read_bucket
 NEAR = 0.9
 PERMUTATIONS, BANDS = 64, 8
 SIGNATURE_BYTES = 4 * PERMUTATIONS
+IDS = "ids"
 _DIGEST = 16
 _ENTRY = _DIGEST + PLACE.size
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
@@ -67,6 +68,18 @@ class Index:
                 self._signatures[1].close()
             self._signatures = chunk, signature_file(self._folder, chunk).open("wb")
         return self._signatures[1]
+
+
+def put_id(ids: Buckets, row_id: str, chunk: int, number: int) -> None:
+    """Remember a row's id in the buckets named IDS."""
+    digest = hashlib.blake2b(row_id.encode(), digest_size=_DIGEST).digest()
+    ids.put_hashed(digest, digest + PLACE.pack(chunk, number))
+
+
+def find_repeated_ids(folders: Sequence[Path], bucket: int) -> Iterator[tuple[int, int]]:
+    """(chunk, number) of each row that has an earlier one's id."""
+    for same in _groups(read_bucket(folders, IDS, bucket)):
+        yield from same[1:]
 
 
 def sign(row: Row) -> bytes:

@@ -10,7 +10,7 @@ from services.common.fabric import Tool
 from services.conversion.mixture import SPLITS, ToolGroups, assign_splits
 from services.conversion.reading import ASKED, POOL, Summary, read_summary
 from services.conversion.report import EXAMPLES, Outcome, Report
-from services.conversion.selection import find_duplicates, leave_out
+from services.conversion.selection import find_duplicates, find_repeated_ids, leave_out
 from services.conversion.sources import Chunk
 from services.conversion.spec import Spec
 from services.conversion.writing import Plan
@@ -38,7 +38,8 @@ def make_plan(
         for each in sorted(a for s in summaries for a in s.asked)[:ASKED]
         if all(splits[tool.name] == "train" for tool in each.tools) and (each.chunk, each.number) not in marks
     ]
-    plan = Plan(spec, rows, bytes(marks.bits), splits, draw_pools(summaries, splits), asked, tokenizer)
+    repeated = bytes(find_repeated_ids(folders, rows, buckets).bits)
+    plan = Plan(spec, rows, bytes(marks.bits), splits, draw_pools(summaries, splits), asked, tokenizer, repeated)
     by_split = {split: [name for name, where in splits.items() if where == split] for split in SPLITS}
     duplicates = {"exact": exact, "near": gone.count - exact}
     outcome = Outcome(duplicates, left_out.count, by_split, warn(spec, by_split))

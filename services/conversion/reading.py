@@ -18,7 +18,7 @@ import orjson
 
 from services.common.fabric import Tool, language_of
 from services.conversion.drafts import Drafter
-from services.conversion.duplicates import Index
+from services.conversion.duplicates import IDS, Index, put_id
 from services.conversion.identity import make_conversations
 from services.conversion.mixture import ToolGroups, seeded
 from services.conversion.pictures import has_pictures, show_pictures
@@ -118,6 +118,7 @@ class _Reader:
         """Tools by number, else by name → rows that list them."""
         self._rows = Buckets(folder, ROWS, buckets)
         self._known = KnownTools(tools_bytes)
+        self._ids = Buckets(folder, IDS, buckets)
         self._index = Index(folder, buckets, spec.duplicates == "near") if spec.duplicates != "keep" else None
         self._ballots = Ballots(folder, spec, buckets)
         self._renderer = Renderer(spec)
@@ -155,6 +156,7 @@ class _Reader:
     def close(self) -> None:
         """Write what is still held, and the summary."""
         self._rows.close()
+        self._ids.close()
         self._known.save(self._folder)
         self._ballots.close()
         if self._index is not None:
@@ -178,6 +180,7 @@ class _Reader:
         self._rows.put(
             order * self._rows.count >> 64, place_row(packed, order, chunk, number, is_draft=draft is not None)
         )
+        put_id(self._ids, row.id, chunk, number)
         if self._index is not None and row.source < len(self._spec.sources):
             self._index.add(row, chunk, number)
         if self._ballots.wants(row.source):

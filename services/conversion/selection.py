@@ -87,6 +87,15 @@ def find_duplicates(spec: Spec, folders: Sequence[Path], rows: Mapping[int, int]
     return marks, exact
 
 
+def find_repeated_ids(folders: Sequence[Path], rows: Mapping[int, int], buckets: int) -> Marks:
+    """Marks on rows that have an earlier one's id: sources count from 0 each, and files may have the same name."""
+    marks = Marks(rows)
+    for bucket in range(buckets):
+        for place in duplicates.find_repeated_ids(folders, bucket):
+            marks.add(place)
+    return marks
+
+
 def leave_out(
     spec: Spec, folders: Sequence[Path], rows: Mapping[int, int], kept: Mapping[int, int], buckets: int, gone: Marks
 ) -> Marks:

@@ -48,6 +48,8 @@ class Plan:
     """Questions of training rows that may be asked where their tool is not listed."""
     tokenizer: str = ""
     """A folder."""
+    repeated: bytes = b""
+    """Bits of `Marks`: rows whose id an earlier row has."""
 
 
 def write_buckets(plan: Plan, buckets: Sequence[int], spilled: Sequence[Path], parts: Path, tell: Tell) -> Report:
@@ -75,6 +77,7 @@ class _Writer:
         self._plan, self._spec, self._files = plan, plan.spec, files
         self._sources = plan.spec.all_sources
         self._gone = Marks(plan.rows, plan.gone) if any(plan.gone) else ()
+        self._repeated = Marks(plan.rows, plan.repeated) if any(plan.repeated) else ()
         # Only who counts characters or tokens asks for the text of a prompt.
         self._renderer = Renderer(plan.spec, as_json=not (plan.tokenizer or plan.spec.max_row_characters))
         self._together = stands_together(plan.spec)
@@ -91,10 +94,14 @@ class _Writer:
             seen += 1
             if place in self._gone:
                 continue
+            # An id is one row's: evaluation finds what is expected by it. Its place tells a later row from the first.
+            own = "~{}.{}".format(*place) if place in self._repeated else ""
             if is_draft:
-                self._finish(unpack_draft(packed), known)
+                draft = unpack_draft(packed)
+                self._finish(draft._replace(id=draft.id + own) if own else draft, known)
             else:
-                waiting = self._take(unpack_row(packed, known), waiting)
+                row = unpack_row(packed, known)
+                waiting = self._take(row._replace(id=row.id + own) if own else row, waiting)
         if waiting:
             self._write_together(waiting)
         self._count_tokens(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +66,14 @@ class Answer:
 def read_questions(dataset: Path, split: str, limit: int, follow_up: bool = False) -> list[Question]:
     """The rows of a split whose last turn is to be scored, and with follow_up what comes after their tools' results.
 
-    limit: of rows; 0 takes all. Raises InvalidData naming the file and line.
+    limit: of rows; 0 takes all. Raises InvalidData naming the rows that cannot be used.
     """
-    known = {row["id"]: row for row in read_lines(dataset / "tools.jsonl")}
+    tools = read_lines(dataset / "tools.jsonl")
+    known = {row["id"]: row for row in tools}
     rows = read_lines(dataset / f"{split}.jsonl")
+    # Rows of other splits may share an id among themselves: they are not asked.
+    repeated = set(_repeated([row["id"] for row in tools])) & {row["id"] for row in rows}
+    _refuse_repeated(sorted(repeated), "tools.jsonl")
     questions: list[Question] = []
     taken = 0
     for place, row in enumerate(rows):
@@ -87,6 +92,11 @@ def read_questions(dataset: Path, split: str, limit: int, follow_up: bool = Fals
             f"the split {split!r} has no rows to score; convert with a larger split.{split}, or choose another one"
         )
     return questions
+
+
+def check_ids(questions: Iterable[Question]) -> None:
+    """Raise InvalidData naming the ids that several questions have: answers are known by their question's id alone."""
+    _refuse_repeated(_repeated([q.id for q in questions]), "what is asked")
 
 
 def chains_of(questions: Sequence[Question]) -> list[list[Question]]:
@@ -111,6 +121,19 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         ) from None
     except ValueError as error:
         raise InvalidData(f"{file.name} has a line that is not JSON: {error}") from None
+
+
+def _repeated(ids: Iterable[str]) -> list[str]:
+    return [row_id for row_id, rows in Counter(ids).items() if rows > 1]
+
+
+def _refuse_repeated(ids: Sequence[str], where: str) -> None:
+    if ids:
+        named = ", ".join(map(repr, ids[:5])) + (", …" if len(ids) > 5 else "")
+        raise InvalidData(
+            f"{where} has ids that several rows share ({len(ids)}): {named}. Give each row an id of its own; "
+            "`fabrictune convert` does"
+        )
 
 
 def _prompt(row: Mapping[str, Any]) -> list[dict[str, str]]:

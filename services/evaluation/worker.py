@@ -24,7 +24,7 @@ from services.evaluation.gate import check_comparisons, check_gate, raise_if_not
 from services.evaluation.intervals import Proportion
 from services.evaluation.latency import measure_latency
 from services.evaluation.metrics import Score, score_answer, summarize
-from services.evaluation.questions import Answer, Question, read_lines, read_questions
+from services.evaluation.questions import Answer, Question, check_ids, read_lines, read_questions
 from services.evaluation.report import MAIN_ANSWERS, Column, Section, render_html, render_json
 from services.evaluation.spec import BASELINE, Spec
 from services.evaluation.targets import Asked, find_targets
@@ -41,6 +41,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     """
     suites, left_out = _read_suites(spec, inputs, reporter)
     questions = [question for _, _, each in suites for question in each]
+    check_ids(questions)
     asked = find_targets(spec)
     earlier = _read_baseline(spec, inputs, suites)
     answers, latency = asyncio.run(_ask_targets(spec, asked, questions, inputs.get("checkpoint"), output, reporter))

@@ -443,3 +443,27 @@ def wait_until(reached: Callable[[], bool]) -> None:
     while not reached():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("questions", [1, 4])
+def test_rows_of_two_sources_that_share_an_id_or_a_files_name_stay_apart(tmp_path: Path, questions: int) -> None:
+    def sources(*numbers: int) -> list[Path]:
+        made = []
+        for part, number in enumerate(numbers):
+            (tmp_path / str(part)).mkdir(exist_ok=True)
+            nameless = {key: value for key, value in row(number + 1, name(number + 1)).items() if key != "id"}
+            made.append(write(tmp_path / str(part) / "a.jsonl", nameless, row(number, name(number)) | {"id": "0"}))
+        return made
+
+    settings: dict[str, Any] = {"questions": {"min": 1, "max": questions}, "split": {"test": 0, "validation": 0}}
+    alone, _ = convert(tmp_path, *sources(0), folder="alone", **settings)
+    both, _ = convert(tmp_path, *sources(0, 4), **settings)
+    ids = [r["id"] for r in lines(both / "train.jsonl")]
+    assert len(set(ids)) == len(ids)
+    assert own(ids) == {"0", "0~1.1", "a.jsonl@0", "a.jsonl@0~1.0"}
+    assert own([r["id"] for r in lines(alone / "train.jsonl")]) == {"0", "a.jsonl@0"}
+
+
+def own(ids: list[str]) -> set[str]:
+    """Ids of the source rows that training rows were made of."""
+    return {part.partition("/")[0] for row_id in ids for part in row_id.split("+")}

@@ -14,7 +14,7 @@ from services.common.errors import InvalidData
 from services.common.fabric import Call, Round, Tool, Turn, render_rows, render_system
 from services.evaluation.bfcl import read_bfcl
 from services.evaluation.metrics import score_answer
-from services.evaluation.questions import Answer, Question, chains_of, read_questions
+from services.evaluation.questions import Answer, Question, chains_of, check_ids, read_questions
 from services.evaluation.wire import Wire, strip_prompt
 
 TOOLS = (
@@ -76,6 +76,32 @@ def test_without_results_each_row_is_one_question_and_the_limit_counts_rows(tmp_
     folder = write_dataset(tmp_path / "d", "split", [TURN, REFUSED, TURN])
     assert [q.id for q in read_questions(folder, "test", 0)] == ["r0/0", "r1/0", "r2/0"]
     assert [q.id for q in read_questions(folder, "test", 1, follow_up=True)] == ["r0/0", "r0/0#1", "r0/0#2"]
+
+
+def test_an_id_that_several_rows_share_is_refused_by_name(tmp_path: Path) -> None:
+    """What is expected of a row is found by its id: of two, one would be scored by the other's."""
+    folder = write_dataset(tmp_path / "d", "split", [REFUSED, TURN, TURN])
+    for file in (folder / "test.jsonl", folder / "tools.jsonl"):
+        file.write_text(file.read_text().replace("r1/", "r2/"))
+    with pytest.raises(
+        InvalidData, match=r"tools.jsonl has ids that several rows share \(3\): 'r2/0', 'r2/1', 'r2/2'\. Give"
+    ):
+        read_questions(folder, "test", 0)
+
+
+def test_rows_of_another_split_may_share_their_ids(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", "split", [REFUSED, TURN, TURN])
+    for file in (folder / "test.jsonl", folder / "tools.jsonl"):
+        file.write_text(file.read_text().replace("r1/", "r2/"))
+    first = (folder / "test.jsonl").read_text().splitlines(keepends=True)[0]
+    (folder / "validation.jsonl").write_text(first)
+    assert [q.id for q in read_questions(folder, "validation", 0)] == ["r0/0"]
+
+
+def test_an_id_that_two_suites_share_is_refused_by_name() -> None:
+    same = [Question("a", [], [], []), Question("b", [], [], []), Question("a", [], [], [])]
+    with pytest.raises(InvalidData, match=r"what is asked has ids that several rows share \(1\): 'a'"):
+        check_ids(same)
 
 
 def test_the_conversation_goes_on_word_for_word_as_it_was_trained(tmp_path: Path) -> None:
