@@ -153,7 +153,7 @@ def _read(question: Question, answer: httpx.Response, seconds: float, address: A
         calls = _read_calls(question, choice["message"], address.wire)
     except (json.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError):
         raise InvalidData(f"{address.url} does not answer as an OpenAI server would: {answer.text[:200]}") from None
-    return Answer(question.id, str(text), str(reason), int(tokens), round(seconds, 3), calls)
+    return Answer(question.id, str(text), str(reason), int(tokens), round(seconds, 3), calls, question.digest)
 
 
 def _read_calls(question: Question, message: Mapping[str, Any], wire: Wire) -> list[dict[str, str]] | None:

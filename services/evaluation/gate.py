@@ -26,20 +26,23 @@ def check_gate(gate: Mapping[str, float], measured: Mapping[str, Estimate]) -> l
 def check_comparisons(
     comparisons: Sequence[Comparison], scores_of: Callable[[str], Sequence[Score]], own: Sequence[Score]
 ) -> list[dict[str, Any]]:
-    """Every comparison: [{metric, than, by, difference, low, high, n, met}], the difference on the rows that both answered.
+    """Every comparison: [{metric, than, by, difference, low, high, n, missing, met}], on the rows that both answered.
 
-    scores_of: of what a comparison names. It is met when the difference itself is, not its whole interval.
+    scores_of: of what a comparison names. It is met when the difference itself is, not its whole interval, and the other has
+    answered all of these rows: one in common says nothing of the rest.
     """
     found = []
     for comparison in comparisons:
+        other = scores_of(comparison.than)
+        answered = {score.id for score in other}
         for metric, by in comparison.by.items():
-            difference, low, high, n = paired_difference(scores_of(comparison.than), own, metric)
+            difference, low, high, n = paired_difference(other, own, metric)
+            missing = sum(s.marks[metric] is not None and s.id not in answered for s in own)
             worse = difference if METRICS[metric].less else -difference
-            told = {"difference": difference, "low": low, "high": high, "n": n}
+            told = {"difference": difference, "low": low, "high": high, "n": n, "missing": missing}
             # A hair more than nothing: 0.85 - 0.9 is not quite -0.05.
-            found.append(
-                {"metric": metric, "than": comparison.than, "by": by, **told, "met": bool(n) and worse <= by + 1e-9}
-            )
+            met = bool(n) and not missing and worse <= by + 1e-9
+            found.append({"metric": metric, "than": comparison.than, "by": by, **told, "met": met})
     return found
 
 
@@ -56,6 +59,10 @@ def raise_if_not_met(metadata: Mapping[str, Any], report: str) -> None:
 
 def _explain(found: Mapping[str, Any]) -> str:
     n = int(found["n"])
+    if missing := found.get("missing"):
+        return (
+            f"{found['than']} has no answer to {missing} of the rows as they are asked here; compare on the same rows"
+        )
     if not n:
         return "no row was measured" + (f" by both this and {found['than']}" if "than" in found else "")
     if "than" in found:

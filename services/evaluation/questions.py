@@ -6,11 +6,13 @@ result that the row has recorded.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,13 @@ class Question:
     """What the row answers."""
     category: str = ""
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that is asked and expected: rows of two data sets may have one id, and never one digest."""
+        result = [self.after.said, self.after.observation, self.after.in_turn] if self.after else None
+        told = [self.messages, self.tools, self.expected, result, self.reference]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -61,6 +70,8 @@ class Answer:
     seconds: float
     calls: Sequence[Mapping[str, str]] | None = None
     """[{name, arguments (text)}] as the server parsed them; None: it was not asked with `tools`."""
+    question: str = ""
+    """Digest of the question; "" in reports of earlier versions."""
 
 
 def read_questions(dataset: Path, split: str, limit: int, follow_up: bool = False) -> list[Question]:

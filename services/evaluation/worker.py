@@ -44,6 +44,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     check_ids(questions)
     asked = find_targets(spec)
     earlier = _read_baseline(spec, inputs, suites)
+    compared = _read_compared(spec, inputs, suites[0][2])
     answers, latency = asyncio.run(_ask_targets(spec, asked, questions, inputs.get("checkpoint"), output, reporter))
     columns = [(target, _file(n, target), answers[n]) for n, target in enumerate(asked)]
     sections = [
@@ -65,9 +66,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     def scores_of(than: str) -> Sequence[Score]:
         if than == BASELINE:
             return earlier[0].scores if earlier else ()
-        for number, comparison in enumerate(spec.not_worse):
-            if comparison.report == than:
-                return read_column(inputs[f"compared/{number}"], own.questions, strict=False).scores
+        if than in compared:
+            return compared[than].scores
         return next(c.scores for c in sections[0].columns if c.label == names[than])
 
     gate = check_gate(spec.gate, measured) + check_comparisons(spec.not_worse, scores_of, own.scores)
@@ -83,18 +83,28 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     return {"label": own.label, "metrics": values, "gate": gate}
 
 
-def read_column(report: Path, questions: Sequence[Question], strict: bool = True) -> Column:
-    """The judged column of an earlier report, on the same rows. Raises InvalidData, when strict, if a row has no answer there."""
+def read_column(report: Path, name: str, questions: Sequence[Question], strict: bool = True) -> Column:
+    """The judged column of an earlier report, of the questions that were the same there, word for word. name: the report's.
+
+    Raises InvalidData when it does not say what was asked, and, when strict, if a row has no answer there.
+    """
     told = json.loads((report / "report.json").read_text(encoding="utf-8"))
     # The first reports had no roles; their last column was the judged one.
     column = next((c for c in told["columns"] if c.get("role") == "target"), told["columns"][-1])
     kept = {a.id: a for a in read_answers(report / column.get("answers", MAIN_ANSWERS))}
-    missing = [q.id for q in questions if q.id not in kept and q.after is None]
+    if not all(answer.question for answer in kept.values()):
+        raise InvalidData(
+            f"{name} does not say what was asked: it was made by an earlier fabrictune, and its rows may be others. Evaluate "
+            f"its model again; for a run, `fabrictune artifacts rm {name}` and begin the run again"
+        )
+    same = {q.id for q in questions if q.id in kept and kept[q.id].question == q.digest}
+    missing = [q.id for q in questions if q.id not in same and q.after is None]
     if missing and strict:
         raise InvalidData(
-            f"the baseline has no answer to {len(missing)} of the rows, such as {missing[0]!r}: it was made on other rows"
+            f"{name} has no answer to {len(missing)} of the rows, such as {missing[0]!r}, as they are asked here: "
+            "it was made on other rows"
         )
-    return Column(column["label"], questions, [kept[q.id] for q in questions if q.id in kept])
+    return Column(column["label"], questions, [kept[q.id] for q in questions if q.id in same])
 
 
 def read_answers(file: Path) -> list[Answer]:
@@ -127,10 +137,20 @@ def _read_baseline(
     """The baseline's column, over the report's own questions; where it was asked others too, its answers to those as well."""
     if "baseline" not in inputs:
         return []
-    own = read_column(inputs["baseline"], suites[0][2])
-    further = [read_column(inputs["baseline"], questions, strict=False) for _, _, questions in suites[1:]]
+    report = inputs["baseline"]
+    own = read_column(report, spec.baseline, suites[0][2])
+    further = [read_column(report, spec.baseline, questions, strict=False) for _, _, questions in suites[1:]]
     answers = [answer for column in (own, *further) for answer in column.answers]
     return [Column(own.label, own.questions, answers, "baseline", own.file)]
+
+
+def _read_compared(spec: Spec, inputs: Mapping[str, Path], questions: Sequence[Question]) -> dict[str, Column]:
+    """Report → its judged column, of those that not_worse names; the gate says which rows they lack."""
+    return {
+        comparison.report: read_column(inputs[f"compared/{number}"], comparison.report, questions, strict=False)
+        for number, comparison in enumerate(spec.not_worse)
+        if comparison.report
+    }
 
 
 def _read_latency(report: Path, label: str) -> list[dict[str, Any]]:
@@ -206,8 +226,8 @@ class _Keeper:
         if before is None or not before.exists():
             return {}
         shutil.copyfile(before, file)
-        asked = {q.id for q in questions}
-        found = {answer.id: answer for answer in read_answers(file) if answer.id in asked}
+        asked = {q.id: q.digest for q in questions}
+        found = {a.id: a for a in read_answers(file) if a.question and a.question == asked.get(a.id)}
         self._answered += len(found)
         self._kept = self._answered
         return found

@@ -20,7 +20,8 @@ import pytest
 
 from services.common.artifacts import Artifacts
 from services.common.config import StoreConfig
-from services.common.errors import GateNotMet, InvalidSpec
+from services.common.errors import GateNotMet, InvalidData, InvalidSpec
+from services.common.fabric import Call, Turn
 from services.common.store import Store
 from services.evaluation.worker import STAGE
 from tests.conftest import Recorder, serving
@@ -267,6 +268,54 @@ def test_the_gate_compares_with_reports_and_other_targets(evaluate: Callable[...
     assert "-100.0 points" in refused.value.violations[0].description
     with pytest.raises(ValueError, match="give either a revision of ours or an address"):
         evaluate("none", targets=[other])
+
+
+OTHER = Turn((Call("海 sea", "{}", "calm"),), "The sea is calm.")
+
+
+@pytest.fixture
+def other_rows(evaluate: Callable[..., Any], tmp_path: Path) -> Path:
+    """A report on other rows that have the same ids, of which the second alone is the same."""
+    data = write_dataset(tmp_path / "other", "split", [OTHER, REFUSED, OTHER])
+    _, folder = evaluate("others", inputs={"dataset": data})
+    return Path(folder)
+
+
+def test_a_baseline_on_other_rows_of_the_same_ids_is_refused_before_anything_is_asked(
+    evaluate: Callable[..., Any], other_rows: Path, model: Model
+) -> None:
+    model.asked.clear()
+    with pytest.raises(
+        InvalidData, match="reports/b has no answer to 2 of the rows, such as 'r0/0', as they are asked here"
+    ):
+        evaluate("after", baseline="reports/b", inputs={"baseline": other_rows})
+    assert model.asked == []
+
+
+def test_the_gate_is_not_met_by_a_comparison_with_other_rows_of_the_same_ids(
+    evaluate: Callable[..., Any], other_rows: Path
+) -> None:
+    told, _ = evaluate(
+        "bad", "before",
+        not_worse=[{"than": "reports/others", "by": {"right_tool": 1.0, "no_call": 0.0}}],
+        inputs={"compared/0": other_rows},
+    )  # fmt: skip
+    assert [(g["metric"], g["n"], g["missing"], g["met"]) for g in told["gate"]] == [
+        ("right_tool", 0, 2, False), ("no_call", 1, 0, True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ["baseline", "compared/0"])
+def test_a_report_that_does_not_say_what_was_asked_is_refused_with_what_to_do(
+    evaluate: Callable[..., Any], other_rows: Path, role: str
+) -> None:
+    rows = [json.loads(line) for line in (other_rows / "answers.jsonl").read_text().split("\n") if line]
+    assert all(row.pop("question") for row in rows)
+    (other_rows / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    compared = [{"than": "reports/old", "by": {"calls": 0}}]
+    more: dict[str, Any] = {"baseline": "reports/old"} if role == "baseline" else {"not_worse": compared}
+    with pytest.raises(InvalidData, match="reports/old does not say what was asked.*Evaluate its model again"):
+        evaluate("bad", inputs={role: other_rows}, **more)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -205,6 +206,30 @@ def test_not_worse_than_another_by_more_than() -> None:
     assert said.startswith("-10.0 points [")
     assert said.endswith("against reports/r on 10 rows; the gate allows 5.0 points worse")
     assert not check_comparisons(asked, lambda _: [], own)[0]["met"]
+
+
+def test_a_comparison_with_fewer_rows_is_not_met_and_says_why() -> None:
+    call = "Action: weather\nAction Input: {}"
+    own = [score(call, row=str(n)) for n in range(10)]
+    (found,) = check_comparisons([Comparison(than="reports/r", by={"calls": 0.1})], lambda _: own[:1], own)
+    assert (found["n"], found["missing"], found["met"]) == (1, 9, False)
+    with pytest.raises(GateNotMet) as refused:
+        raise_if_not_met({"gate": [found]}, "reports/mine")
+    assert "reports/r has no answer to 9 of the rows as they are asked here" in refused.value.violations[0].description
+
+
+def test_a_question_is_known_by_all_that_is_asked_and_expected() -> None:
+    first = Question("a", [{"role": "user", "content": "Rome?"}], TOOLS, WANTED)
+    assert first.digest == replace(first, id="b", category="c").digest
+    later = Result("a", "said", "{}")
+    others: list[dict[str, Any]] = [
+        {"messages": []},
+        {"tools": []},
+        {"expected": []},
+        {"after": later},
+        {"reference": "x"},
+    ]
+    assert len({first.digest, *(replace(first, **other).digest for other in others)}) == 6
 
 
 def test_the_report() -> None:
