@@ -38,9 +38,13 @@ class Address:
 
     url: str
     model: str
-    api_key: str = ""
+    api_key: str = field(default="", repr=False)
     ca_file: str = ""
     wire: Wire = field(default_factory=Wire)
+
+    def hide_key(self, text: str) -> str:
+        """A text without the key: servers quote it when they refuse it, and logs and errors may be read by any viewer."""
+        return text.replace(self.api_key, "[API key]") if self.api_key else text
 
 
 @dataclass(frozen=True)
@@ -124,11 +128,11 @@ async def _post(http: httpx.AsyncClient, address: Address, question: Question, b
         try:
             answer = await http.post("/chat/completions", json=body)
         except httpx.HTTPError as error:
-            said = f"{type(error).__name__}: {error}".rstrip(": ")
+            said = address.hide_key(f"{type(error).__name__}: {error}".rstrip(": "))
         else:
             if answer.status_code == 200:
                 return _read(question, answer, time.perf_counter() - begin, address)
-            said = f"HTTP {answer.status_code}: {answer.text[:300]}"
+            said = f"HTTP {answer.status_code}: {address.hide_key(answer.text)[:300]}"
             if answer.status_code not in TRY_AGAIN:
                 raise REFUSALS.get(answer.status_code, InvalidData)(f"{address.url} refuses row {question.id} ({said})")
             least = _read_retry_after(answer)
@@ -152,7 +156,8 @@ def _read(question: Question, answer: httpx.Response, seconds: float, address: A
         tokens = (told.get("usage") or {}).get("completion_tokens") or 0
         calls = _read_calls(question, choice["message"], address.wire)
     except (json.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError):
-        raise InvalidData(f"{address.url} does not answer as an OpenAI server would: {answer.text[:200]}") from None
+        said = address.hide_key(answer.text)[:200]
+        raise InvalidData(f"{address.url} does not answer as an OpenAI server would: {said}") from None
     return Answer(question.id, str(text), str(reason), int(tokens), round(seconds, 3), calls, question.digest)
 
 

@@ -73,7 +73,7 @@ async def _stream(http: httpx.AsyncClient, address: Address, question: Question,
     try:
         async with http.stream("POST", "/chat/completions", json=sent) as answer:
             if answer.status_code != 200:
-                said = (await answer.aread())[:300].decode(errors="replace")
+                said = address.hide_key((await answer.aread()).decode(errors="replace"))[:300]
                 raise Unavailable(
                     f"{address.url} does not stream row {question.id} (HTTP {answer.status_code}: {said})"
                 )
@@ -86,7 +86,8 @@ async def _stream(http: httpx.AsyncClient, address: Address, question: Question,
                     first = first or time.perf_counter() - begin
                     pieces += 1
     except httpx.HTTPError as error:
-        raise Unavailable(f"{address.url} broke off row {question.id}: {type(error).__name__} {error}") from None
+        said = address.hide_key(f"{type(error).__name__} {error}")
+        raise Unavailable(f"{address.url} broke off row {question.id}: {said}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InvalidData(f"{address.url} does not stream as an OpenAI server would") from None
     whole = time.perf_counter() - begin

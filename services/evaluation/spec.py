@@ -11,6 +11,8 @@ from services.common.resources import ID_PATTERN
 from services.evaluation.metrics import METRICS
 
 BASELINE = "baseline"
+API_KEY_VARIABLE = r"(?!FABRICTUNE_|AWS_)[A-Za-z0-9_]*_API_KEY"
+"""Whoever may start an evaluation chooses the address, too: no other secret of the worker may be named, above all no store's."""
 REPORT, REVISION = f"reports/{ID_PATTERN}", f"deployments/{ID_PATTERN}/revisions/{ID_PATTERN}"
 Suite = Literal["held_out", "multi_turn", "latency"]
 
@@ -44,8 +46,8 @@ class Target(BaseModel):
     address: Annotated[str, _named(r"https?://\S+", "http://host:port/v1")] = ""
     model: str = ""
     api_key_variable: Annotated[
-        str, _named(r"[A-Za-z_][A-Za-z0-9_]*", "OPENAI_API_KEY: a variable's name, never the key itself")
-    ] = Field("", description="the worker's environment variable that holds the address's API key")
+        str, _named(API_KEY_VARIABLE, "OPENAI_API_KEY: a variable's name that ends in _API_KEY, never the key itself")
+    ] = Field("", description="the worker's environment variable (…_API_KEY) that holds the address's API key")
     tools: bool = Field(False, description="asked with OpenAI's `tools` and answered with tool_calls")
 
     @model_validator(mode="after")

@@ -28,7 +28,7 @@ class Asked:
 
 
 def find_targets(spec: Spec) -> list[Asked]:
-    """All that are asked, in the order of the columns. Raises InvalidSpec naming every key that is missing."""
+    """All that are asked, in the order of the columns. Raises InvalidSpec naming every key that cannot be used."""
     wanted = [(target, "reference") for target in spec.targets]
     named = {target.revision for target in spec.targets}
     extra = [c.revision for c in spec.not_worse if c.revision and c.revision not in named]
@@ -37,13 +37,9 @@ def find_targets(spec: Spec) -> list[Asked]:
     if spec.constrained:
         label = f"{_label(spec.target)}{CONSTRAINED}"
         wanted.append((spec.target.model_copy(update={"tools": True, "label": label}), "constrained"))
-    missing = [
-        Violation("spec.targets", f"api_key_variable names {t.api_key_variable}, which is not set here")
-        for t, _ in wanted
-        if t.api_key_variable and not os.environ.get(t.api_key_variable)
-    ]
-    if missing:
-        raise InvalidSpec("the worker's environment lacks API keys", violations=missing)
+    variables = dict.fromkeys(target.api_key_variable for target, _ in wanted if target.api_key_variable)
+    if wrong := [Violation("spec.targets", problem) for name in variables if (problem := _find_problem(name))]:
+        raise InvalidSpec("the worker's environment lacks API keys", violations=wrong)
     labels = _unique([_label(target) for target, _ in wanted])
     return [
         Asked(label, role, find_address(target), target.revision or target.label)
@@ -61,10 +57,27 @@ def find_address(target: Target) -> Address:
                 "FABRICTUNE_GATEWAY_URL does not say where the gateway is; give target.address instead"
             )
         _, deployment, _, revision = target.revision.split("/")
-        token, ca_file = (os.environ.get(f"FABRICTUNE_{name}", "") for name in ("TOKEN", "CA_FILE"))
+        token, ca_file = _read_key("FABRICTUNE_TOKEN"), os.environ.get("FABRICTUNE_CA_FILE", "")
         return Address(f"{gateway.rstrip('/')}/v1", f"{deployment}@{revision}", token, ca_file, wire)
-    key = os.environ.get(target.api_key_variable, "") if target.api_key_variable else ""
+    key = _read_key(target.api_key_variable) if target.api_key_variable else ""
     return Address(target.address, target.model, key, "", wire)
+
+
+def _read_key(variable: str) -> str:
+    """What a variable holds, without the line break that files and Secrets often end in; no header takes it."""
+    return os.environ.get(variable, "").strip()
+
+
+def _find_problem(variable: str) -> str:
+    """Why a variable's key cannot be sent, without a word of the key; "" when it can."""
+    key = _read_key(variable)
+    if not key:
+        return f"api_key_variable names {variable}, which is not set here"
+    if not (key.isascii() and key.isprintable()):
+        return (
+            f"api_key_variable names {variable}, whose value has characters that no API key has, such as a line break"
+        )
+    return ""
 
 
 def _label(target: Target) -> str:

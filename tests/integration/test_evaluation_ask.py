@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from services.common.errors import InvalidData, Unauthenticated, Unavailable
+from services.common.errors import FabrictuneError, InvalidData, Unauthenticated, Unavailable
 from services.evaluation.ask import Address, Sampling, ask_all
 from services.evaluation.latency import measure_latency
 from services.evaluation.questions import Answer, Question
@@ -119,6 +119,19 @@ async def test_refusals_are_not_tried_again(
     with pytest.raises(kind, match=said):
         await collect(server)
     assert len(server.asked) <= 3
+
+
+@pytest.mark.parametrize("status", [200, 401, 503])
+async def test_a_key_that_the_server_quotes_is_not_told_on(
+    server: Server, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asyncio, "sleep", _no_sleep(asyncio.sleep))
+    text = "x" * 290 + " no such key: sk-1234567890"
+    server.behave = lambda _: web.Response(status=status, text=text if status != 200 else text[-40:])
+    with pytest.raises(FabrictuneError) as refused:
+        await collect(server, "sk-1234567890")
+    assert "sk-" not in refused.value.message
+    assert "sk-1234567890" not in repr(Address(server.url, "m", "sk-1234567890"))
 
 
 async def test_answers_that_are_kept_are_not_asked_for_again(server: Server) -> None:

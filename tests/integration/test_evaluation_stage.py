@@ -127,8 +127,8 @@ def test_before_and_after_on_the_same_rows(evaluate: Callable[..., Any]) -> None
 def test_others_and_constrained_answers_stand_beside_it(
     evaluate: Callable[..., Any], model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOSTED_KEY", "secret")
-    hosted = {"address": model.url, "model": "hosted", "tools": True, "api_key_variable": "HOSTED_KEY"}
+    monkeypatch.setenv("HOSTED_API_KEY", "secret")
+    hosted = {"address": model.url, "model": "hosted", "tools": True, "api_key_variable": "HOSTED_API_KEY"}
     _, folder = evaluate("out", targets=[hosted], constrained=True)
     report = read(folder)
     assert [(c["label"], c["role"]) for c in report["columns"]] == [
@@ -144,9 +144,27 @@ def test_others_and_constrained_answers_stand_beside_it(
 
 
 def test_a_key_that_is_not_there_is_named_before_anything_is_asked(evaluate: Callable[..., Any], model: Model) -> None:
-    hosted = {"address": model.url, "model": "hosted", "api_key_variable": "NOT_SET_ANYWHERE"}
-    with pytest.raises(InvalidSpec, match="NOT_SET_ANYWHERE, which is not set here"):
+    hosted = {"address": model.url, "model": "hosted", "api_key_variable": "NOT_SET_ANYWHERE_API_KEY"}
+    with pytest.raises(InvalidSpec, match="NOT_SET_ANYWHERE_API_KEY, which is not set here"):
         evaluate("out", targets=[hosted])
+    assert model.asked == []
+
+
+def test_a_keys_last_line_break_is_not_sent_and_other_odd_keys_are_named_by_their_variables(
+    evaluate: Callable[..., Any], model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosted = {"address": model.url, "model": "hosted", "api_key_variable": "HOSTED_API_KEY"}
+    monkeypatch.setenv("HOSTED_API_KEY", "secret\n")
+    evaluate("good", targets=[hosted])
+    assert {a["key"] for a in model.asked if a["model"] == "hosted"} == {"Bearer secret"}
+    model.asked.clear()
+    for key in ("sec\nret", "secrét"):
+        monkeypatch.setenv("HOSTED_API_KEY", key)
+        with pytest.raises(
+            InvalidSpec, match="HOSTED_API_KEY, whose value has characters that no API key has"
+        ) as refused:
+            evaluate(f"bad-{len(key)}", targets=[hosted])
+        assert "sec" not in str(refused.value)
     assert model.asked == []
 
 
@@ -286,7 +304,7 @@ def test_a_baseline_on_other_rows_of_the_same_ids_is_refused_before_anything_is_
 ) -> None:
     model.asked.clear()
     with pytest.raises(
-        InvalidData, match="reports/b has no answer to 2 of the rows, such as 'r0/0', as they are asked here"
+        InvalidData, match=r"reports/b has no answer to 2 of the rows, such as 'r0/0', as they are asked here"
     ):
         evaluate("after", baseline="reports/b", inputs={"baseline": other_rows})
     assert model.asked == []
@@ -314,7 +332,7 @@ def test_a_report_that_does_not_say_what_was_asked_is_refused_with_what_to_do(
     (other_rows / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     compared = [{"than": "reports/old", "by": {"calls": 0}}]
     more: dict[str, Any] = {"baseline": "reports/old"} if role == "baseline" else {"not_worse": compared}
-    with pytest.raises(InvalidData, match="reports/old does not say what was asked.*Evaluate its model again"):
+    with pytest.raises(InvalidData, match=r"reports/old does not say what was asked.*Evaluate its model again"):
         evaluate("bad", inputs={role: other_rows}, **more)
 
 
@@ -328,6 +346,10 @@ def test_a_report_that_does_not_say_what_was_asked_is_refused_with_what_to_do(
         ({"not_worse": [{"than": "baseline", "by": {}}]}, "at least 1 item"),
         ({"suites": ["speed"]}, "held_out"),
         ({"target": {"address": "http://a/v1", "model": "m", "api_key_variable": "sk-123"}}, "never the key itself"),
+        *(
+            ({"target": {"address": "http://a/v1", "model": "m", "api_key_variable": name}}, "ends in _API_KEY")
+            for name in ("FABRICTUNE_S3_SECRET_KEY", "FABRICTUNE_X_API_KEY", "AWS_X_API_KEY", "HF_TOKEN", "PATH")
+        ),
     ],
 )
 def test_specs_that_cannot_be_done_are_refused(spec: dict[str, Any], said: str) -> None:
