@@ -65,7 +65,7 @@ def report_table(report: Mapping[str, Any]) -> Table:
     )
     table.add_column("")
     for column in report["columns"]:
-        table.add_column(str(column["label"]))
+        table.add_column(Text(str(column["label"])))
     for group in HEADINGS:
         table.add_row(f"[bold]{HEADINGS[group]}[/]")
         for metric, title in report["titles"].items():
@@ -93,7 +93,7 @@ def _show_report(client: Client, outputs: Mapping[str, str]) -> None:
         folder = Path(scratch) / "report"
         transfer.pull(client, outputs["evaluation-after"], folder)
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+        answers = _read_rows(folder / "answers.jsonl")
         console.print(report_table(report))
         failed = {row["id"] for row in report["examples"]}
         good = next((a for a in answers if a["id"] not in failed and "Action:" in a["text"]), answers[0])
@@ -107,8 +107,7 @@ def _ask(client: Client, deployment: str, dataset: str, row_id: str, scratch: Pa
 
     folder = scratch / "dataset"
     transfer.pull(client, dataset, folder)
-    rows = map(json.loads, (folder / "test.jsonl").read_text(encoding="utf-8").splitlines())
-    row = next((r for r in rows if r["id"] == row_id), None)
+    row = next((r for r in _read_rows(folder / "test.jsonl") if r["id"] == row_id), None)
     if row is None:
         return  # a question of another suite, or one after a tool's result
     turns = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
@@ -118,6 +117,11 @@ def _ask(client: Client, deployment: str, dataset: str, row_id: str, scratch: Pa
     text = "".join(piece.text for piece in pieces).strip()
     _print("\n[bold]A question about tools that it has never seen[/], answered by the deployed model")
     console.print(Panel(Text(f"{turns[-1]['content']}\n\n{text}"), border_style="cyan"))
+
+
+def _read_rows(file: Path) -> list[Any]:
+    """The objects of a file of JSON lines; what else ends lines for Python, such as U+2028, may stand in their texts."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _print(text: str | Text) -> None:

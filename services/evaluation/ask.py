@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -29,7 +30,23 @@ TIMEOUT = httpx.Timeout(600, connect=10)
 LONGEST_WAIT = 60.0
 """Seconds between two tries, whatever a server's Retry-After says."""
 TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+OF_ONE_ROW = frozenset({400, 413, 422})
+"""A server that answers others says so of one row, such as a prompt that is too long for its model."""
+FIRST = 5
+"""When so many rows at the beginning are all refused, it is not the rows."""
 REFUSALS: Mapping[int, type[FabrictuneError]] = {401: Unauthenticated, 403: PermissionDenied, 404: NotFound}
+
+_HALF = re.compile("[\ud800-\udfff]")
+T = TypeVar("T")
+
+
+class Busy(Exception):
+    """A server that may answer later."""
+
+    def __init__(self, said: str, seconds: float) -> None:
+        super().__init__(said)
+        self.seconds = seconds
+        """How long it asks to be left alone; 0: it does not say."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +96,12 @@ async def ask_all(
 ) -> AsyncIterator[Answer]:
     """Answers, in the order in which they arrive; those that are kept already are not asked for again.
 
-    Raises the first error; what is in flight is cancelled then.
+    A row that the server refuses is an answer, too, unless each of the FIRST is refused and none was answered. Raises the
+    first error; what is in flight is cancelled then.
     """
     known = dict(kept or {})
     chains = [chain for chain in chains_of(questions) if any(q.id not in known for q in chain)]
+    first = {chain[0].id for chain in chains[:FIRST]}
     arrived: asyncio.Queue[Answer | None] = asyncio.Queue()
     waiting = iter(chains)
     async with open_client(address, sampling) as http:
@@ -92,8 +111,12 @@ async def ask_all(
                 for number, question in enumerate(chain):
                     if question.id not in known:
                         body = request_body(address, sampling, chain, number, known)
-                        known[question.id] = await _post(http, address, question, body)
-                        arrived.put_nowait(known[question.id])
+                        answer = known[question.id] = await _post(http, address, question, body)
+                        if first <= known.keys() and all(a.refused for a in known.values()):
+                            raise InvalidData(
+                                f"{address.url} refuses row {question.id} ({answer.refused}), and all that came before"
+                            )
+                        arrived.put_nowait(answer)
 
         workers = [asyncio.create_task(work()) for _ in range(min(sampling.concurrency, len(chains)))]
         done = asyncio.gather(*workers)
@@ -121,25 +144,45 @@ def request_body(
     }
 
 
-async def _post(http: httpx.AsyncClient, address: Address, question: Question, body: Mapping[str, Any]) -> Answer:
+async def try_again(address: Address, question: Question, attempt: Callable[[], Awaitable[T]]) -> T:
+    """What an attempt returns; where the server is away or busy, another is made. Raises Unavailable after the last."""
     wait, said = 0.5, ""
-    for attempt in range(TRIES):
-        begin, least = time.perf_counter(), 0.0
+    for number in range(TRIES):
+        least = 0.0
         try:
-            answer = await http.post("/chat/completions", json=body)
+            return await attempt()
         except httpx.HTTPError as error:
             said = address.hide_key(f"{type(error).__name__}: {error}".rstrip(": "))
-        else:
-            if answer.status_code == 200:
-                return _read(question, answer, time.perf_counter() - begin, address)
-            said = f"HTTP {answer.status_code}: {address.hide_key(answer.text)[:300]}"
-            if answer.status_code not in TRY_AGAIN:
-                raise REFUSALS.get(answer.status_code, InvalidData)(f"{address.url} refuses row {question.id} ({said})")
-            least = _read_retry_after(answer)
-        if attempt + 1 < TRIES:
+        except Busy as busy:
+            said, least = str(busy), busy.seconds
+        if number + 1 < TRIES:
             await asyncio.sleep(min(max(wait, least), LONGEST_WAIT))
             wait = min(wait * 2, 10)
     raise Unavailable(f"{address.url} did not answer row {question.id} in {TRIES} tries; the last said {said}")
+
+
+def check_status(answer: httpx.Response, address: Address, question: Question) -> str:
+    """What a server says that refuses this row, "" when it answers. Raises Busy, and the error of what refuses every row."""
+    if answer.status_code == 200:
+        return ""
+    said = f"HTTP {answer.status_code}: {address.hide_key(answer.text)[:300]}"
+    if answer.status_code in TRY_AGAIN:
+        raise Busy(said, _read_retry_after(answer))
+    if answer.status_code not in OF_ONE_ROW:
+        raise REFUSALS.get(answer.status_code, InvalidData)(f"{address.url} refuses row {question.id} ({said})")
+    return said
+
+
+async def _post(http: httpx.AsyncClient, address: Address, question: Question, body: Mapping[str, Any]) -> Answer:
+    async def attempt() -> Answer:
+        begin = time.perf_counter()
+        answer = await http.post("/chat/completions", json=body)
+        seconds = round(time.perf_counter() - begin, 3)
+        if said := check_status(answer, address, question):
+            return Answer(question.id, "", "", 0, seconds, refused=said, question=question.digest)
+        return _read(question, answer, seconds, address)
+
+    return await try_again(address, question, attempt)
 
 
 def _read_retry_after(answer: httpx.Response) -> float:
@@ -150,19 +193,28 @@ def _read_retry_after(answer: httpx.Response) -> float:
 
 def _read(question: Question, answer: httpx.Response, seconds: float, address: Address) -> Answer:
     try:
-        told = answer.json()
+        # A model may say half a character: a byte that is no UTF-8, an escaped surrogate without its other half.
+        told = json.loads(answer.content.decode("utf-8", "replace"))
         choice = told["choices"][0]
         text, reason = choice["message"].get("content") or "", choice["finish_reason"] or ""
-        tokens = (told.get("usage") or {}).get("completion_tokens") or 0
+        tokens = int((told.get("usage") or {}).get("completion_tokens") or 0)
         calls = _read_calls(question, choice["message"], address.wire)
-    except (json.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         said = address.hide_key(answer.text)[:200]
         raise InvalidData(f"{address.url} does not answer as an OpenAI server would: {said}") from None
-    return Answer(question.id, str(text), str(reason), int(tokens), round(seconds, 3), calls, question.digest)
+    return Answer(question.id, _whole(text), _whole(reason), tokens, seconds, calls, question=question.digest)
 
 
 def _read_calls(question: Question, message: Mapping[str, Any], wire: Wire) -> list[dict[str, str]] | None:
     if not wire.tools:
         return None
     functions = [call["function"] for call in message.get("tool_calls") or []]
-    return [{"name": wire.read_name(question, f["name"]), "arguments": f["arguments"] or "{}"} for f in functions]
+    return [
+        {"name": wire.read_name(question, _whole(f["name"])), "arguments": _whole(f["arguments"] or "{}")}
+        for f in functions
+    ]
+
+
+def _whole(text: Any) -> str:
+    """A text that can be written as UTF-8."""
+    return _HALF.sub("\N{REPLACEMENT CHARACTER}", str(text))

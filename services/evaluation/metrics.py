@@ -76,6 +76,8 @@ FAILURES: Mapping[str, str] = {
     "stops_after_result": "does not stop after a result",
     "pictures": "does not show a picture",
 }
+REFUSED = "refused by the server"
+KINDS = (REFUSED, *FAILURES.values())
 GROUPS = ("all", "one tool", "two tools", "three or more tools")
 
 
@@ -93,11 +95,13 @@ class Score:
     category: str = ""
     failed: tuple[str, ...] = field(default=(), compare=False)
     """Metrics that are missed, the first one first to be looked at."""
+    refused: bool = False
+    """There is no answer: the server has refused the question."""
 
     @property
     def failure(self) -> str:
         """The kind of failure, "" for none."""
-        return FAILURES[self.failed[0]] if self.failed else ""
+        return REFUSED if self.refused else FAILURES[self.failed[0]] if self.failed else ""
 
 
 def score_answer(question: Question, answer: Answer) -> Score:
@@ -110,8 +114,11 @@ def score_answer(question: Question, answer: Answer) -> Score:
     else:
         _mark_summary(marks, question, answer, calls)
     _mark_step(marks, question, answer)
+    if answer.refused:
+        # A question without an answer is failed, also where saying nothing would be right; it says nothing of too much.
+        marks = {m: None if mark is None or METRICS[m].less else False for m, mark in marks.items()}
     failed = tuple(metric for metric in FAILURES if marks[metric] is False)
-    return Score(question.id, len(question.tools), marks, reason, question.category, failed)
+    return Score(question.id, len(question.tools), marks, reason, question.category, failed, bool(answer.refused))
 
 
 def find_calls(answer: Answer) -> list[tuple[str, str]]:

@@ -70,6 +70,8 @@ class Answer:
     seconds: float
     calls: Sequence[Mapping[str, str]] | None = None
     """[{name, arguments (text)}] as the server parsed them; None: it was not asked with `tools`."""
+    refused: str = ""
+    """What the server said when it refused this question alone, such as a prompt that is too long; the text is "" then."""
     question: str = ""
     """Digest of the question; "" in reports of earlier versions."""
 

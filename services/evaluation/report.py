@@ -27,6 +27,7 @@ from services.evaluation.intervals import Estimate, Proportion, percentiles
 from services.evaluation.metrics import (
     FAILURES,
     GROUPS,
+    KINDS,
     METRICS,
     Score,
     paired_difference,
@@ -107,7 +108,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
-    return template.render(report=report, groups=GROUPS, kinds=list(FAILURES.values()))
+    return template.render(report=report, groups=GROUPS, kinds=list(KINDS))
 
 
 def _section(section: Section) -> dict[str, Any]:
@@ -132,8 +133,8 @@ def _column(column: Column) -> dict[str, Any]:
         "label": column.label,
         "role": column.role,
         "answers": column.file,
-        "seconds": percentiles([answer.seconds for answer in column.by_id.values()]),
-        "failures": {kind: failures[kind] for kind in FAILURES.values() if failures[kind]},
+        "seconds": percentiles([answer.seconds for answer in column.by_id.values() if not answer.refused]),
+        "failures": {kind: failures[kind] for kind in KINDS if failures[kind]},
         "groups": {g: {m: _plain(p) for m, p in metrics.items()} for g, metrics in groups.items()},
     }
 
@@ -181,6 +182,8 @@ def _example(question: Question, score: Score, columns: Sequence[Column]) -> dic
 
 
 def _say(answer: Answer) -> str:
-    """The text of an answer, with calls that the server has parsed as AgentFabric would have them."""
+    """The text of an answer, with calls that the server has parsed as AgentFabric would have them; or its refusal."""
+    if answer.refused:
+        return f"[refused: {answer.refused}]"
     calls = [f"Action: {call['name']}\nAction Input: {call['arguments']}" for call in answer.calls or ()]
     return "\n".join([*([answer.text] if answer.text or not calls else []), *calls])

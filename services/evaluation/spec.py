@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
+import httpx
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from services.common.resources import ID_PATTERN
@@ -36,6 +37,14 @@ def _named(pattern: str, looks: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _check_address(address: str) -> str:
+    try:
+        httpx.URL(address)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{address!r} is no address: {error}") from None
+    return address
+
+
 class Target(BaseModel):
     """Who is asked: a revision of ours, or any OpenAI-compatible address."""
 
@@ -43,7 +52,7 @@ class Target(BaseModel):
 
     label: str = Field("", description="column name in the report; made from the model when it is empty")
     revision: Annotated[str, _named(REVISION, "deployments/an-id/revisions/an-id")] = ""
-    address: Annotated[str, _named(r"https?://\S+", "http://host:port/v1")] = ""
+    address: Annotated[str, _named(r"https?://\S+", "http://127.0.0.1:8000/v1"), AfterValidator(_check_address)] = ""
     model: str = ""
     api_key_variable: Annotated[
         str, _named(API_KEY_VARIABLE, "OPENAI_API_KEY: a variable's name that ends in _API_KEY, never the key itself")

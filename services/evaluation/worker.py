@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -181,6 +180,9 @@ async def _ask_targets(
         again = f", of which {len(kept)} are answered already" if kept else ""
         reporter.log(f"asking {target.label} at {target.address.url} {len(questions)} questions{again}")
         answers.append(await _ask(target, questions, sampling, file, kept, keeper))
+        if refused := [answer for answer in answers[-1] if answer.refused]:
+            first = f"such as {refused[0].id} ({refused[0].refused})"
+            reporter.log(f"{target.label} refused {len(refused)} questions, {first}; they count as failed", "WARNING")
         if "latency" in spec.suites:
             told = await measure_latency(questions, target.address, sampling)
             latency.append({"label": target.label, **told})
@@ -201,7 +203,7 @@ async def _ask(
         try:
             async for answer in ask_all(questions, target.address, sampling, kept):
                 kept[answer.id] = answer
-                lines.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+                lines.write(_line(answer))
                 lines.flush()
                 scored.append(score_answer(by_id[answer.id], answer).marks["right_tool"])
                 known = [mark for mark in scored if mark is not None]
@@ -210,6 +212,11 @@ async def _ask(
             keeper.keep()
             raise
     return [kept[q.id] for q in questions]
+
+
+def _line(answer: Answer) -> str:
+    """An answer as it is kept."""
+    return json.dumps(asdict(answer), ensure_ascii=False) + "\n"
 
 
 class _Keeper:
@@ -225,9 +232,12 @@ class _Keeper:
         before = self._checkpoint / file.name if self._checkpoint else None
         if before is None or not before.exists():
             return {}
-        shutil.copyfile(before, file)
         asked = {q.id: q.digest for q in questions}
-        found = {a.id: a for a in read_answers(file) if a.question and a.question == asked.get(a.id)}
+        # Refused rows are asked again: the server may have been set right in between.
+        found = {
+            a.id: a for a in read_answers(before) if a.question and a.question == asked.get(a.id) and not a.refused
+        }
+        file.write_text("".join(map(_line, found.values())), encoding="utf-8")
         self._answered += len(found)
         self._kept = self._answered
         return found

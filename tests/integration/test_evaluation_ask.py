@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -108,7 +108,7 @@ async def test_a_server_that_stays_away(server: Server, monkeypatch: pytest.Monk
     ("answer", "kind", "said"),
     [
         (lambda: web.Response(status=401, text="who?"), Unauthenticated, "HTTP 401"),
-        (lambda: web.Response(status=400, text="too long"), InvalidData, "too long"),
+        (lambda: web.Response(status=418, text="a teapot"), InvalidData, "teapot"),
         (lambda: web.json_response({"hello": 1}), InvalidData, "not answer as an OpenAI server"),
     ],
 )
@@ -132,6 +132,46 @@ async def test_a_key_that_the_server_quotes_is_not_told_on(
         await collect(server, "sk-1234567890")
     assert "sk-" not in refused.value.message
     assert "sk-1234567890" not in repr(Address(server.url, "m", "sk-1234567890"))
+
+
+async def test_a_row_that_is_refused_is_an_answer_of_its_own_kind(server: Server) -> None:
+    server.behave = lambda number: web.Response(status=400, text="prompt too long") if number == 1 else None
+    answers = await collect(server)
+    (refused,) = [a for a in answers if a.refused]
+    assert (refused.text, refused.refused) == ("", "HTTP 400: prompt too long")
+    assert len(answers) == 5
+
+
+@pytest.mark.parametrize("first", [1, 5])
+async def test_a_server_that_refuses_the_first_rows_refuses_all(server: Server, first: int) -> None:
+    server.behave = lambda _: web.Response(status=422, text="no such field: stop")
+    asked = [*QUESTIONS, *(replace(q, id=f"more {q.id}") for q in QUESTIONS)][: 1 if first == 1 else None]
+    with pytest.raises(
+        InvalidData, match=r"refuses row \d \(HTTP 422: no such field: stop\), and all that came before"
+    ):
+        async for _ in ask_all(asked, Address(server.url, "m"), SAMPLING):
+            pass
+    assert first <= len(server.asked) <= first + 1
+
+
+async def test_refusals_after_an_answer_are_of_their_rows_only(server: Server) -> None:
+    server.behave = lambda _: web.Response(status=400, text="too long")
+    kept = {"0": Answer("0", "kept", "stop", 1, 0.1)}
+    answers = [a async for a in ask_all(QUESTIONS, Address(server.url, "m"), SAMPLING, kept)]
+    assert [bool(a.refused) for a in answers] == [True] * 4
+
+
+@pytest.mark.parametrize("half", [b"\\ud83d", b"\xf0\x9f", b"\xff"])
+async def test_half_a_character_is_replaced_and_can_be_written(server: Server, half: bytes) -> None:
+    call = b'{"id": "1", "type": "function", "function": {"name": "t", "arguments": "{\\"a\\": \\"%b\\"}"}}' % half
+    message = b'{"content": "a%bb\xe2\x80\xa8c", "tool_calls": [%b]}' % (half, call)
+    body = b'{"choices": [{"message": %b, "finish_reason": "stop"}]}' % message
+    server.behave = lambda _: web.Response(body=body, content_type="application/json")
+    address = Address(server.url, "m", wire=Wire(tools=True))
+    (answer,) = [a async for a in ask_all(QUESTIONS[:1], address, SAMPLING)]
+    assert answer.text.startswith("a\ufffd") and answer.text.endswith("b\u2028c")
+    assert answer.calls is not None
+    json.dumps(asdict(answer), ensure_ascii=False).encode()
 
 
 async def test_answers_that_are_kept_are_not_asked_for_again(server: Server) -> None:

@@ -38,10 +38,17 @@ class Model:
     asked: list[dict[str, Any]] = field(default_factory=list)
     fail_after: int = 10**9
     """So many answers, then only refusals."""
+    too_long: str = "never"
+    """A question that holds this is refused."""
     stall_after: int = 10**9
     """So many answers, then none until `going_on`."""
     stalled: threading.Event = field(default_factory=threading.Event)
     going_on: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def status(self) -> int:
+        """Of a refusal."""
+        return 401 if len(self.asked) >= self.fail_after else 400
 
     def answer(self, body: dict[str, Any], key: str) -> dict[str, Any] | None:
         """The message, or None to refuse."""
@@ -52,6 +59,8 @@ class Model:
             self.going_on.wait(60)
         self.asked.append({**body, "key": key})
         last = body["messages"][-1]
+        if self.too_long in last["content"]:
+            return None
         if body["model"] == "before":
             return {"content": "I do not know."}
         if last["role"] == "tool" or last["content"].endswith("Answer:"):
@@ -75,7 +84,7 @@ def model() -> Iterator[Model]:
             if body.get("stream"):
                 chunk = json.dumps({"choices": [{"delta": message}]})
                 raw, kind = f"data: {chunk}\n\ndata: [DONE]\n\n".encode(), "text/event-stream"
-            self.send_response(400 if message is None else 200)
+            self.send_response(model.status if message is None else 200)
             self.send_header("content-type", kind)
             self.send_header("content-length", str(len(raw)))
             self.end_headers()
@@ -225,6 +234,45 @@ def test_an_attempt_that_broke_off_is_gone_on_with(
     assert (reporter.steps[-1].step, reporter.steps[-1].total_steps) == (14, 14)
 
 
+def test_a_row_that_the_server_refuses_fails_and_the_others_are_scored(
+    evaluate: Callable[..., Any], tmp_path: Path, model: Model, reporter: Recorder
+) -> None:
+    """REFUSED: no tool fits, so an empty answer would count as right."""
+    rows = write_dataset(tmp_path / "rows", "split", [REFUSED, TURN, TURN])
+    text = (rows / "test.jsonl").read_text().replace("How is Rome?", "How is a very long Rome?", 1)
+    (rows / "test.jsonl").write_text(text)
+    model.too_long = "very long"
+    told, folder = evaluate("out", inputs={"dataset": rows})
+    assert {m: told["metrics"][m]["value"] for m in ("no_call", "stops", "right_tool", "hallu_rate")} == {
+        "no_call": 0.0, "stops": pytest.approx(2 / 3), "right_tool": 1.0, "hallu_rate": 0.0,
+    }  # fmt: skip
+    assert (told["metrics"]["plan_em"]["k"], told["metrics"]["hallu_rate"]["n"]) == (2, 2)
+    (column,) = read(folder)["columns"]
+    assert column["failures"] == {"refused by the server": 1}
+    (example,) = read(folder)["examples"]
+    assert example["answers"]["after"].startswith("[refused: HTTP 400")
+    assert "refused by the server" in (folder / "report.html").read_text()
+    (warning,) = [line for severity, line in reporter.lines if severity == "WARNING"]
+    assert warning.startswith("after refused 1 questions, such as r0/0 (HTTP 400")
+
+
+def test_rows_that_were_refused_are_asked_again_by_the_next_attempt(
+    evaluate: Callable[..., Any], tmp_path: Path, model: Model
+) -> None:
+    model.too_long = "How is Rome?\n"
+    model.fail_after = 10**9
+    rows = write_dataset(tmp_path / "rows", "split", [REFUSED, TURN, TURN])
+    (rows / "test.jsonl").write_text((rows / "test.jsonl").read_text().replace("How is Rome?", "How is Rome?\\n", 1))
+    _, kept = evaluate("first", inputs={"dataset": rows})
+    model.asked.clear()
+    model.too_long = "never"
+    _, folder = evaluate("second", inputs={"dataset": rows, "checkpoint": kept})
+    assert len(model.asked) == 1
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().split("\n") if line]
+    assert sorted(a["id"] for a in answers) == ["r0/0", "r1/0", "r2/0"]
+    assert not any(a["refused"] for a in answers)
+
+
 @pytest.mark.slow
 def test_a_worker_that_is_told_to_stop_leaves_its_answers_for_the_next_one(
     tmp_path: Path, model: Model, store: Store, object_store: StoreConfig, artifacts: Artifacts
@@ -346,6 +394,10 @@ def test_a_report_that_does_not_say_what_was_asked_is_refused_with_what_to_do(
         ({"not_worse": [{"than": "baseline", "by": {}}]}, "at least 1 item"),
         ({"suites": ["speed"]}, "held_out"),
         ({"target": {"address": "http://a/v1", "model": "m", "api_key_variable": "sk-123"}}, "never the key itself"),
+        (
+            {"target": {"address": "http://host:port/v1", "model": "m"}},
+            "'http://host:port/v1' is no address: Invalid port",
+        ),
         *(
             ({"target": {"address": "http://a/v1", "model": "m", "api_key_variable": name}}, "ends in _API_KEY")
             for name in ("FABRICTUNE_S3_SECRET_KEY", "FABRICTUNE_X_API_KEY", "AWS_X_API_KEY", "HF_TOKEN", "PATH")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -289,7 +291,7 @@ def test_the_table_of_a_run_has_a_column_for_each_model_and_no_row_without_figur
 
     questions = [Question("a", [{"role": "user", "content": "Rome?"}], TOOLS, WANTED)]
     answers = [Answer("a", 'Action: weather\nAction Input: {"city": "New York"}', "stop", 9, 0.5)]
-    labels = {"before": "baseline", "after": "target", "after, tools=": "constrained"}
+    labels = {"before": "baseline", "after [/y]": "target", "after, tools=": "constrained"}
     columns = [Column(label, questions, answers, role) for label, role in labels.items()]
     for shown, wide in ((columns, False), (columns[:2], True)):
         report = render_json([Section("held_out", "1 question", shown)], "datasets/d")
@@ -300,3 +302,11 @@ def test_the_table_of_a_run_has_a_column_for_each_model_and_no_row_without_figur
         assert ("1/1" in text) is wide
         assert "100% [" in text
         assert "Rouge-L" not in text
+
+
+def test_only_a_line_break_ends_a_row_of_a_report(tmp_path: Path) -> None:
+    from fabrictune.cli.results import _read_rows
+
+    rows = [{"text": "a\u2028b\x85c"}, {"text": "d"}]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert _read_rows(tmp_path / "answers.jsonl") == rows
