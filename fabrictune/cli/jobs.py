@@ -83,9 +83,9 @@ def cancel_job(name: Name) -> None:
 
 @app.command("resume")
 def resume_job(name: Name) -> None:
-    """Begin a failed or cancelled training job again, from its newest checkpoint."""
+    """Begin a failed or cancelled training or evaluation again, from its newest checkpoint or with its answers."""
     with settings().connect() as client:
-        print_message(client.training.resume(name))
+        print_message(client.jobs_of(name).resume(name))
 
 
 @app.command("delete")

@@ -97,7 +97,12 @@ class Jobs:
         self._call("Delete", name=name)
 
     def resume(self, name: str) -> Any:
-        """Begin a failed or cancelled training job again, from its newest checkpoint."""
+        """Begin a failed or cancelled training or evaluation again, with what it has kept. Raises ApiError for other kinds."""
+        if not hasattr(self._stub, f"Resume{self.kind.resource}"):
+            raise ApiError(
+                f"{name} cannot be resumed; only trainings and evaluations keep what they have done. Start it again",
+                "INVALID_ARGUMENT",
+            )
         return self._call("Resume", name=name)
 
     def preview(self, spec: Mapping[str, Any], rows: int = 0) -> conversion_pb2.PreviewConversionResponse:

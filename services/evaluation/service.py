@@ -48,6 +48,12 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         """Forget an ended job."""
         return await self._api.delete(request.name)
 
+    async def ResumeEvaluationJob(
+        self, request: evaluation_pb2.ResumeEvaluationJobRequest, context: Any
+    ) -> evaluation_pb2.EvaluationJob:
+        """Begin a failed or cancelled job again, with what it has been answered."""
+        return await self._api.resume(request.name)
+
     async def WatchEvaluationJob(
         self, request: evaluation_pb2.WatchEvaluationJobRequest, context: Any
     ) -> AsyncIterator[job_pb2.WatchEvent]:

@@ -31,6 +31,9 @@ from services.common.errors import FabrictuneError, InvalidSpec, Violation
 POLL_SECONDS = 0.5
 ENDED = (job_pb2.Execution.SUCCEEDED, job_pb2.Execution.FAILED, job_pb2.Execution.CANCELLED)
 
+RESUMED = ("TrainingJob", "EvaluationJob")
+"""Kinds whose failed or cancelled jobs can be resumed."""
+
 
 @dataclass(frozen=True)
 class JobKind:
@@ -105,11 +108,13 @@ class JobClient:
                 return None
             raise
 
-    async def restart(self, job_id: str, spec: Mapping[str, Any], labels: Mapping[str, str]) -> Any:
-        """Begin an ended job again: training goes on from its checkpoint, others start afresh."""
-        if self._kind.resource == "TrainingJob":
-            return await self._call("Resume", name=self.name(job_id))
-        await self._call("Delete", name=self.name(job_id))
+    async def restart(self, job: Any, spec: Mapping[str, Any], labels: Mapping[str, str]) -> Any:
+        """Begin an ended job again: training and evaluation go on with what they have kept, others start afresh."""
+        job_id = str(job.name).rpartition("/")[2]
+        # One that has succeeded is begun again because its output is gone; it has nothing to go on with.
+        if self._kind.resource in RESUMED and job.execution.state != job_pb2.Execution.SUCCEEDED:
+            return await self._call("Resume", name=job.name)
+        await self._call("Delete", name=job.name)
         return await self.create(spec, job_id, labels)
 
     async def cancel(self, job_id: str) -> None:

@@ -216,7 +216,7 @@ class Reconciler:
             job_pb2.Execution.CANCELLED,
             SUCCEEDED,
         ):
-            job = await client.restart(job_id, spec, labels)
+            job = await client.restart(job, spec, labels)
         elif job is None:
             job = await client.create(spec, job_id, labels)
         status.job, status.output = job.name, job.output

@@ -91,7 +91,7 @@ class JobServer:
 
     def __init__(self, kind: str) -> None:
         self.kind, self.jobs, self.slow = kind, dict[str, Any](), False
-        self.begun, self.cancelled = asyncio.Event(), list[str]()
+        self.begun, self.cancelled, self.resumed = asyncio.Event(), list[str](), list[str]()
         self.resource, self.messages = KINDS[kind].resource, KINDS[kind].messages
 
     async def create(self, request: Any, context: Any) -> Any:
@@ -119,6 +119,16 @@ class JobServer:
         self.cancelled.append(request.name)
         return self.jobs[request.name]
 
+    async def resume(self, request: Any, context: Any) -> Any:
+        self.resumed.append(request.name)
+        job = self.jobs[request.name]
+        job.execution.state = job_pb2.Execution.SUCCEEDED
+        return job
+
+    async def delete(self, request: Any, context: Any) -> Any:
+        del self.jobs[request.name]
+        return empty_pb2.Empty()
+
     def handlers(self) -> grpc.GenericRpcHandler:
         """Its gRPC methods."""
         service = next(iter(self.messages.DESCRIPTOR.services_by_name.values()))
@@ -128,13 +138,21 @@ class JobServer:
                 request_deserializer=getattr(self.messages, f"{name}Request").FromString,
                 response_serializer=lambda message: message.SerializeToString(),
             )
-            for name, method in (
-                (f"Create{self.resource}", self.create),
-                (f"Get{self.resource}", self.get),
-                (f"Cancel{self.resource}", self.cancel),
-            )
+            for name, method in self.methods().items()
+            if hasattr(self.messages, f"{name}Request")
         }
         return grpc.method_handlers_generic_handler(service.full_name, methods)
+
+    def methods(self) -> dict[str, Any]:
+        """Method → what does it; not all kinds have all."""
+        verbs = {
+            "Create": self.create,
+            "Get": self.get,
+            "Cancel": self.cancel,
+            "Resume": self.resume,
+            "Delete": self.delete,
+        }
+        return {f"{verb}{self.resource}": method for verb, method in verbs.items()}
 
 
 class RevisionServer(inference_pb2_grpc.InferenceServiceServicer):
@@ -257,3 +275,30 @@ async def test_a_run_that_a_user_cancels_stops_the_revision_that_was_being_evalu
     (revision,) = stages.revisions.deleted
     assert revision.startswith("deployments/d/revisions/r-")
     assert stages.jobs["evaluation"].cancelled == list(stages.jobs["evaluation"].jobs)
+
+
+@pytest.mark.parametrize("state", [job_pb2.Execution.FAILED, job_pb2.Execution.CANCELLED])
+async def test_a_run_that_begins_again_keeps_what_an_evaluation_was_answered(
+    stages: Stages, reporter: Recorder, state: job_pb2.Execution.State
+) -> None:
+    """Deleting the job would delete its answers; a conversion has none to keep."""
+    spec = Spec.model_validate({**RUN, "evaluation": {}})
+    await stages.reconciler.drive("pipelineRuns/p", spec, reporter)
+    for kind in ("evaluation", "conversion"):
+        for job in stages.jobs[kind].jobs.values():
+            job.execution.state = state
+    names = set(stages.jobs["evaluation"].jobs)
+    await stages.reconciler.drive("pipelineRuns/q", spec, reporter)
+    assert set(stages.jobs["evaluation"].resumed) == names
+    assert {job.execution.state for job in stages.jobs["conversion"].jobs.values()} == {job_pb2.Execution.SUCCEEDED}
+
+
+async def test_a_job_whose_output_is_gone_is_begun_afresh(stages: Stages, reporter: Recorder) -> None:
+    """It has succeeded, and only failed and cancelled jobs can be resumed. The store here has no adapter."""
+    spec = Spec.model_validate({**RUN, "evaluation": {}})
+    await stages.reconciler.drive("pipelineRuns/p", spec, reporter)
+    (before,) = stages.jobs["training"].jobs.values()
+    await stages.reconciler.drive("pipelineRuns/q", spec, reporter)
+    (after,) = stages.jobs["training"].jobs.values()
+    assert stages.jobs["training"].resumed == []
+    assert (after.name, after is before) == (before.name, False)

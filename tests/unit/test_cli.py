@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 from rich.console import Console
@@ -21,6 +22,8 @@ from fabrictune.cli.context import print_message
 from fabrictune.cli.progress import new_progress, show_progress
 from fabrictune.cli.serving import read_tools
 from fabrictune.cli.specs import parse_setting
+from fabrictune.client.calls import Calls
+from fabrictune.client.jobs import Jobs
 from fabrictune.errors import ApiError
 from fabrictune.v1 import job_pb2
 from services.common.errors import WorkerLost
@@ -344,3 +347,10 @@ def test_a_failed_job_is_shown_with_the_details_of_its_error(capsys: pytest.Capt
     job.error.CopyFrom(WorkerLost("its node has gone").to_status())
     print_message(job)
     assert "reason: WORKER_LOST" in capsys.readouterr().out
+
+
+def test_only_jobs_that_keep_something_can_be_resumed() -> None:
+    with grpc.insecure_channel(NOBODY) as channel:
+        merges = Jobs(Calls(channel, NOBODY), "merging")
+        with pytest.raises(ApiError, match="mergeJobs/m1 cannot be resumed; only trainings and evaluations keep"):
+            merges.resume("mergeJobs/m1")
