@@ -180,7 +180,7 @@ async def _post(http: httpx.AsyncClient, address: Address, question: Question, b
         seconds = round(time.perf_counter() - begin, 3)
         if said := check_status(answer, address, question):
             return Answer(question.id, "", "", 0, seconds, refused=said, question=question.digest)
-        return _read(question, answer, seconds, address)
+        return _read(question, answer, seconds, address, body.get("stop", ()))
 
     return await try_again(address, question, attempt)
 
@@ -191,7 +191,7 @@ def _read_retry_after(answer: httpx.Response) -> float:
     return float(told) if told.isdigit() else 0.0
 
 
-def _read(question: Question, answer: httpx.Response, seconds: float, address: Address) -> Answer:
+def _read(question: Question, answer: httpx.Response, seconds: float, address: Address, stop: Sequence[str]) -> Answer:
     try:
         # A model may say half a character: a byte that is no UTF-8, an escaped surrogate without its other half.
         told = json.loads(answer.content.decode("utf-8", "replace"))
@@ -199,10 +199,14 @@ def _read(question: Question, answer: httpx.Response, seconds: float, address: A
         text, reason = choice["message"].get("content") or "", choice["finish_reason"] or ""
         tokens = int((told.get("usage") or {}).get("completion_tokens") or 0)
         calls = _read_calls(question, choice["message"], address.wire)
+        # vLLM tells by it what OpenAI's finish_reason does not: "stop" is also said of an answer that a stop string cut off.
+        stopped_at = choice["stop_reason"] if choice.get("stop_reason") in stop else ""
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         said = address.hide_key(answer.text)[:200]
         raise InvalidData(f"{address.url} does not answer as an OpenAI server would: {said}") from None
-    return Answer(question.id, _whole(text), _whole(reason), tokens, seconds, calls, question=question.digest)
+    return Answer(
+        question.id, _whole(text), _whole(reason), tokens, seconds, calls, stopped_at, question=question.digest
+    )
 
 
 def _read_calls(question: Question, message: Mapping[str, Any], wire: Wire) -> list[dict[str, str]] | None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from services.common.errors import InvalidData, Unavailable
-from services.evaluation.ask import Address, Sampling, open_client, request_body
+from services.common.errors import InvalidData
+from services.evaluation.ask import Address, Sampling, check_status, open_client, request_body, try_again
 from services.evaluation.intervals import percentiles
 from services.evaluation.questions import Question
 
@@ -39,21 +40,22 @@ class Timing:
 async def measure_latency(questions: Sequence[Question], address: Address, sampling: Sampling) -> dict[str, Any]:
     """{requests, concurrency, tokens, tokens_per_second_all, first_token, tokens_per_second, whole: {p50, p95}}.
 
-    Raises Unavailable, InvalidData when an answer does not stream.
+    Rows that the server refuses are not timed. Raises Unavailable, InvalidData when an answer does not stream.
     """
     chosen = [q for q in questions if q.after is None][:PROMPTS]
     places = asyncio.Semaphore(sampling.concurrency)
     async with open_client(address, sampling) as http:
 
-        async def ask(question: Question) -> Timing:
+        async def ask(question: Question, head: str) -> Timing | None:
             async with places:
-                body = request_body(address, sampling, [question], 0, {})
-                return await _stream(http, address, question, body)
+                body = put_before(request_body(address, sampling, [question], 0, {}), head)
+                return await try_again(address, question, lambda: _stream(http, address, question, body))
 
-        await ask(chosen[0])
-        begin = time.perf_counter()
-        timings = await asyncio.gather(*(ask(question) for question in chosen))
+        await ask(chosen[0], secrets.token_hex(4))
+        head, begin = secrets.token_hex(4), time.perf_counter()
+        asked = await asyncio.gather(*(ask(question, head) for question in chosen))
         took = time.perf_counter() - begin
+    timings = [timing for timing in asked if timing is not None]
     rates = [rate for t in timings if (rate := t.tokens_per_second) is not None]
     return {
         "requests": len(timings),
@@ -66,18 +68,33 @@ async def measure_latency(questions: Sequence[Question], address: Address, sampl
     }
 
 
-async def _stream(http: httpx.AsyncClient, address: Address, question: Question, body: Mapping[str, Any]) -> Timing:
+def put_before(body: Mapping[str, Any], head: str) -> dict[str, Any]:
+    """A request that no server knows by its beginning: of prompts that were asked before, as those of an evaluation are, vLLM
+    keeps what it has computed, and the first token would come without most of the work.
+    """
+    first, *others = body["messages"]
+    new = {**body, "messages": [{**first, "content": f"[{head}] {first['content']}"}, *others]}
+    if "tools" in body:  # which may be rendered before all messages
+        tool, *more = body["tools"]
+        function = {**tool["function"], "description": f"[{head}] {tool['function'].get('description', '')}"}
+        new["tools"] = [{**tool, "function": function}, *more]
+    return new
+
+
+async def _stream(
+    http: httpx.AsyncClient, address: Address, question: Question, body: Mapping[str, Any]
+) -> Timing | None:
+    """None: the server refuses this row."""
     sent = {**body, "stream": True, "stream_options": {"include_usage": True}}
     begin = time.perf_counter()
     first, pieces, counted = 0.0, 0, 0
     try:
         async with http.stream("POST", "/chat/completions", json=sent) as answer:
             if answer.status_code != 200:
-                said = address.hide_key((await answer.aread()).decode(errors="replace"))[:300]
-                raise Unavailable(
-                    f"{address.url} does not stream row {question.id} (HTTP {answer.status_code}: {said})"
-                )
-            async for line in answer.aiter_lines():
+                await answer.aread()
+                check_status(answer, address, question)
+                return None
+            async for line in _lines(answer):
                 if not line.startswith("data:") or line[5:].strip() == "[DONE]":
                     continue
                 told = json.loads(line[5:])
@@ -85,10 +102,17 @@ async def _stream(http: httpx.AsyncClient, address: Address, question: Question,
                 if any(c["delta"].get("content") or c["delta"].get("tool_calls") for c in told.get("choices") or ()):
                     first = first or time.perf_counter() - begin
                     pieces += 1
-    except httpx.HTTPError as error:
-        said = address.hide_key(f"{type(error).__name__} {error}")
-        raise Unavailable(f"{address.url} broke off row {question.id}: {said}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InvalidData(f"{address.url} does not stream as an OpenAI server would") from None
     whole = time.perf_counter() - begin
     return Timing(first or whole, whole, counted or pieces)
+
+
+async def _lines(answer: httpx.Response) -> AsyncIterator[str]:
+    """Its lines. httpx (0.28) also ends one at U+2028 and the like, which a model may say in the middle of an event."""
+    rest = ""
+    async for text in answer.aiter_text():
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            yield line
+    yield rest

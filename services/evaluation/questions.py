@@ -50,12 +50,14 @@ class Question:
     reference: str = ""
     """What the row answers."""
     category: str = ""
+    goes_on: bool = False
+    """The row goes on after its call in the assistant's own turn ("inline" layout), so a call need not end that."""
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that is asked and expected: rows of two data sets may have one id, and never one digest."""
         result = [self.after.said, self.after.observation, self.after.in_turn] if self.after else None
-        told = [self.messages, self.tools, self.expected, result, self.reference]
+        told = [self.messages, self.tools, self.expected, result, self.reference, self.goes_on]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -70,6 +72,8 @@ class Answer:
     seconds: float
     calls: Sequence[Mapping[str, str]] | None = None
     """[{name, arguments (text)}] as the server parsed them; None: it was not asked with `tools`."""
+    stop_string: str = ""
+    """The stop string of the request that cut it off; "" when it ended otherwise, and where the server does not say."""
     refused: str = ""
     """What the server said when it refused this question alone, such as a prompt that is too long; the text is "" then."""
     question: str = ""
@@ -96,7 +100,10 @@ def read_questions(dataset: Path, split: str, limit: int, follow_up: bool = Fals
         if "expected" not in beside or (limit and taken >= limit):
             continue
         taken += 1
-        first = Question(row["id"], _prompt(row), beside["tools"], beside["expected"], reference=_said(row)[0])
+        said = _said(row)
+        first = Question(
+            row["id"], _prompt(row), beside["tools"], beside["expected"], reference=said[0], goes_on=len(said) > 1
+        )
         questions.append(first)
         if follow_up and first.expected:
             questions += _follow(first, row, (rows[i] for i in range(place + 1, len(rows))))

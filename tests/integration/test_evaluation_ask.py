@@ -56,7 +56,7 @@ class Server:
         ]
         told: list[dict[str, Any]] = [{"choices": [{"delta": delta}]} for delta in deltas]
         for chunk in (*told, {"choices": [], "usage": {"completion_tokens": 12}}):
-            await answer.write(f"data: {json.dumps(chunk)}\n\n".encode())
+            await answer.write(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode())
         await answer.write(b"data: [DONE]\n\n")
         return answer
 
@@ -222,7 +222,54 @@ async def test_latency_is_measured_on_streams(server: Server) -> None:
     assert len(server.asked) == 6  # one warms up
 
 
-async def test_a_server_that_does_not_stream_is_named(server: Server) -> None:
+async def test_no_prompt_that_is_timed_begins_as_one_that_was_asked_before(server: Server) -> None:
+    """Else the server has most of the work for the first token behind it already."""
+    tool = {"type": "function", "function": {"name": "t", "description": "d", "parameters": {}}}
+    questions = [replace(question, tools=[tool]) for question in QUESTIONS]
+    for wire in (Wire(), Wire(tools=True)):
+        server.asked.clear()
+        await measure_latency(questions, Address(server.url, "m", wire=wire), SAMPLING)
+        heads = [asked["messages"][0]["content"].partition(" ") for asked in server.asked]
+        assert [len(head) for head, _, _ in heads] == [10] * 6
+        assert {rest for _, _, rest in heads} == {f"q{n}" for n in range(5)}
+        assert heads[0][0] != heads[1][0] == heads[5][0]  # what warms up has another
+        if wire.tools:
+            told = [asked["tools"][0]["function"]["description"] for asked in server.asked]
+            assert told == [f"{head} d" for head, _, _ in heads]
+
+
+async def test_a_busy_server_is_timed_again_and_a_refused_row_is_not_timed(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asyncio, "sleep", _no_sleep(asyncio.sleep))
+    busy, long = web.Response(status=503, text="busy"), web.Response(status=400, text="too long")
+    server.behave = lambda number: {2: busy, 3: long}.get(number)
+    told = await measure_latency(QUESTIONS, Address(server.url, "m"), SAMPLING)
+    assert (told["requests"], len(server.asked)) == (4, 7)
+
+
+async def test_what_else_ends_lines_does_not_end_an_event(server: Server) -> None:
+    server.pieces = ("a\u2028b", "c\x85")
+    assert (await measure_latency(QUESTIONS, Address(server.url, "m"), SAMPLING))["requests"] == 5
+
+
+@pytest.mark.parametrize(
+    ("told", "stop_string"),
+    [
+        ({}, ""),
+        ({"stop_reason": None}, ""),
+        ({"stop_reason": 151645}, ""),
+        ({"stop_reason": "Observation:"}, "Observation:"),
+    ],
+)
+async def test_what_stopped_an_answer_is_kept(server: Server, told: dict[str, Any], stop_string: str) -> None:
+    choice = {"message": {"content": "x"}, "finish_reason": "stop", **told}
+    server.behave = lambda _: web.json_response({"choices": [choice]})
+    assert {a.stop_string for a in await collect(server)} == {stop_string}
+
+
+async def test_a_server_that_does_not_stream_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asyncio, "sleep", _no_sleep(asyncio.sleep))
     server.behave = lambda _: web.Response(status=500, text="broken")
     with pytest.raises(Unavailable, match="HTTP 500: broken"):
         await measure_latency(QUESTIONS, Address(server.url, "m"), SAMPLING)

@@ -70,6 +70,7 @@ def test_a_row_is_asked_on_after_each_of_its_results(tmp_path: Path, layout: str
     ]  # fmt: skip
     assert third.reference == "Warm, and the sea is calm."
     assert first.messages == second.messages
+    assert first.goes_on is (layout == "inline")
 
 
 def test_without_results_each_row_is_one_question_and_the_limit_counts_rows(tmp_path: Path) -> None:
