@@ -1,6 +1,7 @@
 """95 % intervals by bootstrap: of a proportion, of a mean, and of what changed on the same rows.
 
-Source: Efron 1979, percentile method. A resample's number of successes is binomial, so a proportion's percentiles are computed,
+Source: Efron 1979, percentile method. Rows are resampled; where a row is several steps, all of them with it, for they hang
+together. A resample's number of successes is binomial where each row is one, so a proportion's percentiles are computed then,
 not drawn. Where all rows agree, every resample is the same and the bootstrap knows nothing; Wilson's score interval (Wilson
 1927) stands in there.
 """
@@ -41,6 +42,8 @@ class Proportion:
 
     k: int
     n: int
+    rows: tuple[tuple[float, ...], ...] = ()
+    """The steps of each row, where one has several; () when each is one."""
 
     @property
     def value(self) -> float:
@@ -49,9 +52,11 @@ class Proportion:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Percentiles of a binomial with the same value; Wilson's interval at 0 of n and n of n."""
+        """Percentiles of a binomial with the same value, or of resampled rows; Wilson's interval at 0 of n and n of n."""
         if not self.n:
             return 0.0, 1.0
+        if self.rows:
+            return _inside(_mean_percentiles(self.rows))
         if self.k in (0, self.n):
             return wilson_interval(self.k, self.n)
         low, high = _binomial_percentiles(self.n, self.value)
@@ -60,13 +65,15 @@ class Proportion:
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of values from 0 to 1, one a row."""
+    """The mean of values from 0 to 1."""
 
     values: tuple[float, ...]
+    rows: tuple[tuple[float, ...], ...] = ()
+    """The same by row, where one has several; () when each has one."""
 
     @property
     def n(self) -> int:
-        """Rows."""
+        """Values."""
         return len(self.values)
 
     @property
@@ -79,8 +86,7 @@ class Mean:
         """Percentiles of the means of resampled rows."""
         if not self.n:
             return 0.0, 1.0
-        low, high = _mean_percentiles(self.values)
-        return max(0.0, low), min(1.0, high)
+        return _inside(_mean_percentiles(self.rows or [(value,) for value in self.values]))
 
 
 def wilson_interval(k: int, n: int) -> tuple[float, float]:
@@ -91,12 +97,15 @@ def wilson_interval(k: int, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def difference_interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of differences on the same rows, after minus before; rows are resampled as pairs. (0, 0, 0) without."""
-    if not differences:
+def difference_interval(rows: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """(mean, low, high) of differences on the same rows, after minus before; rows are resampled as pairs. (0, 0, 0) without.
+
+    rows: the differences of each row's steps.
+    """
+    if not rows:
         return 0.0, 0.0, 0.0
-    mean = math.fsum(differences) / len(differences)
-    low, high = _mean_percentiles(differences)
+    mean = math.fsum(d for row in rows for d in row) / sum(map(len, rows))
+    low, high = _mean_percentiles(rows)
     return mean, max(-1.0, low), min(1.0, high)
 
 
@@ -109,13 +118,20 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _mean_percentiles(values: Sequence[float]) -> tuple[float, float]:
-    n = len(values)
-    if len(set(values)) == 1:
+def _inside(interval: tuple[float, float]) -> tuple[float, float]:
+    return max(0.0, interval[0]), min(1.0, interval[1])
+
+
+def _mean_percentiles(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Of the mean over all steps of resampled rows."""
+    n, sums = len(rows), [(math.fsum(row), len(row)) for row in rows]
+    same, *others = {total / steps for total, steps in sums}
+    if not others:
         half = wilson_interval(0, n)[1]
-        return values[0] - half, values[0] + half
+        return same - half, same + half
     draw = random.Random(SEED)
-    means = sorted(math.fsum(draw.choices(values, k=n)) / n for _ in range(RESAMPLES))
+    drawn = (draw.choices(sums, k=n) for _ in range(RESAMPLES))
+    means = sorted(math.fsum(total for total, _ in each) / sum(steps for _, steps in each) for each in drawn)
     return means[round(LOW * RESAMPLES)], means[round(HIGH * RESAMPLES) - 1]
 
 

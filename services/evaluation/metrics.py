@@ -22,7 +22,7 @@ from services.evaluation.toolbench import Action, is_hallucinated, read_action, 
 
 CALL = re.compile(r"Action: (.+)\nAction Input: (.+)")
 STOPPED = frozenset({"stop", "tool_calls", "function_call"})
-"""Reasons of the OpenAI API that mean the model came to an end by itself."""
+"""Reasons of the OpenAI API that mean the model came to an end by itself, or by a stop string."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ class Score:
     """Metrics that are missed, the first one first to be looked at."""
     refused: bool = False
     """There is no answer: the server has refused the question."""
+    row: str = ""
+    """Id of the first question of its row: answers after results hang together with the answer before."""
 
     @property
     def failure(self) -> str:
@@ -118,7 +120,8 @@ def score_answer(question: Question, answer: Answer) -> Score:
         # A question without an answer is failed, also where saying nothing would be right; it says nothing of too much.
         marks = {m: None if mark is None or METRICS[m].less else False for m, mark in marks.items()}
     failed = tuple(metric for metric in FAILURES if marks[metric] is False)
-    return Score(question.id, len(question.tools), marks, reason, question.category, failed, bool(answer.refused))
+    row = question.id if question.after is None else question.id.rpartition("#")[0]
+    return Score(question.id, len(question.tools), marks, reason, question.category, failed, bool(answer.refused), row)
 
 
 def find_calls(answer: Answer) -> list[tuple[str, str]]:
@@ -148,9 +151,7 @@ def summarize(scores: Iterable[Score]) -> dict[str, dict[str, Estimate]]:
     scores = list(scores)
     categories = dict.fromkeys(s.category for s in scores if s.category)
     return {
-        group: {
-            metric: _estimate(metric, [s.marks[metric] for s in scores if _belongs(s, group)]) for metric in METRICS
-        }
+        group: {metric: _estimate(metric, [s for s in scores if _belongs(s, group)]) for metric in METRICS}
         for group in (*GROUPS, *categories)
     }
 
@@ -163,9 +164,22 @@ def group_of(tools: int) -> str:
 def paired_difference(before: Sequence[Score], after: Sequence[Score], metric: str) -> tuple[float, float, float, int]:
     """(difference after - before, low, high, n) on the rows where the metric applies to both, with its 95 % interval."""
     first = {s.id: s.marks[metric] for s in before}
-    pairs = [(first.get(s.id), s.marks[metric]) for s in after]
-    differences = [float(b) - float(a) for a, b in pairs if a is not None and b is not None]
-    return *difference_interval(differences), len(differences)
+    pairs = [(s, first.get(s.id), s.marks[metric]) for s in after]
+    rows = _by_row((s, float(b) - float(a)) for s, a, b in pairs if a is not None and b is not None)
+    return *difference_interval(rows), sum(map(len, rows))
+
+
+def _by_row(found: Iterable[tuple[Score, float]]) -> list[tuple[float, ...]]:
+    """The values of each row's steps."""
+    rows: dict[str, list[float]] = {}
+    for score, value in found:
+        rows.setdefault(score.row, []).append(value)
+    return [tuple(values) for values in rows.values()]
+
+
+def _ends(answer: Answer) -> bool:
+    """Whether a model came to an end by itself: not by a limit, and not by "Observation:", which it may go on to invent."""
+    return answer.finish_reason in STOPPED and not answer.stop_string
 
 
 def _mark_call(
@@ -173,7 +187,8 @@ def _mark_call(
 ) -> str:
     """Marks of an answer to a question; returns why the arguments are not equal."""
     expected, listed = question.expected, {t["function"]["name"]: t["function"] for t in question.tools}
-    marks["stops"] = answer.finish_reason in STOPPED and len(calls) <= max(1, len(expected))
+    ends = _ends(answer) or (question.goes_on and bool(calls) and answer.finish_reason in STOPPED)
+    marks["stops"] = ends and len(calls) <= max(1, len(expected))
     if calls:
         # RolePlay runs the first call only; where several are expected, all count.
         acted = calls if len(expected) > 1 else calls[:1]
@@ -221,7 +236,7 @@ def _mark_summary(
     if question.expected or question.after is None:
         return
     marks["rouge_l"] = rouge_l(answer.text, question.reference)
-    marks["stops_after_result"] = answer.finish_reason in STOPPED and not calls
+    marks["stops_after_result"] = _ends(answer) and not calls
     marks["pictures"] = pictures_shown(question.after.observation, answer.text)
 
 
@@ -251,9 +266,11 @@ def _belongs(score: Score, group: str) -> bool:
     return group in ("all", score.category, group_of(score.tools))
 
 
-def _estimate(metric: str, marks: Iterable[float | None]) -> Estimate:
-    known = [float(mark) for mark in marks if mark is not None]
-    return Mean(tuple(known)) if METRICS[metric].graded else Proportion(round(sum(known)), len(known))
+def _estimate(metric: str, scores: Iterable[Score]) -> Estimate:
+    rows = _by_row((s, float(mark)) for s in scores if (mark := s.marks[metric]) is not None)
+    known = [value for row in rows for value in row]
+    several = tuple(rows) if len(known) > len(rows) else ()
+    return Mean(tuple(known), several) if METRICS[metric].graded else Proportion(round(sum(known)), len(known), several)
 
 
 def _refuse(constant: str) -> None:

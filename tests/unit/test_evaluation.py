@@ -171,6 +171,43 @@ def test_paired_differences_are_of_rows_that_both_answered() -> None:
     assert paired_difference(before, later, "parses") == (0, 0, 0, 0)
 
 
+def test_steps_of_a_row_hang_together_in_intervals_and_differences() -> None:
+    def steps(row: int, text: str) -> list[Score]:
+        """A question and three answers after results, all right or all wrong by Plan.EM."""
+        first = Question(f"r{row}", [], TOOLS, WANTED)
+        scores = [score_answer(first, Answer(first.id, text, "stop", 1, 0.1))]
+        for number in range(1, 4):
+            later = Question(f"r{row}#{number}", [], TOOLS, WANTED, Result("r", "said", "{}"))
+            scores.append(score_answer(later, Answer(later.id, text, "stop", 1, 0.1)))
+        return scores
+
+    call = "Action: weather\nAction Input: {}"
+    before = [s for row in range(10) for s in steps(row, "no")]
+    later = [s for row in range(10) for s in steps(row, call if row % 2 else "no")]
+    alone = [s for s in later if "#" not in s.id]
+    together, first = summarize(later)["all"]["plan_em"], summarize(alone)["all"]["plan_em"]
+    assert (together.value, together.n, first.n) == (0.5, 40, 10)
+    assert together.interval == (0.2, 0.8)
+    assert first.interval == pytest.approx((0.2, 0.8))
+    assert paired_difference(before, later, "plan_em") == (0.5, 0.2, 0.8, 40)
+
+
+def test_an_answer_that_a_stop_string_cut_off_has_not_ended_by_itself() -> None:
+    """finish_reason is "stop" for both; only what vLLM says beside it tells them apart."""
+    call = 'Action: weather\nAction Input: {"city": "x"}\n'
+    cut = Answer("r", call, "stop", 1, 0.1, stop_string="Observation:")
+    question = Question("r", [], TOOLS, WANTED)
+    assert score_answer(question, cut).marks["stops"] is False
+    assert score_answer(question, replace(cut, stop_string="")).marks["stops"] is True
+    # An inline row goes on with the result in the same turn: its call need not end that, and all else must.
+    inline = replace(question, goes_on=True)
+    assert score_answer(inline, cut).marks["stops"] is True
+    assert score_answer(inline, replace(cut, text="I look.\n")).marks["stops"] is False
+    after_result = Question("r#1", [], TOOLS, [], Result("r", "said", "{}", in_turn=True), "Warm.")
+    warm = Answer("r#1", "Warm.", "stop", 1, 0.1, stop_string="Observation:")
+    assert score_answer(after_result, warm).marks["stops_after_result"] is False
+
+
 def test_the_gate() -> None:
     measured = {"calls": Proportion(8, 10), "no_call": Proportion(0, 0)}
     met = check_gate({"calls": 0.8}, measured)

@@ -98,6 +98,19 @@ def test_intervals_of_proportions() -> None:
     assert Proportion(0, 0).interval == (0, 1)
 
 
+def test_the_steps_of_a_row_are_resampled_with_it() -> None:
+    """Ten rows of ten equal steps know as much as ten rows, not as a hundred."""
+    marks = (0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0)
+    rows = tuple((mark,) * 10 for mark in marks)
+    one_each = Mean(marks).interval
+    assert one_each == (0.2, 0.8)
+    assert Mean(marks * 10, rows).interval == Proportion(50, 100, rows).interval == one_each
+    assert difference_interval(rows)[1:] == one_each
+    assert Proportion(50, 100).interval == pytest.approx((0.4, 0.6))
+    alike = ((0.0, 1.0),) * 10  # every resample is the same: Wilson's interval for ten rows
+    assert Proportion(10, 20, alike).interval == pytest.approx((0.5 - 0.2775, 0.5 + 0.2775), abs=1e-4)
+
+
 def test_intervals_of_means_and_differences() -> None:
     values = tuple(n / 100 for n in range(101))
     low, high = Mean(values).interval
@@ -105,10 +118,10 @@ def test_intervals_of_means_and_differences() -> None:
     assert (low, high) == pytest.approx((0.5 - 0.0569, 0.5 + 0.0569), abs=0.01)
     assert Mean(values).interval == (low, high)  # the same draws each time
     assert Mean((1.0,) * 10).interval == pytest.approx((0.7225, 1), abs=1e-4)
-    mean, low, high = difference_interval([1.0] * 30 + [0.0] * 60 + [-1.0] * 10)
+    mean, low, high = difference_interval([[1.0]] * 30 + [[0.0]] * 60 + [[-1.0]] * 10)
     # Variance 0.4 - 0.2²: ± 1.96 · 0.6 / 10.
     assert (mean, low, high) == pytest.approx((0.2, 0.2 - 0.1176, 0.2 + 0.1176), abs=0.03)
-    assert difference_interval([0.0] * 10) == pytest.approx((0, -0.2775, 0.2775), abs=1e-4)
+    assert difference_interval([[0.0]] * 10) == pytest.approx((0, -0.2775, 0.2775), abs=1e-4)
     assert difference_interval([]) == (0, 0, 0)
 
 
