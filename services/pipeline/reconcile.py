@@ -148,8 +148,10 @@ class Reconciler:
             status.job = f"{deployment}/revisions/{revision_id}"
             await self._save(run, reporter)
             await self._inference.start_revision(deployment, revision_id, revision)
-            await self._inference.take_traffic(deployment, revision_id)
+            # Before the traffic: a model that serves past its gate must say so whatever breaks in between. What lies beside
+            # a revision without traffic is not told.
             await asyncio.to_thread(self._record_deployment, run, status.job)
+            await self._inference.take_traffic(deployment, revision_id)
             status.output = deployment
 
     async def _evaluate(

@@ -15,7 +15,7 @@ from google.protobuf import empty_pb2, json_format
 from fabrictune.v1 import artifact_pb2, inference_pb2, inference_pb2_grpc, job_pb2
 from services.common.artifacts import Artifacts
 from services.common.clusters import Workload
-from services.common.errors import GateNotMet, NotFound, Violation
+from services.common.errors import GateNotMet, NotFound, Unavailable, Violation
 from services.common.store import Store
 from services.pipeline.artifacts import ArtifactService
 from services.pipeline.clients import KINDS, RemoteError
@@ -72,6 +72,11 @@ async def test_a_run_is_named_and_a_force_with_the_numbers(served: ArtifactServi
     assert told.metadata["forced"] is True
     assert told.metadata["description"] == "deployed by force: the gate of reports/r is not met"
     assert json_format.MessageToDict(told.metadata)["error"] == {"message": "calls: 1 %"}
+
+
+async def test_what_lies_beside_a_revision_without_traffic_is_not_told(served: ArtifactService, store: Store) -> None:
+    store.put_json(lineage_key("deployments/d/revisions/r-2"), {"run": "pipelineRuns/q"})
+    assert (await root(served)).created_by.job == ""
 
 
 def test_only_a_missed_gate_can_be_forced() -> None:
@@ -161,6 +166,8 @@ class RevisionServer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self) -> None:
         self.traffic: dict[str, int] = {}
         self.deleted: list[str] = []
+        self.full = False
+        """Traffic cannot be moved."""
 
     async def CreateRevision(
         self, request: inference_pb2.CreateRevisionRequest, context: Any
@@ -175,6 +182,8 @@ class RevisionServer(inference_pb2_grpc.InferenceServiceServicer):
     async def UpdateTraffic(
         self, request: inference_pb2.UpdateTrafficRequest, context: Any
     ) -> inference_pb2.Deployment:
+        if self.full:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "not now")
         self.traffic = dict(request.traffic)
         return inference_pb2.Deployment(name=request.name)
 
@@ -237,6 +246,26 @@ async def test_a_force_deploys_and_leaves_the_error_on_record(
     assert (told["run"], told["forced"], told["report"]["name"]) == ("pipelineRuns/p", True, "reports/r")
     assert told["report"]["digest"] == artifacts.get("reports/r").digest
     assert any(severity == "WARNING" and "deployed by force" in text for severity, text in reporter.lines)
+
+
+async def test_a_forced_model_never_serves_without_its_lineage(
+    stages: Stages, reporter: Recorder, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(key: str, *_: Any, **__: Any) -> bool:
+        raise Unavailable(f"no room for {key}")
+
+    spec = Spec.model_validate({**RUN, "force": True})
+    with monkeypatch.context() as patch:
+        real = store.put_json
+        patch.setattr(store, "put_json", lambda key, *a, **k: (broken if "/lineage/" in key else real)(key, *a, **k))
+        with pytest.raises(Unavailable, match="no room for deployments/d/lineage/"):
+            await stages.reconciler.drive("pipelineRuns/p", spec, reporter)
+    assert stages.revisions.traffic == {}
+    stages.revisions.full = True
+    with pytest.raises(RemoteError, match="not now"):
+        await stages.reconciler.drive("pipelineRuns/p", spec, reporter)
+    (key,) = store.list_keys("deployments/d/lineage/")
+    assert (store.get_json(key) or {})["forced"] is True
 
 
 async def test_a_gate_that_is_met_leaves_no_trace_of_the_force(
