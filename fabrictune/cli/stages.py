@@ -216,7 +216,8 @@ def evaluate(
     spec["target"] = {**read_section(spec, "target"), **{k: v for k, v in target.items() if v}}
     given = {"limit": limit, "suites": suite, "constrained": constrained}
     spec |= {key: value for key, value in given.items() if value}
-    inputs = {"dataset": dataset, "bfcl": bfcl, "baseline": baseline}
+    options = {"dataset": dataset, "bfcl": bfcl, "baseline": baseline}
+    inputs = {role: str(option or spec.get(role) or "") for role, option in options.items()}
     if output is not None:
         paths = {role: Path(path) for role, path in inputs.items() if path}
         spec |= {role: f"{'reports' if role == 'baseline' else 'datasets'}/local" for role in paths}

@@ -23,16 +23,17 @@ class Asked:
     role: str
     """"target" (the one that is judged), "constrained" (the same, asked with `tools`) or "reference"."""
     address: Address
-    name: str
-    """What not_worse may call it: its revision or label."""
+    revision: str
+    """What not_worse may call it beside its label; "" where it is asked in another way than the one that is judged."""
 
 
 def find_targets(spec: Spec) -> list[Asked]:
     """All that are asked, in the order of the columns. Raises InvalidSpec naming every key that cannot be used."""
     wanted = [(target, "reference") for target in spec.targets]
-    named = {target.revision for target in spec.targets}
+    alike = spec.target.tools
+    named = {target.revision for target in spec.targets if target.tools == alike}
     extra = [c.revision for c in spec.not_worse if c.revision and c.revision not in named]
-    wanted += [(Target(revision=revision), "reference") for revision in dict.fromkeys(extra)]
+    wanted += [(Target(revision=revision, tools=alike), "reference") for revision in dict.fromkeys(extra)]
     wanted.append((spec.target, "target"))
     if spec.constrained:
         label = f"{_label(spec.target)}{CONSTRAINED}"
@@ -42,9 +43,14 @@ def find_targets(spec: Spec) -> list[Asked]:
         raise InvalidSpec("the worker's environment lacks API keys", violations=wrong)
     labels = _unique([_label(target) for target, _ in wanted])
     return [
-        Asked(label, role, find_address(target), target.revision or target.label)
+        Asked(label, role, find_address(target), target.revision if target.tools == alike else "")
         for label, (target, role) in zip(labels, wanted, strict=True)
     ]
+
+
+def find_label(asked: Sequence[Asked], than: str) -> str:
+    """The label of the column that not_worse calls by its label or revision; the first one, should several be called so."""
+    return next(target.label for target in asked if than in (target.label, target.revision))
 
 
 def find_address(target: Target) -> Address:

@@ -26,7 +26,7 @@ from services.evaluation.metrics import Score, score_answer, summarize
 from services.evaluation.questions import Answer, Question, check_ids, read_lines, read_questions
 from services.evaluation.report import MAIN_ANSWERS, Column, Section, render_html, render_json
 from services.evaluation.spec import BASELINE, Spec
-from services.evaluation.targets import Asked, find_targets
+from services.evaluation.targets import Asked, find_label, find_targets
 
 KEEP_SECONDS = 30.0
 """So often answers are kept for another attempt."""
@@ -60,14 +60,13 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     ]
     own = sections[0].target
     measured = summarize(own.scores)["all"]
-    names = {name: target.label for target in asked for name in (target.label, target.name) if name}
 
     def scores_of(than: str) -> Sequence[Score]:
         if than == BASELINE:
             return earlier[0].scores if earlier else ()
         if than in compared:
             return compared[than].scores
-        return next(c.scores for c in sections[0].columns if c.label == names[than])
+        return next(c.scores for c in sections[0].columns if c.label == find_label(asked, than))
 
     gate = check_gate(spec.gate, measured) + check_comparisons(spec.not_worse, scores_of, own.scores)
     before = _read_latency(inputs["baseline"], earlier[0].label) if earlier else []

@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from fabrictune.cli import app
+from fabrictune.errors import ApiError
 from services.common.artifacts import Artifacts
 from services.common.config import StoreConfig
 from services.common.errors import GateNotMet, InvalidData, InvalidSpec
 from services.common.fabric import Call, Turn
 from services.common.store import Store
+from services.evaluation.targets import find_label, find_targets
 from services.evaluation.worker import STAGE
 from tests.conftest import Recorder, serving
 from tests.unit.test_evaluation_questions import BFCL_ROW, REFUSED, TRUTH, TURN, write_bfcl, write_dataset
@@ -382,6 +386,45 @@ def test_a_report_that_does_not_say_what_was_asked_is_refused_with_what_to_do(
     more: dict[str, Any] = {"baseline": "reports/old"} if role == "baseline" else {"not_worse": compared}
     with pytest.raises(InvalidData, match=r"reports/old does not say what was asked.*Evaluate its model again"):
         evaluate("bad", inputs={role: other_rows}, **more)
+
+
+def test_a_revision_is_compared_in_the_way_in_which_the_target_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FABRICTUNE_GATEWAY_URL", "http://127.0.0.1:9")
+    mine, other = (f"deployments/d/revisions/r-{n}" for n in (1, 2))
+    spec = STAGE.spec.model_validate(
+        {
+            "dataset": "datasets/d",
+            "target": {"revision": mine},
+            "targets": [{"revision": other, "tools": True, "label": "with tools"}],
+            "constrained": True,
+            "not_worse": [{"than": other, "by": {"calls": 0}}, {"than": mine, "by": {"calls": 0}}],
+        }
+    )
+    asked = find_targets(spec)
+    assert [(a.label, a.role, a.address.wire.tools) for a in asked] == [
+        ("with tools", "reference", True), ("d@r-2", "reference", False), ("d@r-1", "reference", False),
+        ("d@r-1 (2)", "target", False), ("d@r-1, tools=", "constrained", True),
+    ]  # fmt: skip
+    assert [find_label(asked, than) for than in (other, mine, "with tools")] == ["d@r-2", "d@r-1", "with tools"]
+
+
+def test_folders_that_a_spec_names_are_read_without_a_server(
+    evaluate: Callable[..., Any], tmp_path: Path, model: Model
+) -> None:
+    _, before = evaluate("before", "before")
+    write_bfcl(tmp_path / "bfcl", {**BFCL_ROW, "ground_truth": TRUTH})
+    named = {"dataset": str(tmp_path / "data"), "bfcl": str(tmp_path / "bfcl"), "baseline": str(before)}
+    (tmp_path / "spec.yaml").write_text(json.dumps({**named, "target": {"address": model.url, "model": "after"}}))
+    arguments = ["evaluate", "--spec", str(tmp_path / "spec.yaml"), "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = read(tmp_path / "out")
+    assert [c["role"] for c in report["columns"]] == ["baseline", "target"]
+    assert [suite["name"] for suite in report["suites"]] == ["bfcl"]
+    shutil.rmtree(tmp_path / "data")
+    result = CliRunner().invoke(app, [*arguments[:-1], str(tmp_path / "again")])
+    assert isinstance(result.exception, ApiError)
+    assert f"dataset: there is nothing at {tmp_path / 'data'}" in str(result.exception)
 
 
 @pytest.mark.parametrize(
