@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from services.common.errors import InvalidData
+from services.common.errors import Cancelled, InvalidData
 from services.common.reporter import Progress, Reporter
 from services.common.stage import Stage
 from services.evaluation.ask import Sampling, ask_all
@@ -28,6 +29,7 @@ from services.evaluation.report import MAIN_ANSWERS, Column, Section, render_htm
 from services.evaluation.spec import BASELINE, Spec
 from services.evaluation.targets import Asked, find_label, find_targets
 
+T = TypeVar("T")
 KEEP_SECONDS = 30.0
 """So often answers are kept for another attempt."""
 
@@ -44,7 +46,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     asked = find_targets(spec)
     earlier = _read_baseline(spec, inputs, suites)
     compared = _read_compared(spec, inputs, suites[0][2])
-    answers, latency = asyncio.run(_ask_targets(spec, asked, questions, inputs.get("checkpoint"), output, reporter))
+    answers, latency = run_stoppable(_ask_targets(spec, asked, questions, inputs.get("checkpoint"), output, reporter))
     columns = [(target, _file(n, target), answers[n]) for n, target in enumerate(asked)]
     sections = [
         Section(
@@ -79,6 +81,30 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
         if p.n
     }
     return {"label": own.label, "metrics": values, "gate": gate}
+
+
+def run_stoppable(work: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run, ended by the signals that the process ends by. Raises Cancelled.
+
+    Their handlers raise wherever the process is; what is raised in the midst of asyncio's own writing to a socket it takes for
+    a broken connection (CPython 3.11), and a worker that was told to stop would ask again instead.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    own = [n for n, h in handlers.items() if callable(h) and h is not signal.default_int_handler]
+
+    async def stoppable() -> T:
+        task = asyncio.create_task(work)
+        for number in own:
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        return await task
+
+    try:
+        return asyncio.run(stoppable())
+    except asyncio.CancelledError:
+        raise Cancelled("told to stop") from None
+    finally:
+        for number in own:
+            signal.signal(number, handlers[number])
 
 
 def read_column(report: Path, name: str, questions: Sequence[Question], strict: bool = True) -> Column:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -23,11 +25,11 @@ from fabrictune.cli import app
 from fabrictune.errors import ApiError
 from services.common.artifacts import Artifacts
 from services.common.config import StoreConfig
-from services.common.errors import GateNotMet, InvalidData, InvalidSpec
+from services.common.errors import Cancelled, GateNotMet, InvalidData, InvalidSpec
 from services.common.fabric import Call, Turn
 from services.common.store import Store
 from services.evaluation.targets import find_label, find_targets
-from services.evaluation.worker import STAGE
+from services.evaluation.worker import STAGE, run_stoppable
 from tests.conftest import Recorder, serving
 from tests.unit.test_evaluation_questions import BFCL_ROW, REFUSED, TRUTH, TURN, write_bfcl, write_dataset
 
@@ -275,6 +277,25 @@ def test_rows_that_were_refused_are_asked_again_by_the_next_attempt(
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().split("\n") if line]
     assert sorted(a["id"] for a in answers) == ["r0/0", "r1/0", "r2/0"]
     assert not any(a["refused"] for a in answers)
+
+
+def test_a_signal_that_arrives_where_asyncio_swallows_what_is_raised_ends_the_asking() -> None:
+    def stop(*_: object) -> None:
+        raise Cancelled("told to stop")
+
+    async def ask() -> None:
+        with contextlib.suppress(BaseException):  # as asyncio's transports do around a socket's send
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        await asyncio.sleep(5)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(Cancelled, match="told to stop"):
+            run_stoppable(ask())
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow
