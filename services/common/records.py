@@ -58,7 +58,9 @@ def plan_record(
     name = f"{stage.collection}/{job_id}"
     asked = round(time.time(), 3)
     record = JobRecord(name, plain, output, digest, tuple(inputs), request_id, dict(labels or {}), asked)
-    if artifacts.store.get_json(f"{name}/job.json") is None:  # else accept_record says whether it is the same job
+    makes_artifact = collection != stage.collection  # a pipeline's run is its own output
+    # Of a job that is there accept_record says whether it is the same.
+    if makes_artifact and artifacts.store.get_json(f"{name}/job.json") is None:
         find_output(artifacts, record)
     return record
 
