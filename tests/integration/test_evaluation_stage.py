@@ -386,7 +386,7 @@ def test_a_baseline_on_other_rows_of_the_same_ids_is_refused_before_anything_is_
 def test_the_gate_is_not_met_by_a_comparison_with_other_rows_of_the_same_ids(
     evaluate: Callable[..., Any], other_rows: Path
 ) -> None:
-    told, _ = evaluate(
+    told, folder = evaluate(
         "bad", "before",
         not_worse=[{"than": "reports/others", "by": {"right_tool": 1.0, "no_call": 0.0}}],
         inputs={"compared/0": other_rows},
@@ -394,6 +394,9 @@ def test_the_gate_is_not_met_by_a_comparison_with_other_rows_of_the_same_ids(
     assert [(g["metric"], g["n"], g["missing"], g["met"]) for g in told["gate"]] == [
         ("right_tool", 0, 2, False), ("no_call", 1, 0, True),
     ]  # fmt: skip
+    assert (
+        "reports/others has no answer to 2 of the rows as they are asked here" in (folder / "report.html").read_text()
+    )
 
 
 @pytest.mark.parametrize("role", ["baseline", "compared/0"])
