@@ -79,7 +79,14 @@ class Release:
         files = [HERE / "values.yaml", *([Path(v)] if (v := os.environ.get("E2E_VALUES")) else [])]
         chosen = [word for file in files for word in ("-f", str(file.resolve()))]
         chart = str(ROOT / "helm" / "fabrictune")
-        return self.run("helm", verb, "fabrictune", chart, "-n", self.namespace, *chosen, *arguments)
+        said = self.run("helm", verb, "fabrictune", chart, "-n", self.namespace, *chosen, *arguments)
+        # Replaced servers answer who is connected to them for some seconds more, with the settings that they had.
+        self.until(lambda: not self._servers_going(), 60, "the replaced servers are gone")
+        return said
+
+    def _servers_going(self) -> list[str]:
+        pods = self.get("pods", "-l", "app.kubernetes.io/instance=fabrictune,!fabrictune.dev/kind")["items"]
+        return [pod["metadata"]["name"] for pod in pods if pod["metadata"].get("deletionTimestamp")]
 
     def connect(self) -> None:
         """Keep `fabrictune connect` running; other commands find it by its file."""
