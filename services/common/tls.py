@@ -21,16 +21,18 @@ def grpc_credentials(certificate: Path, key: Path) -> grpc.ServerCredentials:
     def read() -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration([(_read(key), _read(certificate))])
 
-    def renew() -> grpc.ServerCertificateConfiguration | None:
-        if not watched.changed():
-            return None
-        try:
-            return read()
-        except FabrictuneError as error:
-            _tell(error)
-            return None
+    newest = read()
 
-    return grpc.dynamic_ssl_server_credentials(read(), renew)  # type: ignore[arg-type] # None is "no change"
+    def renew() -> grpc.ServerCertificateConfiguration:
+        nonlocal newest
+        if watched.changed():
+            try:
+                newest = read()
+            except FabrictuneError as error:
+                _tell(error)
+        return newest
+
+    return grpc.dynamic_ssl_server_credentials(newest, renew)
 
 
 def http_context(certificate: Path, key: Path) -> ssl.SSLContext:

@@ -16,8 +16,8 @@ type is right all the same: rows that were not made for BFCL do that.
 
 from __future__ import annotations
 
-import contextlib
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -78,9 +78,8 @@ def _allow(value: Any) -> Any:
 def _find_problem(value: Any, allowed: Sequence[Any], schema: Mapping[str, Any]) -> str:
     wanted = _types(schema)
     candidates = [item for item in allowed if item != ABSENT] or ([] if wanted else list(allowed))
-    if float in wanted and type(value) is int:
-        with contextlib.suppress(OverflowError):  # from 309 digits on no float is as large
-            value = float(value)
+    if float in wanted and type(value) is int and value.bit_length() < sys.float_info.max_exp:
+        value = float(value)
     if wanted and type(value) in wanted:
         if isinstance(value, list) and not _elements_fit(value, allowed, _types(schema.get("items", {}))):
             return f"{_show(value)} has an element of another type"

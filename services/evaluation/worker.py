@@ -15,16 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from services.common.errors import Cancelled, InvalidData
+from services.common.errors import Cancelled
 from services.common.reporter import Progress, Reporter
 from services.common.stage import Stage
 from services.evaluation.ask import Sampling, ask_all
 from services.evaluation.bfcl import read_bfcl
+from services.evaluation.earlier import read_answers, read_baseline, read_compared, read_latency
 from services.evaluation.gate import check_comparisons, check_gate, raise_if_not_met
 from services.evaluation.intervals import Proportion
 from services.evaluation.latency import measure_latency
 from services.evaluation.metrics import Score, score_answer, summarize
-from services.evaluation.questions import Answer, Question, check_ids, read_lines, read_questions
+from services.evaluation.questions import Answer, Question, check_ids, read_questions
 from services.evaluation.report import MAIN_ANSWERS, Column, Section, render_html, render_json
 from services.evaluation.spec import BASELINE, Spec
 from services.evaluation.targets import Asked, find_label, find_targets
@@ -44,8 +45,8 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     questions = [question for _, _, each in suites for question in each]
     check_ids(questions)
     asked = find_targets(spec)
-    earlier = _read_baseline(spec, inputs, suites)
-    compared = _read_compared(spec, inputs, suites[0][2])
+    earlier = read_baseline(spec, inputs, suites)
+    compared = read_compared(spec, inputs, suites[0][2])
     answers, latency = run_stoppable(_ask_targets(spec, asked, questions, inputs.get("checkpoint"), output, reporter))
     columns = [(target, _file(n, target), answers[n]) for n, target in enumerate(asked)]
     sections = [
@@ -71,7 +72,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
         return next(c.scores for c in sections[0].columns if c.label == find_label(asked, than))
 
     gate = check_gate(spec.gate, measured) + check_comparisons(spec.not_worse, scores_of, own.scores)
-    before = _read_latency(inputs["baseline"], earlier[0].label) if earlier else []
+    before = read_latency(inputs["baseline"], earlier[0].label) if earlier else []
     report = render_json(sections, spec.dataset or spec.bfcl, before + latency, gate)
     (output / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
     (output / "report.html").write_text(render_html(report), encoding="utf-8")
@@ -107,35 +108,6 @@ def run_stoppable(work: Coroutine[Any, Any, T]) -> T:
             signal.signal(number, handlers[number])
 
 
-def read_column(report: Path, name: str, questions: Sequence[Question], strict: bool = True) -> Column:
-    """The judged column of an earlier report, of the questions that were the same there, word for word. name: the report's.
-
-    Raises InvalidData when it does not say what was asked, and, when strict, if a row has no answer there.
-    """
-    told = json.loads((report / "report.json").read_text(encoding="utf-8"))
-    # The first reports had no roles; their last column was the judged one.
-    column = next((c for c in told["columns"] if c.get("role") == "target"), told["columns"][-1])
-    kept = {a.id: a for a in read_answers(report / column.get("answers", MAIN_ANSWERS))}
-    if not all(answer.question for answer in kept.values()):
-        raise InvalidData(
-            f"{name} does not say what was asked: it was made by an earlier fabrictune, and its rows may be others. Evaluate "
-            f"its model again; for a run, `fabrictune artifacts rm {name}` and begin the run again"
-        )
-    same = {q.id for q in questions if q.id in kept and kept[q.id].question == q.digest}
-    missing = [q.id for q in questions if q.id not in same and q.after is None]
-    if missing and strict:
-        raise InvalidData(
-            f"{name} has no answer to {len(missing)} of the rows, such as {missing[0]!r}, as they are asked here: "
-            "it was made on other rows"
-        )
-    return Column(column["label"], questions, [kept[q.id] for q in questions if q.id in same])
-
-
-def read_answers(file: Path) -> list[Answer]:
-    """Answers row by row, as they were kept. Raises InvalidData."""
-    return [Answer(**row) for row in read_lines(file)]
-
-
 def _read_suites(
     spec: Spec, inputs: Mapping[str, Path], reporter: Reporter
 ) -> tuple[list[tuple[str, str, Sequence[Question]]], dict[str, Mapping[str, int]]]:
@@ -153,34 +125,6 @@ def _read_suites(
         for reason, count in left_out["bfcl"].items():
             reporter.log(f"{count} rows of {spec.bfcl} are left out: {reason}", "WARNING")
     return suites, left_out
-
-
-def _read_baseline(
-    spec: Spec, inputs: Mapping[str, Path], suites: Sequence[tuple[str, str, Sequence[Question]]]
-) -> list[Column]:
-    """The baseline's column, over the report's own questions; where it was asked others too, its answers to those as well."""
-    if "baseline" not in inputs:
-        return []
-    report = inputs["baseline"]
-    own = read_column(report, spec.baseline, suites[0][2])
-    further = [read_column(report, spec.baseline, questions, strict=False) for _, _, questions in suites[1:]]
-    answers = [answer for column in (own, *further) for answer in column.answers]
-    return [Column(own.label, own.questions, answers, "baseline", own.file)]
-
-
-def _read_compared(spec: Spec, inputs: Mapping[str, Path], questions: Sequence[Question]) -> dict[str, Column]:
-    """Report → its judged column, of those that not_worse names; the gate says which rows they lack."""
-    return {
-        comparison.report: read_column(inputs[f"compared/{number}"], comparison.report, questions, strict=False)
-        for number, comparison in enumerate(spec.not_worse)
-        if comparison.report
-    }
-
-
-def _read_latency(report: Path, label: str) -> list[dict[str, Any]]:
-    """What an earlier report has measured of its judged model."""
-    told = json.loads((report / "report.json").read_text(encoding="utf-8"))
-    return [entry for entry in told.get("latency", ()) if entry["label"] == label]
 
 
 def _answers_any(column: Column, questions: Sequence[Question]) -> bool:

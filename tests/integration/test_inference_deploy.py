@@ -21,7 +21,7 @@ from services.common.server import Server, service
 from services.inference.revisions import Revision, State
 from services.inference.rollout import Rollout
 from services.inference.service import InferenceService
-from tests.integration.test_inference_rollout import House, LostPods, spec
+from tests.integration.test_inference_rollout import open_house, spec
 
 
 class AnyModel:
@@ -58,11 +58,7 @@ class Served:
 
 @pytest.fixture
 async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    cluster = LostPods(tmp_path / "cluster")
-    await cluster.start()
-    house = House(tmp_path, cluster)
+    house = await open_house(tmp_path)
     models: Any = AnyModel()
     servicer = InferenceService(house.open(), house.routes, models, "http://gateway/v1")
     add = inference_pb2_grpc.add_InferenceServiceServicer_to_server
@@ -71,7 +67,7 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
     yield Served(tmp_path, house.rollouts[0], f"127.0.0.1:{server.port}")
     await server.close()
     await house.rollouts[0].close()
-    await cluster.close()
+    await house.cluster.close()
 
 
 async def test_deploy_ends_when_the_revision_that_it_made_answers_and_not_while_an_earlier_one_does(

@@ -140,17 +140,22 @@ class House:
         return int(entry["pid"])
 
 
+async def open_house(folder: Path) -> House:
+    """With a model in the folder, and a cluster that runs."""
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
+    cluster = LostPods(folder / "cluster")
+    await cluster.start()
+    return House(folder, cluster)
+
+
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncIterator[House]:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    cluster = LostPods(tmp_path / "cluster")
-    await cluster.start()
-    house = House(tmp_path, cluster)
+    house = await open_house(tmp_path)
     yield house
     for rollout in house.rollouts:
         await rollout.close()
-    await cluster.close()
+    await house.cluster.close()
 
 
 def spec(*engine_args: str, **fields: Any) -> RevisionSpec:

@@ -264,7 +264,7 @@ class Hindered:
     """What it says; None: nothing, it does not answer."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def hinder(self, stack: Stack) -> None:
+    def hinder(self, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
         real = stack.cluster.create
 
         async def create(workload: Workload) -> WorkloadStatus:
@@ -273,7 +273,7 @@ class Hindered:
             await self.over.wait()
             return await real(workload)
 
-        stack.cluster.create = create  # type: ignore[method-assign]
+        monkeypatch.setattr(stack.cluster, "create", create)
 
 
 @pytest.fixture
@@ -293,10 +293,10 @@ async def lost(
 
 @pytest.mark.parametrize("kind", [ResourceExhausted, Unavailable, PermissionDenied])
 async def test_a_lost_job_waits_while_its_cluster_refuses_it_for_a_time(
-    lost: Stack, kind: type[FabrictuneError]
+    lost: Stack, kind: type[FabrictuneError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusing = Hindered(kind("no jobs today"))
-    refusing.hinder(lost)
+    refusing.hinder(lost, monkeypatch)
     async with AsyncExitStack() as tasks:
         await settle(tasks, lost.jobs)
         await asyncio.sleep(0.5)
@@ -306,16 +306,18 @@ async def test_a_lost_job_waits_while_its_cluster_refuses_it_for_a_time(
         assert (await lost.get()).execution.state == E.RUNNING
 
 
-async def test_a_server_answers_while_it_looks_for_lost_jobs(lost: Stack) -> None:
-    Hindered().hinder(lost)
+async def test_a_server_answers_while_it_looks_for_lost_jobs(lost: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hindered().hinder(lost, monkeypatch)
     async with AsyncExitStack() as tasks, asyncio.timeout(5):
         await settle(tasks, lost.jobs)
         assert (await lost.get()).execution.state == E.QUEUED
 
 
-async def test_a_lost_job_that_is_cancelled_while_it_is_begun_again_is_stopped(lost: Stack) -> None:
+async def test_a_lost_job_that_is_cancelled_while_it_is_begun_again_is_stopped(
+    lost: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hindered = Hindered()
-    hindered.hinder(lost)
+    hindered.hinder(lost, monkeypatch)
     beginning = asyncio.create_task(Upkeep(lost.jobs).reconcile())
     await asyncio.sleep(0.5)
     cancelled = await lost.stub.CancelMergeJob(merging_pb2.CancelMergeJobRequest(name="mergeJobs/t1"))
@@ -373,12 +375,7 @@ async def test_a_worker_outlives_a_server_that_is_killed_and_is_found_again(
         job = await after.stub.GetMergeJob(merging_pb2.GetMergeJobRequest(name="mergeJobs/t1"))
         assert job.execution.state == E.RUNNING
         os.kill(pid, signal.SIGKILL)  # lost: it is tried again, by the new server
-        for _ in range(100):
-            job = await after.stub.GetMergeJob(merging_pb2.GetMergeJobRequest(name="mergeJobs/t1"))
-            if job.execution.attempt == 2:
-                break
-            await asyncio.sleep(0.1)
-        assert job.execution.attempt == 2
+        await _until_second_attempt(after)
     finally:
         await after.close()
 
@@ -396,17 +393,21 @@ async def test_a_stranger_with_the_number_of_a_lost_process_is_left_alone(
     after = Stack(store, object_store, tmp_path / "data")
     await after.start()
     try:
-        for _ in range(100):
-            job = await after.stub.GetMergeJob(merging_pb2.GetMergeJobRequest(name="mergeJobs/t1"))
-            if job.execution.attempt == 2:
-                break
-            await asyncio.sleep(0.1)
-        assert job.execution.attempt == 2
+        await _until_second_attempt(after)
         assert stranger.poll() is None
     finally:
         await after.close()
         stranger.kill()
         stranger.wait()
+
+
+async def _until_second_attempt(stack: Stack) -> None:
+    for _ in range(100):
+        job = await stack.stub.GetMergeJob(merging_pb2.GetMergeJobRequest(name="mergeJobs/t1"))
+        if job.execution.attempt == 2:
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"attempt {job.execution.attempt}")
 
 
 async def _until_running(stack: Stack) -> int:
