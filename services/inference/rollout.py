@@ -11,9 +11,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import aiohttp
 
@@ -22,6 +21,7 @@ from services.common.errors import AlreadyExists, FailedPrecondition, InvalidSpe
 from services.common.logs import get_logger
 from services.inference.canary import Canaries
 from services.inference.drive import Driver
+from services.inference.endings import Endings
 from services.inference.engine import Hardware, adapter_model, engine_name
 from services.inference.engines import ENGINES
 from services.inference.launch import Artifacts, Launcher, Limits
@@ -29,9 +29,6 @@ from services.inference.revisions import COMING, ENDED, Deployment, Revision, St
 from services.inference.routes import RouteTable, Target
 from services.inference.saver import Saver
 from services.inference.spec import Canary, RevisionSpec
-
-PATIENCE_SECONDS = 30.0
-"""What is about to stop may take so long until it is started again; clients wait for 60 s."""
 
 
 @dataclass
@@ -54,7 +51,7 @@ class Rollout:
         """Nothing runs yet."""
         self._deployments: dict[str, Deployment] = {}
         self._tasks: dict[tuple[str, str], _Tasks] = {}
-        self._ending: dict[str, asyncio.Task[None]] = {}
+        self._endings = Endings(self.limits.drain)
         self._watchers: set[asyncio.Queue[Deployment]] = set()
         self._saver = Saver(self.artifacts)
         self._launcher = Launcher(self.cluster, self.artifacts, self.hardware, self.limits)
@@ -93,7 +90,7 @@ class Rollout:
     async def stop_driving(self) -> None:
         """Change nothing from now on; what is served goes on being served."""
         await self._canaries.close()
-        tasks = [t for d in self._tasks.values() for t in (d.drive, d.warm) if t] + list(self._ending.values())
+        tasks = [t for d in self._tasks.values() for t in (d.drive, d.warm) if t] + self._endings.tasks
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -124,8 +121,8 @@ class Rollout:
 
         Raises FailedPrecondition when that takes long.
         """
-        while (ending := self._ending.get(f"deployments/{deployment}")) is not None:
-            await self._outlast(f"deployments/{deployment}", asyncio.shield(ending))
+        while (name := f"deployments/{deployment}") in self._endings:
+            await self._endings.outlast(name, self._endings.wait(name))
         if deployment in self._deployments:
             return self._deployments[deployment]
         owner = self._deployments[deployment] = Deployment(deployment, create_time=time.time())
@@ -149,7 +146,7 @@ class Rollout:
             await self._driver.wake(known)
         if known is not None and known.state not in ENDED and (deployment, revision) not in self._tasks:
             # Nobody drives it: it drains, or could not be stopped when that was tried.
-            await self._outlast(known.name, self._stop(owner, known))
+            await self._endings.outlast(known.name, self._stop(owner, known))
             return await self.create_revision(deployment, revision, spec, take_traffic)
         if known is not None and known.state is State.READY and take_traffic:
             await self.set_traffic(deployment, {revision: 100})
@@ -251,7 +248,7 @@ class Rollout:
     async def delete(self, deployment: str) -> None:
         """Drain and stop all its revisions and forget it; that goes on when the caller goes away."""
         owner = self.get(deployment)
-        await self._end(f"deployments/{deployment}", lambda: self._delete(owner))
+        await self._endings.end(f"deployments/{deployment}", lambda: self._delete(owner))
 
     async def _delete(self, owner: Deployment) -> None:
         self._canaries.stop(owner, "the deployment was deleted")
@@ -298,31 +295,8 @@ class Rollout:
         await asyncio.sleep(revision.warm_since + self.limits.keep_warm - time.time())
         await self.stop_revision(revision.deployment, revision.revision)
 
-    async def _outlast(self, name: str, ending: Awaitable[None]) -> None:
-        """Wait for an end, but no longer than a client waits for its answer."""
-        try:
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                await ending
-        except TimeoutError:
-            raise FailedPrecondition(
-                f"{name} is about to stop and still answers what it has begun; ask again when it has stopped, in "
-                f"{self.limits.drain:.0f} s at most"
-            ) from None
-
     async def _stop(self, owner: Deployment, revision: Revision) -> None:
-        await self._end(revision.name, lambda: self._drain(owner, revision))
-
-    async def _end(self, name: str, act: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Do it in a task of its own, or wait for the one that does: a caller that goes away leaves nothing half ended."""
-        if name not in self._ending:
-            task = self._ending[name] = asyncio.create_task(act(), name=f"end {name}")
-            task.add_done_callback(lambda done: self._ended(name, done))
-        await asyncio.shield(self._ending[name])
-
-    def _ended(self, name: str, task: asyncio.Task[None]) -> None:
-        del self._ending[name]
-        if not task.cancelled() and (error := task.exception()):
-            self._log.warning("not ended; asking again goes on", name=name, error=str(error))
+        await self._endings.end(revision.name, lambda: self._drain(owner, revision))
 
     async def _drain(self, owner: Deployment, revision: Revision) -> None:
         tasks = self._tasks.pop((owner.id, revision.revision), None)

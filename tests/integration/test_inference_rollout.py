@@ -18,8 +18,7 @@ import pytest
 from services.common.clusters import Phase, Workload, WorkloadStatus
 from services.common.clusters.local import LocalCluster
 from services.common.errors import AlreadyExists, FailedPrecondition, Unavailable
-from services.inference import rollout as rollouts
-from services.inference import saver
+from services.inference import endings, saver
 from services.inference.engine import Hardware, Model, describe_model
 from services.inference.gateway import Gateway
 from services.inference.launch import Artifacts, Limits
@@ -622,7 +621,7 @@ async def test_a_revision_deployed_again_while_it_drains_is_started_when_it_has_
 async def test_what_is_asked_for_again_but_long_drains_is_refused_with_what_to_do(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rollouts, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(endings, "PATIENCE_SECONDS", 0.1)
     rollout = house.open()
     await ready(rollout, "a")
     async with house.routes.hold("x@a", 1):
