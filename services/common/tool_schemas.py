@@ -13,6 +13,8 @@ ELSEWHERE = ("$ref", "anyOf", "oneOf", "allOf")
 """Where a property's type may stand instead."""
 MAX_STEPS, MOST_BRANCHES = 4, 8
 """So far are references and branches followed: they may go in circles."""
+Known = dict[tuple[int, int], list[str]]
+"""(id of a part of a schema, steps left) → its types: many properties may refer to one part, and each part to many."""
 
 
 class BadSchema(ValueError):
@@ -45,7 +47,8 @@ def _complete_schema(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     required = raw.get("required") or []
     if not isinstance(properties, dict) or not isinstance(required, list):
         raise BadSchema(f"tool {name!r}: an object that is no JSON schema of an object")
-    typed = {key: _with_type(value, name, raw) for key, value in properties.items()}
+    known_types: Known = {}
+    typed = {key: _with_type(value, name, raw, known_types) for key, value in properties.items()}
     named = {key for key in required if isinstance(key, str)}
     known = [key for key in typed if key in named]
     rest = {key: value for key, value in raw.items() if key not in ("type", "properties", "required")}
@@ -60,37 +63,46 @@ def _make_property(item: Mapping[str, Any], name: str) -> dict[str, Any]:
     return _with_type({**rest, **schema} if isinstance(schema, dict) else rest, name)
 
 
-def _with_type(value: Any, name: str, root: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """root: the whole schema, in which a $ref is looked up."""
+def _with_type(
+    value: Any, name: str, root: Mapping[str, Any] | None = None, known: Known | None = None
+) -> dict[str, Any]:
+    """root: the whole schema, in which a $ref is looked up; known: what was found out of it."""
     if not isinstance(value, dict):
         raise BadSchema(f"tool {name!r}: a property that is no object")
     rest = {key: each for key, each in value.items() if key not in ("type", "description")}
-    told = value.get("type") or _find_type(value, root) or "string"
+    told = value.get("type") or _find_type(value, root, {} if known is None else known) or "string"
     return {"type": told, "description": value.get("description") or "", **rest}
 
 
-def _find_type(value: Mapping[str, Any], root: Mapping[str, Any] | None) -> str | list[str]:
+def _find_type(value: Mapping[str, Any], root: Mapping[str, Any] | None, known: Known) -> str | list[str]:
     """The type of what a property refers to, or the types of its branches, each once; none: []."""
     if value.keys().isdisjoint(ELSEWHERE):
         return []
-    types = list(dict.fromkeys(_types_of(value, root, MAX_STEPS)))
+    types = list(dict.fromkeys(_types_of(value, root, MAX_STEPS, known)))
     return types[0] if len(types) == 1 else types
 
 
-def _types_of(value: Any, root: Mapping[str, Any] | None, steps: int) -> list[str]:
+def _types_of(value: Any, root: Mapping[str, Any] | None, steps: int, known: Known) -> list[str]:
     """The types that a schema allows, as far as it says so: by itself, by what it refers to, or by its branches."""
     if not isinstance(value, Mapping) or not steps:
         return []
+    place = id(value), steps
+    if place not in known:
+        known[place] = _look_for_types(value, root, steps, known)
+    return known[place]
+
+
+def _look_for_types(value: Mapping[str, Any], root: Mapping[str, Any] | None, steps: int, known: Known) -> list[str]:
     own = value.get("type")
     listed = own if isinstance(own, list) else [own]
     if told := [each for each in listed if isinstance(each, str)]:
         return told
-    if referred := _types_of(_resolve(value.get("$ref"), root), root, steps - 1):
+    if referred := _types_of(_resolve(value.get("$ref"), root), root, steps - 1, known):
         return referred
     for key in ELSEWHERE[1:]:
         branches = value.get(key)
         listed = branches[:MOST_BRANCHES] if isinstance(branches, list) else []
-        if told := [each for branch in listed for each in _types_of(branch, root, steps - 1)]:
+        if told := [each for branch in listed for each in _types_of(branch, root, steps - 1, known)]:
             return told
     return []
 

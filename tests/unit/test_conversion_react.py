@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.common.tool_schemas import make_schema
 from services.conversion.react import parse_arguments, parse_system_prompt, parse_turn
 from services.conversion.readers import READERS
 from services.conversion.refusals import (
@@ -356,3 +357,18 @@ def test_a_property_without_a_type_has_that_of_what_it_points_at(schema: dict[st
     defined = {"day": {"type": "integer"}, "circle": {"anyOf": [{"$ref": "#/$defs/circle"}] * 9}}
     told = schema_of({"type": "object", "properties": {"p": schema}, "$defs": defined})
     assert told["properties"]["p"]["type"] == kind
+
+
+def test_a_part_that_many_properties_refer_to_is_looked_at_once() -> None:
+    looked = []
+
+    class Part(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
+            looked.append(key)
+            return super().get(key, default)
+
+    part = Part(anyOf=[{"type": "integer"}, {"type": "null"}])
+    properties = {f"p{number}": {"$ref": "#/$defs/part"} for number in range(50)}
+    told = make_schema({"type": "object", "properties": properties, "$defs": {"part": part}}, "tool")
+    assert {tuple(each["type"]) for each in told["properties"].values()} == {("integer", "null")}
+    assert looked.count("anyOf") == 1
