@@ -44,6 +44,10 @@ FRAGMENTATION: Mapping[str, float] = {
 }
 
 
+MOST_KEPT_WEIGHTS = 32 << 20
+"""Attention weights of one layer that swift_attention.py keeps at most."""
+
+
 @dataclass(frozen=True)
 class Load:
     """What a process is given in one step."""
@@ -121,6 +125,8 @@ def _weights(shape: ModelShape, arguments: Mapping[str, Any], compute: int) -> i
 def _activations(shape: ModelShape, arguments: Mapping[str, Any], load: Load, compute: int) -> int:
     tokens = load.batch * load.length
     layer = tokens * _layer_bytes(shape, arguments, compute, compute if load.device == "cpu" else 1)
+    if load.device == "cpu" and compute == 2 and not arguments.get("attn_impl"):
+        layer += compute * min(load.batch * shape.heads * load.length**2 // 2, MOST_KEPT_WEIGHTS)
     if arguments.get("gradient_checkpointing", True):
         return shape.layers * tokens * shape.hidden * compute + layer  # each layer's input, and one layer again
     return _layers_walked_back(shape, arguments) * layer

@@ -25,6 +25,8 @@ class ModelShape:
 
     hidden: int
     layers: int
+    heads: int
+    """Query heads."""
     query: int
     """Width of all query heads together."""
     key: int
@@ -70,6 +72,7 @@ def make_shape(config_json: bytes, heads: Iterable[bytes]) -> ModelShape:
     return ModelShape(
         hidden=hidden,
         layers=layers,
+        heads=heads_count,
         query=per_head * heads_count,
         key=per_head * int(config.get("num_key_value_heads") or heads_count),
         intermediate=int(config.get("intermediate_size") or 4 * hidden),

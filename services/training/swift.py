@@ -18,6 +18,8 @@ from services.training.spec import DEFAULT_SEED, Spec
 
 PLUGIN = Path(__file__).parent / "swift_plugin.py"
 MEAN_PLUGIN = Path(__file__).parent / "swift_mean.py"
+ATTENTION_PLUGIN = Path(__file__).parent / "swift_attention.py"
+PLUGINS = (PLUGIN, MEAN_PLUGIN, ATTENTION_PLUGIN)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def plan_sft(spec: Spec, preset: Preset, paths: Paths, hardware: Hardware, famil
         "save_only_model": False,
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
-        **_plugins(spec, arguments),
+        **_plugins(spec, arguments, hardware),
         **({"resume_from_checkpoint": str(paths.checkpoint)} if paths.checkpoint else {}),
     }
     flags = [word for name, value in named.items() for word in (f"--{name}", *_words(value))]
@@ -197,11 +199,13 @@ def _launcher(hardware: Hardware) -> list[str]:
     ]
 
 
-def _plugins(spec: Spec, arguments: Mapping[str, Any]) -> dict[str, list[str]]:
+def _plugins(spec: Spec, arguments: Mapping[str, Any], hardware: Hardware) -> dict[str, list[str]]:
     # A checkpoint is told of by the plugin's callback, so the mean has to be in it by then.
     files, callbacks = [str(PLUGIN)], ["fabrictune", *_listed(arguments.get("callbacks"))]
     if spec.chosen_checkpoint == "mean":
         files, callbacks = [*files, str(MEAN_PLUGIN)], ["fabrictune_mean", *callbacks]
+    if arguments.get("torch_dtype") == "bfloat16" and not hardware.gpus and not arguments.get("attn_impl"):
+        files = [*files, str(ATTENTION_PLUGIN)]
     return {"external_plugins": files, "callbacks": callbacks}
 
 

@@ -31,7 +31,7 @@ from services.training.presets import load_preset
 from services.training.rows import Row
 from services.training.spec import Spec
 from services.training.supervise import Trained, run_child
-from services.training.swift import MEAN_PLUGIN, PLUGIN, Command, Paths, plan_children, plan_sft, seed_of
+from services.training.swift import PLUGINS, Command, Paths, plan_children, plan_sft, seed_of
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -164,7 +164,7 @@ def _leave_adapter(
     write_metrics(output / "metrics.jsonl", trained.records)
     write_events(trained.records, output / "tensorboard")
     plot_loss(trained.records, output / "loss.png", f"{spec.base_model} on {spec.dataset}, {spec.preset}")
-    local = {str(model.absolute()): spec.base_model, **{str(file): file.name for file in (PLUGIN, MEAN_PLUGIN)}}
+    local = {str(model.absolute()): spec.base_model, **{str(file): file.name for file in PLUGINS}}
     if checkpoint:
         local[str(checkpoint.absolute())] = "checkpoint"
     argv = ["python", *(local.get(word, word) for word in command.argv[1:])]

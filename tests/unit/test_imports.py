@@ -28,6 +28,7 @@ LOADED_BY_THE_ENGINE = {
     # module: the engine that imports it, in its own process, as a plug-in; at module level there
     "services/training/swift_plugin.py": "swift",
     "services/training/swift_mean.py": "swift",
+    "services/training/swift_attention.py": "swift",
     "services/inference/tool_parser.py": "vllm",
 }
 
