@@ -6,46 +6,55 @@ Far ones alone teach a small model to look for the field, not for the tool (docs
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 
 from services.common.fabric import Tool
-from services.conversion.mixture import telling_words, words_of
+from services.conversion.mixture import Equivalents, has_equivalent, seeded, telling_words, words_of
 
 MOST_LOOKED_AT = 200
-"""Questions, until a far one is found."""
+"""Questions, for one prompt."""
 
 Question = tuple[str, tuple[Tool, ...]]
 """A question and the tools of its row."""
-Suits = Callable[[Sequence[Tool], Sequence[Tool]], bool]
+Suits = Callable[[Sequence[Tool], Sequence[Tool], Equivalents], bool]
 """Whether a question about some tools is one to ask where others are listed."""
 
 
 class Elsewhere:
     """Questions that may be asked where their tool is not listed."""
 
-    def __init__(self, asked: Sequence[Question]) -> None:
-        self._asked = asked
+    def __init__(self, asked: Sequence[Question], equivalents: Equivalents = frozenset()) -> None:
+        self._asked, self._equivalents = asked, equivalents
         self._places: dict[str, list[int]] = defaultdict(list)
         for place, (_, tools) in enumerate(asked):
             for word in words_of(tools):
                 self._places[word].append(place)
+        self._related = [sum(len(self._places[word]) for word in words_of(tools)) for _, tools in asked]
 
-    def far(self, tools: Sequence[Tool], start: int) -> Iterator[str]:
+    def far(self, tools: Sequence[Tool], start: int) -> Iterator[Question]:
         """Questions whose tools have nothing in common with these, from a place on."""
         count = len(self._asked)
         return self._asked_at(((start + step) % count for step in range(min(count, MOST_LOOKED_AT))), fits_none, tools)
 
-    def near(self, tools: Sequence[Tool], start: int) -> Iterator[str]:
-        """Questions that one of these tools nearly fits, from a place on."""
-        return self._asked_at(self._from(start, words_of(tools)), nearly_fits, tools)
+    def near(self, tools: Sequence[Tool], start: int) -> Iterator[Question]:
+        """Questions that one of these tools nearly fits, in an order that the start draws.
 
-    def _asked_at(self, places: Iterable[int], suits: Suits, tools: Sequence[Tool]) -> Iterator[str]:
+        A question that is related to many would stand in many prompts, and be learned by heart as one to refuse; so it is
+        drawn the less, the more there are (weighted sampling with exponential keys, Efraimidis and Spirakis 2006).
+        """
+        places = self._from(start, words_of(tools))[:MOST_LOOKED_AT]
+        places.sort(key=lambda place: -math.log((seeded(start, place) + 1) / 2**64) * self._related[place])
+        return self._asked_at(places, nearly_fits, tools)
+
+    def _asked_at(self, places: Iterable[int], suits: Suits, tools: Sequence[Tool]) -> Iterator[Question]:
         for place in places:
             query, others = self._asked[place]
-            if suits(others, tools) and not names_one(query, tools):
-                yield query
+            if suits(others, tools, self._equivalents) and not names_one(query, tools):
+                yield query, others
 
     def _from(self, start: int, words: Iterable[str]) -> list[int]:
         """Places of questions about any of these words, the first one at or behind the start."""
@@ -54,18 +63,22 @@ class Elsewhere:
         return places[first:] + places[:first]
 
 
-def fits_none(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> bool:
+def fits_none(query_tools: Sequence[Tool], tools: Sequence[Tool], equivalents: Equivalents = frozenset()) -> bool:
     """Whether a question about `query_tools` surely fits none of `tools`: no common name, no telling word in common."""
     words, names = words_of(query_tools), {t.name for t in query_tools}
-    return not any(t.name in names or telling_words(t.name) & words for t in tools)
+    return not any(
+        t.name in names or telling_words(t.name) & words or has_equivalent(t, query_tools, equivalents) for t in tools
+    )
 
 
-def nearly_fits(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> bool:
+def nearly_fits(query_tools: Sequence[Tool], tools: Sequence[Tool], equivalents: Equivalents = frozenset()) -> bool:
     """Whether a question about `query_tools` is a near miss of `tools`: some have a telling word in common, and any two
     that do have others that tell them apart. "get_distance" and "calculate_distance" have none, so they may be the same.
     """
     near = False
     for asked in query_tools:
+        if has_equivalent(asked, tools, equivalents):
+            return False
         words = telling_words(asked.name)
         for tool in tools:
             others = telling_words(tool.name)
@@ -73,6 +86,12 @@ def nearly_fits(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> bool:
                 return False
             near = near or bool(words & others)
     return near
+
+
+def related(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> list[tuple[str, str]]:
+    """Names of (a question's tool, a listed one) that have a telling word in common."""
+    names = product((t.name for t in query_tools), (t.name for t in tools))
+    return [(asked, listed) for asked, listed in names if telling_words(asked) & telling_words(listed)]
 
 
 def names_one(query: str, tools: Sequence[Tool]) -> bool:

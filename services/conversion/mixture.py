@@ -11,12 +11,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import combinations
 from typing import TypeVar
 
 from services.common.errors import InvalidData
 from services.common.fabric import Tool
 
 T = TypeVar("T")
+Equivalents = frozenset[frozenset[str]]
+"""Pairs of tools' names that can stand for each other."""
 SPLITS = ("train", "validation", "test")
 # Words of tools' names that tell nothing of what a tool is about.
 # fmt: off
@@ -103,7 +106,14 @@ def assign_splits(
     return assigned
 
 
-def add_distractors(tools: Sequence[Tool], pool: Sequence[Tool], count: int, seed: int, row_id: str) -> list[Tool]:
+def add_distractors(
+    tools: Sequence[Tool],
+    pool: Sequence[Tool],
+    count: int,
+    seed: int,
+    row_id: str,
+    equivalents: Equivalents = frozenset(),
+) -> list[Tool]:
     """The row's tools and `count` others from the pool, in seeded order.
 
     A tool that shares a telling word with one of the row's own is left out: it might fit the question as well.
@@ -117,7 +127,7 @@ def add_distractors(tools: Sequence[Tool], pool: Sequence[Tool], count: int, see
             break
         # A walk with a stride that has no factor in common with the pool's length visits every tool once.
         tool = pool[(start + step * stride) % len(pool)]
-        if tool.name not in names and not (telling_words(tool.name) & own):
+        if tool.name not in names and not (telling_words(tool.name) & own or has_equivalent(tool, tools, equivalents)):
             names.add(tool.name)
             chosen.append(tool)
     return sorted(chosen, key=lambda t: seeded(seed, "place", row_id, t.name)) if len(chosen) > 1 else chosen
@@ -143,6 +153,16 @@ def telling_words(name: str) -> frozenset[str]:
 def words_of(tools: Iterable[Tool]) -> frozenset[str]:
     """Telling words of all these tools' names."""
     return frozenset[str]().union(*(telling_words(t.name) for t in tools))
+
+
+def pair_up(groups: Iterable[Sequence[str]]) -> Equivalents:
+    """The pairs of groups of names."""
+    return frozenset(frozenset(pair) for group in groups for pair in combinations(group, 2))
+
+
+def has_equivalent(tool: Tool, others: Iterable[Tool], equivalents: Equivalents) -> bool:
+    """Whether one of the others can stand for a tool."""
+    return bool(equivalents) and any(frozenset((tool.name, other.name)) in equivalents for other in others)
 
 
 @lru_cache(maxsize=16)

@@ -93,6 +93,9 @@ def warn(spec: Spec, by_split: Mapping[str, Sequence[str]]) -> list[str]:
                 f"no tool could be held out for {split}, of which {part:.0%} was asked: tools that are called in one row "
                 f"are never separated, and here nearly all hang together. Name a source with `split: {split}` instead"
             )
+    known = {name for names in by_split.values() for name in names}
+    if missing := sorted({name for group in spec.equivalent_tools for name in group} - known):
+        warnings.append(f"equivalent_tools names {', '.join(map(repr, missing))}, which no row has")
     return warnings
 
 

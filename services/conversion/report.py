@@ -81,6 +81,8 @@ class Report:
     turns_with_calls: int = 0
     turns_without_call: int = 0
     """As trained: refusals that were added are among them."""
+    near_misses: Counts = field(default_factory=dict)
+    """A tool, a line break, and a listed tool that questions for the first were refused beside → questions."""
     tools_exchanged: int = 0
     """Listed, not called, held out from the row's split: another tool of the split stands in its place."""
     tokens: Tokens = field(default_factory=Tokens)
@@ -91,7 +93,18 @@ class Report:
         self.turns_with_calls += other.turns_with_calls
         self.tools_exchanged += other.tools_exchanged
         self.turns_without_call += other.turns_without_call
-        for name in ("rejected", "rows", "scored", "languages", "layouts", "sources", "tools", "turns", "calls"):
+        for name in (
+            "rejected",
+            "rows",
+            "scored",
+            "languages",
+            "layouts",
+            "sources",
+            "tools",
+            "turns",
+            "calls",
+            "near_misses",
+        ):
             add_counts(getattr(self, name), getattr(other, name))
         self.tokens.rows += other.tokens.rows
         self.tokens.total += other.tokens.total
@@ -147,6 +160,7 @@ class Outcome:
             "calls_per_turn": {key: report.calls[key] for key in sorted(report.calls, key=int)},
             "turns_with_calls": report.turns_with_calls,
             "turns_without_call": report.turns_without_call,
+            "near_misses": [[*pair.split("\n"), n] for pair, n in most_frequent(report.near_misses, MOST_FREQUENT)],
             **({"tokens": report.tokens.to_json(tokenizer)} if tokenizer else {}),
             "warnings": self.warnings,
             "spec": dict(spec),

@@ -64,6 +64,7 @@ def render_page(report: Mapping[str, Any]) -> str:
         "refusals": [_refusal(code, count, report) for code, count in rejected.items()],
         "tokens": _tokens(report.get("tokens") or {}),
         "tools": _bars((report.get("tools_by_frequency") or [])[:TOOLS]),
+        "near_misses": report.get("near_misses") or [],
         "panels": _panels(report),
         "warnings": report.get("warnings") or [],
         "spec": report.get("spec") or {},

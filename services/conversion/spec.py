@@ -87,6 +87,9 @@ class Range(_Model):
 INSTRUCTIONS = tuple(ROLES.values())
 
 
+EquivalentTools = Annotated[tuple[str, ...], Field(min_length=2)]
+
+
 class SelfCognition(_Model):
     """Rows in which the model says who it is."""
 
@@ -115,6 +118,10 @@ class Spec(_Model):
     distractors: Range = Field(default_factory=lambda: Range.model_validate({}))
     questions: Range = Field(default_factory=lambda: Range(min=1, max=1))
     refusals: Refusals = Field(default_factory=lambda: Refusals.model_validate({}))
+    equivalent_tools: tuple[EquivalentTools, ...] = Field(
+        (),
+        description="groups of tools of which each does what the others do, so that none is wrong where one is right",
+    )
     summaries: float = Field(
         1.0, ge=0, le=1, description="part of the rows sharing a prompt whose summary is trained too"
     )

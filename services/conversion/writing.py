@@ -17,8 +17,8 @@ import orjson
 from services.common.fabric import Example, Round, Tool, Turn, language_of, render_rows
 from services.common.fabric_json import begin_messages, list_functions, tool_json
 from services.conversion.drafts import Draft, expected_json, stands_together, unpack_draft
-from services.conversion.elsewhere import Elsewhere, Question, fits_none
-from services.conversion.mixture import SPLITS, add_distractors, pick_count, pick_one, seeded
+from services.conversion.elsewhere import Elsewhere, Question, fits_none, related
+from services.conversion.mixture import SPLITS, add_distractors, pair_up, pick_count, pick_one, seeded
 from services.conversion.processes import Tell
 from services.conversion.rendering import LAYOUTS, Renderer, in_language
 from services.conversion.report import Report, count
@@ -81,7 +81,8 @@ class _Writer:
         # Only who counts characters or tokens asks for the text of a prompt.
         self._renderer = Renderer(plan.spec, as_json=not (plan.tokenizer or plan.spec.max_row_characters))
         self._together = stands_together(plan.spec)
-        self._elsewhere = Elsewhere(plan.asked)
+        self._equivalents = pair_up(plan.spec.equivalent_tools)
+        self._elsewhere = Elsewhere(plan.asked, self._equivalents)
         self._tokenizer: Tokenizer | None = open_tokenizer(Path(plan.tokenizer)) if plan.tokenizer else None
         self._lengths: list[Sequence[Mapping[str, Any]]] = []
         self.report = Report()
@@ -117,7 +118,7 @@ class _Writer:
             return waiting
         if "inline" in layouts:
             self._write_alone(split, row, "inline")
-        if waiting and not all(fits_none(row.tools, other.tools) for other in waiting):
+        if waiting and not all(fits_none(row.tools, other.tools, self._equivalents) for other in waiting):
             # Each question must have one right answer under the prompt that they share.
             self._write_together(waiting)
             waiting = []
@@ -145,7 +146,7 @@ class _Writer:
         if not missing:
             return tools
         self.report.tools_exchanged += missing
-        return add_distractors(own, self._plan.pools[split], missing, self._spec.seed, row_id)
+        return self._add_distractors(own, split, missing, row_id)
 
     def _finish(self, draft: Draft, known: Sequence[Tool]) -> None:
         """Write a draft: what `_write_alone` does for its row."""
@@ -185,18 +186,22 @@ class _Writer:
             self._write(split, row.id + suffix, row.file, example, listed)
 
     def _add_tools(self, split: str, tools: Sequence[Tool], row_id: str) -> Sequence[Tool]:
-        wanted, seed = self._spec.distractors, self._spec.seed
-        number = pick_count(wanted.min, wanted.max, seed, "distractors", row_id) if wanted.max and tools else 0
-        return add_distractors(tools, self._plan.pools[split], number, seed, row_id) if number else tools
+        wanted = self._spec.distractors
+        number = (
+            pick_count(wanted.min, wanted.max, self._spec.seed, "distractors", row_id) if wanted.max and tools else 0
+        )
+        return self._add_distractors(tools, split, number, row_id) if number else tools
+
+    def _add_distractors(self, tools: Sequence[Tool], split: str, number: int, row_id: str) -> Sequence[Tool]:
+        pool = self._plan.pools.get(split, ())
+        return add_distractors(tools, pool, number, self._spec.seed, row_id, self._equivalents)
 
     def _write_together(self, rows: Sequence[Row]) -> None:
         """Several rows as questions of one: their tools side by side are each other's distractors."""
         spec, report, first = self._spec, self.report, rows[0]
         own = list({t.name: t for row in rows for t in row.tools}.values())
         wanted = pick_count(spec.distractors.min, spec.distractors.max, spec.seed, "distractors", first.id)
-        tools = add_distractors(
-            own, self._plan.pools.get("train", ()), max(0, wanted + 1 - len(own)), spec.seed, first.id
-        )
+        tools = self._add_distractors(own, "train", max(0, wanted + 1 - len(own)), first.id)
         rounds = [*(row.rounds[0] for row in rows), *self._refusals(first.id, len(rows), tools)]
         rounds.sort(key=lambda r: seeded(spec.seed, "turn", first.id, r.query))
         example = self._renderer.together(first, tools, rounds)
@@ -229,8 +234,11 @@ class _Writer:
         near = int(wanted * spec.refusals.near + seeded(spec.seed, "near", row_id) % 100 / 100)
         start = seeded(spec.seed, "refused", row_id)
         found = list(islice(elsewhere.near(tools, start), near))
+        for _, others in found:
+            for pair in related(others, tools):
+                count(self.report.near_misses, "\n".join(pair))
         found += islice(elsewhere.far(tools, start), wanted - len(found))
-        for query in found:
+        for query, _ in found:
             answers = in_language(spec.refusals.answers, language_of(query))
             yield Round(query, Turn(answer=pick_one(answers, spec.seed, row_id, query)))
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from services.common.errors import InvalidData
 from services.common.fabric import Tool
-from services.conversion.elsewhere import Elsewhere, fits_none, names_one, nearly_fits
-from services.conversion.mixture import ToolGroups, add_distractors, assign_splits
+from services.conversion.elsewhere import Elsewhere, fits_none, names_one, nearly_fits, related
+from services.conversion.mixture import ToolGroups, add_distractors, assign_splits, pair_up
 from services.conversion.rows import make_tool
 
 NAMES = st.lists(st.sampled_from([f"t{n}" for n in range(30)]), min_size=1, max_size=4)
@@ -97,10 +97,11 @@ def test_a_question_that_one_of_the_listed_tools_may_fit_is_no_near_miss_of_anot
 )
 def test_a_question_that_names_a_listed_tool_is_not_refused(question: str, listed: str, named: bool) -> None:
     assert names_one(question, [tool("other_thing"), tool(listed)]) is named
-    elsewhere = Elsewhere([(question, (tool("red_sun"),))])
-    assert list(elsewhere.far([tool(listed)], 0)) == ([] if named else [question])
+    asked = (question, (tool("red_sun"),))
+    elsewhere = Elsewhere([asked])
+    assert list(elsewhere.far([tool(listed)], 0)) == ([] if named else [asked])
     near = [tool(listed), tool("red_house")]  # the second one is of the same field as the question's own
-    assert list(elsewhere.near(near, 0)) == ([] if named else [question])
+    assert list(elsewhere.near(near, 0)) == ([] if named else [asked])
 
 
 @given(st.integers(0, 1 << 64))
@@ -108,7 +109,41 @@ def test_near_and_far_questions_are_told_apart_from_any_place_on(start: int) -> 
     asked = [(f"{a} {b}?", (tool(f"{a}_{b}"),)) for a in ("red", "green", "blue") for b in ("sun", "sea", "tree")]
     tools = [tool("red_house"), tool("sun_rise")]
     elsewhere = Elsewhere(asked)
-    assert set(elsewhere.near(tools, start)) == {q for q, _ in asked if "red" in q or "sun" in q}
-    assert set(elsewhere.far(tools, start)) == {q for q, _ in asked if "red" not in q and "sun" not in q}
+    assert {q for q, _ in elsewhere.near(tools, start)} == {q for q, _ in asked if "red" in q or "sun" in q}
+    assert {q for q, _ in elsewhere.far(tools, start)} == {q for q, _ in asked if "red" not in q and "sun" not in q}
     assert not list(Elsewhere([]).near(tools, start))
     assert not list(Elsewhere([]).far(tools, start))
+
+
+def test_tools_that_can_stand_for_each_other_are_neither_distractors_nor_near_misses_nor_far() -> None:
+    song, music, volume = tool("play_song"), tool("play_music"), tool("set_song_volume")
+    news, headlines = tool("fetch_news"), tool("get_headlines")
+    pairs = pair_up([["play_song", "play_music", "spotify"], ["fetch_news", "get_headlines"]])
+    assert nearly_fits([song], [music]) and not nearly_fits([song], [music], pairs)
+    assert not nearly_fits([song], [volume, music], pairs)  # one of them fits
+    assert nearly_fits([song], [volume], pairs)
+    assert fits_none([news], [headlines]) and not fits_none([news], [headlines], pairs)
+    assert add_distractors([news], [headlines, song], 2, 42, "row", pairs) == add_distractors(
+        [news], [song], 1, 42, "row"
+    )
+    elsewhere = Elsewhere([("Anything new?", (news,)), ("Play it!", (song,))], pairs)
+    assert [q for q, _ in elsewhere.far([headlines], 0)] == ["Play it!"]
+    assert not list(elsewhere.near([music], 0))
+
+
+def test_no_question_is_the_near_miss_of_every_prompt() -> None:
+    fields = ["sun", "sea", "tree", "house", "road"]
+    asked = [("all of them?", (tool("red_" + "_".join(fields)),))]
+    asked += [
+        (f"{field} {n}?", (tool(f"{field}_{color}"),)) for field in fields for n, color in enumerate(["red", "blue"])
+    ]
+    elsewhere = Elsewhere(asked)
+    first = [next(elsewhere.near([tool(f"{field}_rise")], start))[0] for field in fields for start in range(40)]
+    # Each prompt has three near misses. The one that all of them have is drawn much less often than a third.
+    assert 0 < first.count("all of them?") < 200 / 4
+    assert len(set(first)) == len(asked)
+
+
+def test_a_near_miss_is_told_by_the_pair_that_makes_it_one() -> None:
+    listed = [tool("local_time"), tool("get_news")]
+    assert related([tool("get_time_difference")], listed) == [("get_time_difference", "local_time")]

@@ -46,6 +46,7 @@ REPORT: dict[str, Any] = {
         "tokenizer": "models/x", "bin": 32, "histogram": {"6": 5, "20": 800, "62": 90, "260": 5}, "max": 8340, "mean": 650.4,
         "longer_than": {"1024": 95, "1500": 95, "2048": 5, "4096": 5, "8192": 5}, "rows": 900,
     },
+    "near_misses": [["plan_route", "route.get", 7]],
     "tools_by_frequency": [["plan_route", 400], ["weather", 200]],
     "warnings": ["two tools are called weather"],
     "spec": {"sources": [{"uri": "datasets/a"}]},
@@ -135,6 +136,11 @@ def test_a_refusal_says_what_was_expected_what_was_found_where_and_how_to_mend_i
     assert f"Expected {REASONS['UNKNOWN_TOOL'].expected} To mend it {REASONS['UNKNOWN_TOOL'].mend}" in text
     assert "a.jsonl · line 812 · byte 19182 Found 'b' {\"id\": 1…" in text
     assert "jq -r .row rejects.jsonl > mended.jsonl" in text
+
+
+def test_near_misses_are_told_so_that_people_find_those_that_are_none() -> None:
+    text = Page(render_page(REPORT)).text
+    assert "name both in equivalent_tools . asked for listed questions plan_route route.get 7" in text
 
 
 def test_every_reason_of_refusal_says_how_to_mend_the_row() -> None:

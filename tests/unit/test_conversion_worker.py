@@ -208,6 +208,22 @@ def test_refusals_are_near_misses_as_far_as_there_are_any(tmp_path: Path) -> Non
     assert not all(refused[1])  # "translate" has none, and each other tool has one
 
 
+def test_a_question_is_not_refused_where_a_tool_is_listed_that_does_the_same(tmp_path: Path) -> None:
+    fields = [f"{field}_{what}" for field in ("weather", "music", "stock") for what in ("today", "history")]
+    source = write(tmp_path / "a.jsonl", *[row(n, tool) for n, tool in enumerate(fields)])
+    today, found = [tool for tool in fields if tool.endswith("today")], {}
+    for name, equivalent in (("apart", []), ("same", [today, ["stock_history", "gone"]])):
+        output, _ = convert(
+            tmp_path, source, folder=name, split={"test": 0, "validation": 0}, summaries=0,
+            refusals={"ratio": 1, "near": 1}, equivalent_tools=equivalent,
+        )  # fmt: skip
+        report = json.loads((output / "report.json").read_text())
+        found[name] = [set(pair[:2]) <= set(today) for pair in report["near_misses"]]
+        assert report["warnings"] == (["equivalent_tools names 'gone', which no row has"] if equivalent else [])
+    assert any(found["apart"])
+    assert found["same"] and not any(found["same"])
+
+
 def test_gzip_and_folders_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
@@ -226,6 +242,7 @@ def test_gzip_and_folders_are_read(tmp_path: Path) -> None:
         {"sources": [{"uri": "a"}], "distractors": {"min": 3, "max": 1}},
         {"sources": [{"uri": "a"}], "questions": {"min": 0, "max": 1}},
         {"sources": [{"uri": "a"}], "refusals": {"ratio": 1, "near": 1.5}},
+        {"sources": [{"uri": "a"}], "equivalent_tools": [["alone"]]},
         {"sources": [{"uri": "a"}], "unknown": 1},
     ],
 )
