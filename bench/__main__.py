@@ -17,6 +17,7 @@ NAMES = (
     "training",
     "training_memory",
     "training_switches",
+    "training_attention",
     "serving",
     "serving_vllm",
 )

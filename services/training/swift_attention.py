@@ -21,7 +21,7 @@ MOST_WEIGHTS = 32 * 1024 * 1024
 """Attention weights of one layer that are kept; with more, torch's attention is asked: it keeps none."""
 
 
-class CausalAttention(torch.autograd.Function):
+class CausalAttention(torch.autograd.Function):  # type: ignore[misc]  # torch leaves it untyped
     """softmax(query @ key.T) @ value of a causal model, several query heads to one key and value head."""
 
     @staticmethod

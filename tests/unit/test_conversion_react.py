@@ -363,7 +363,7 @@ def test_a_part_that_many_properties_refer_to_is_looked_at_once() -> None:
     looked = []
 
     class Part(dict[str, Any]):
-        def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
+        def get(self, key: str, default: Any = None) -> Any:
             looked.append(key)
             return super().get(key, default)
 

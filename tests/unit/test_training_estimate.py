@@ -26,7 +26,7 @@ from services.common.store import Store
 from services.training import admission
 from services.training.admission import admit, estimate_folders
 from services.training.estimate import DatasetSize, count_flops, estimate_training, find_device, measure_dataset
-from services.training.memory import Load, estimate_memory, trained_parameters
+from services.training.memory import MOST_KEPT_WEIGHTS, Load, estimate_memory, trained_parameters
 from services.training.service import OFFER, estimate_artifacts
 from services.training.shapes import ModelShape, parse_header, read_shape
 from services.training.spec import Spec
@@ -35,7 +35,7 @@ from tests.conftest import Recorder
 NAMES = {"dataset": "datasets/d1", "base_model": "models/m1"}
 HIDDEN, LAYERS, WIDE, VOCABULARY = 16, 2, 32, 100
 QWEN_7B = ModelShape(
-    hidden=3584, layers=28, query=3584, key=512, intermediate=18944, vocabulary=152064, parameters=7_615_616_512,
+    hidden=3584, layers=28, heads=28, query=3584, key=512, intermediate=18944, vocabulary=152064, parameters=7_615_616_512,
     linears={
         f"model.layers.{n}.{name}": shape
         for n in range(28)
@@ -264,3 +264,13 @@ def test_all_that_keeps_a_training_from_starting_is_said_at_once(
         "line 101: not JSON",
     ):
         assert words in said
+
+
+def test_a_cpu_keeps_the_attention_weights_of_bfloat16_up_to_a_limit() -> None:
+    def kept(length: int, **told: str) -> int:
+        arguments = {"torch_dtype": "bfloat16", "gradient_checkpointing": False, **told}
+        return estimate_memory(QWEN_7B, arguments, Load(1, length, device="cpu")).activations
+
+    assert kept(1000) - kept(1000, attn_impl="eager") == 28 * 2 * 28 * 1000 * 1000 // 2
+    assert kept(8000) - kept(8000, attn_impl="eager") == 28 * 2 * MOST_KEPT_WEIGHTS
+    assert kept(1000, torch_dtype="float32") == kept(1000, torch_dtype="float32", attn_impl="eager")

@@ -25,8 +25,14 @@ def _plan(hardware: Hardware, **spec: Any) -> Command:
 
 
 def _flags(command: Command) -> dict[str, str]:
-    words = command.argv[command.argv.index("--model") :]
-    return dict(zip(words[::2], words[1::2], strict=True))
+    """Flag → its words."""
+    flags: dict[str, list[str]] = {}
+    for word in command.argv[command.argv.index("--model") :]:
+        if word.startswith("--"):
+            words = flags.setdefault(word, [])
+        else:
+            words.append(word)
+    return {flag: " ".join(words) for flag, words in flags.items()}
 
 
 GOLDEN = Path(__file__).parents[1] / "data" / "argv"
@@ -224,6 +230,17 @@ def test_an_auto_dtype_is_what_the_hardware_multiplies_fast(hardware: Hardware, 
 def test_bfloat16_that_a_spec_names_is_computed_on_a_cpu_too() -> None:
     flags = _flags(_plan(Hardware(), preset="smollm2-cpu", arguments={"torch_dtype": "bfloat16"}))
     assert [flags["--torch_dtype"], flags["--bf16"], flags["--use_cpu"]] == ["bfloat16", "true", "true"]
+
+
+def test_attention_in_blocks_is_for_a_cpu_that_multiplies_bfloat16_and_a_spec_that_names_no_other() -> None:
+    told = {
+        "fast CPU": _plan(Hardware(bfloat16=True), preset="smollm2-cpu"),
+        "CPU": _plan(Hardware(), preset="smollm2-cpu"),
+        "GPU": _plan(Hardware(gpus=1, bfloat16=True), preset="smollm2-cpu"),
+        "named": _plan(Hardware(bfloat16=True), preset="smollm2-cpu", arguments={"attn_impl": "eager"}),
+    }
+    loaded = {name: "swift_attention.py" in _flags(command)["--external_plugins"] for name, command in told.items()}
+    assert loaded == {"fast CPU": True, "CPU": False, "GPU": False, "named": False}
 
 
 def test_a_preset_without_evaluation_takes_no_validation_set() -> None:
