@@ -13,8 +13,6 @@ ELSEWHERE = ("$ref", "anyOf", "oneOf", "allOf")
 """Where a property's type may stand instead."""
 MAX_STEPS, MOST_BRANCHES = 4, 8
 """So far are references and branches followed: they may go in circles."""
-Known = dict[tuple[int, int], list[str]]
-"""(id of a part of a schema, steps left) → its types: many properties may refer to one part, and each part to many."""
 
 
 class BadSchema(ValueError):
@@ -47,8 +45,8 @@ def _complete_schema(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     required = raw.get("required") or []
     if not isinstance(properties, dict) or not isinstance(required, list):
         raise BadSchema(f"tool {name!r}: an object that is no JSON schema of an object")
-    known_types: Known = {}
-    typed = {key: _with_type(value, name, raw, known_types) for key, value in properties.items()}
+    types = _Types(raw)
+    typed = {key: _with_type(value, name, types) for key, value in properties.items()}
     named = {key for key in required if isinstance(key, str)}
     known = [key for key in typed if key in named]
     rest = {key: value for key, value in raw.items() if key not in ("type", "properties", "required")}
@@ -60,51 +58,55 @@ def _make_property(item: Mapping[str, Any], name: str) -> dict[str, Any]:
     schema = item.get("schema")
     nested = isinstance(item.get("required"), list) and isinstance(item.get("properties"), dict)
     rest = {k: v for k, v in item.items() if k not in ("name", "schema") and (k != "required" or nested)}
-    return _with_type({**rest, **schema} if isinstance(schema, dict) else rest, name)
+    return _with_type({**rest, **schema} if isinstance(schema, dict) else rest, name, _Types())
 
 
-def _with_type(
-    value: Any, name: str, root: Mapping[str, Any] | None = None, known: Known | None = None
-) -> dict[str, Any]:
-    """root: the whole schema, in which a $ref is looked up; known: what was found out of it."""
+def _with_type(value: Any, name: str, types: _Types) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadSchema(f"tool {name!r}: a property that is no object")
     rest = {key: each for key, each in value.items() if key not in ("type", "description")}
-    told = value.get("type") or _find_type(value, root, {} if known is None else known) or "string"
+    told = value.get("type") or types.find(value) or "string"
     return {"type": told, "description": value.get("description") or "", **rest}
 
 
-def _find_type(value: Mapping[str, Any], root: Mapping[str, Any] | None, known: Known) -> str | list[str]:
-    """The type of what a property refers to, or the types of its branches, each once; none: []."""
-    if value.keys().isdisjoint(ELSEWHERE):
-        return []
-    types = list(dict.fromkeys(_types_of(value, root, MAX_STEPS, known)))
-    return types[0] if len(types) == 1 else types
+class _Types:
+    """The types of a schema's parts. Many properties may refer to one part, and each part to many: each is looked at once."""
 
+    def __init__(self, root: Mapping[str, Any] | None = None) -> None:
+        self._root = root
+        """The whole schema, in which a $ref is looked up."""
+        self._known: dict[tuple[int, int], list[str]] = {}
+        """(id of a part, steps left) → its types."""
 
-def _types_of(value: Any, root: Mapping[str, Any] | None, steps: int, known: Known) -> list[str]:
-    """The types that a schema allows, as far as it says so: by itself, by what it refers to, or by its branches."""
-    if not isinstance(value, Mapping) or not steps:
-        return []
-    place = id(value), steps
-    if place not in known:
-        known[place] = _look_for_types(value, root, steps, known)
-    return known[place]
+    def find(self, value: Mapping[str, Any]) -> str | list[str]:
+        """The type of what a property refers to, or the types of its branches, each once; none: []."""
+        if value.keys().isdisjoint(ELSEWHERE):
+            return []
+        types = list(dict.fromkeys(self._of(value, MAX_STEPS)))
+        return types[0] if len(types) == 1 else types
 
+    def _of(self, value: Any, steps: int) -> list[str]:
+        """The types that a schema allows, as far as it says so: by itself, by what it refers to, or by its branches."""
+        if not isinstance(value, Mapping) or not steps:
+            return []
+        place = id(value), steps
+        if place not in self._known:
+            self._known[place] = self._look_at(value, steps)
+        return self._known[place]
 
-def _look_for_types(value: Mapping[str, Any], root: Mapping[str, Any] | None, steps: int, known: Known) -> list[str]:
-    own = value.get("type")
-    listed = own if isinstance(own, list) else [own]
-    if told := [each for each in listed if isinstance(each, str)]:
-        return told
-    if referred := _types_of(_resolve(value.get("$ref"), root), root, steps - 1, known):
-        return referred
-    for key in ELSEWHERE[1:]:
-        branches = value.get(key)
-        listed = branches[:MOST_BRANCHES] if isinstance(branches, list) else []
-        if told := [each for branch in listed for each in _types_of(branch, root, steps - 1, known)]:
+    def _look_at(self, value: Mapping[str, Any], steps: int) -> list[str]:
+        own = value.get("type")
+        listed = own if isinstance(own, list) else [own]
+        if told := [each for each in listed if isinstance(each, str)]:
             return told
-    return []
+        if referred := self._of(_resolve(value.get("$ref"), self._root), steps - 1):
+            return referred
+        for key in ELSEWHERE[1:]:
+            branches = value.get(key)
+            listed = branches[:MOST_BRANCHES] if isinstance(branches, list) else []
+            if told := [each for branch in listed for each in self._of(branch, steps - 1)]:
+                return told
+        return []
 
 
 def _resolve(reference: Any, root: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

@@ -10,10 +10,10 @@ import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import product
 
 from services.common.fabric import Tool
-from services.conversion.mixture import Equivalents, has_equivalent, seeded, telling_words, words_of
+from services.conversion.kinship import Equivalents, fits_none, names_one, nearly_fits, words_of
+from services.conversion.mixture import seeded
 
 MOST_LOOKED_AT = 200
 """Questions, for one prompt."""
@@ -33,7 +33,7 @@ class Elsewhere:
         for place, (_, tools) in enumerate(asked):
             for word in words_of(tools):
                 self._places[word].append(place)
-        self._related = [sum(len(self._places[word]) for word in words_of(tools)) for _, tools in asked]
+        self._rivals = [sum(len(self._places[word]) for word in words_of(tools)) for _, tools in asked]
 
     def far(self, tools: Sequence[Tool], start: int) -> Iterator[Question]:
         """Questions whose tools have nothing in common with these, from a place on."""
@@ -47,7 +47,7 @@ class Elsewhere:
         drawn the less, the more there are (weighted sampling with exponential keys, Efraimidis and Spirakis 2006).
         """
         places = self._from(start, words_of(tools))[:MOST_LOOKED_AT]
-        places.sort(key=lambda place: -math.log((seeded(start, place) + 1) / 2**64) * self._related[place])
+        places.sort(key=lambda place: -math.log((seeded(start, place) + 1) / 2**64) * self._rivals[place])
         return self._asked_at(places, nearly_fits, tools)
 
     def _asked_at(self, places: Iterable[int], suits: Suits, tools: Sequence[Tool]) -> Iterator[Question]:
@@ -61,42 +61,3 @@ class Elsewhere:
         places = sorted({place for word in words for place in self._places.get(word, ())})
         first = bisect_left(places, start % len(self._asked)) if places else 0
         return places[first:] + places[:first]
-
-
-def fits_none(query_tools: Sequence[Tool], tools: Sequence[Tool], equivalents: Equivalents = frozenset()) -> bool:
-    """Whether a question about `query_tools` surely fits none of `tools`: no common name, no telling word in common."""
-    words, names = words_of(query_tools), {t.name for t in query_tools}
-    return not any(
-        t.name in names or telling_words(t.name) & words or has_equivalent(t, query_tools, equivalents) for t in tools
-    )
-
-
-def nearly_fits(query_tools: Sequence[Tool], tools: Sequence[Tool], equivalents: Equivalents = frozenset()) -> bool:
-    """Whether a question about `query_tools` is a near miss of `tools`: some have a telling word in common, and any two
-    that do have others that tell them apart. "get_distance" and "calculate_distance" have none, so they may be the same.
-    """
-    near = False
-    for asked in query_tools:
-        if has_equivalent(asked, tools, equivalents):
-            return False
-        words = telling_words(asked.name)
-        for tool in tools:
-            others = telling_words(tool.name)
-            if asked.name == tool.name or (words & others and (words <= others or others <= words)):
-                return False
-            near = near or bool(words & others)
-    return near
-
-
-def related(query_tools: Sequence[Tool], tools: Sequence[Tool]) -> list[tuple[str, str]]:
-    """Names of (a question's tool, a listed one) that have a telling word in common."""
-    names = product((t.name for t in query_tools), (t.name for t in tools))
-    return [(asked, listed) for asked, listed in names if telling_words(asked) & telling_words(listed)]
-
-
-def names_one(query: str, tools: Sequence[Tool]) -> bool:
-    """Whether a question has all telling words of a tool's name, so that the tool may fit it: "the current weather at 13° N,
-    80° E" and `get_current_weather`, though its row calls `get_weather_by_coordinates`.
-    """
-    text = query.lower()
-    return any(words and all(word in text for word in words) for words in (telling_words(t.name) for t in tools))

@@ -7,27 +7,17 @@ validation or test as a whole, so a held-out tool has never been seen in trainin
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import combinations
 from typing import TypeVar
 
 from services.common.errors import InvalidData
 from services.common.fabric import Tool
+from services.conversion.kinship import Equivalents, Kin
 
 T = TypeVar("T")
-Equivalents = frozenset[frozenset[str]]
-"""Pairs of tools' names that can stand for each other."""
 SPLITS = ("train", "validation", "test")
-# Words of tools' names that tell nothing of what a tool is about.
-# fmt: off
-COMMON = frozenset({
-    "a", "an", "and", "by", "calculate", "check", "convert", "create", "data", "details", "find", "for",
-    "from", "generate", "get", "in", "info", "information", "list", "of", "search", "set", "the", "to",
-})
-# fmt: on
 
 
 def seeded(seed: int, *parts: object) -> int:
@@ -116,9 +106,9 @@ def add_distractors(
 ) -> list[Tool]:
     """The row's tools and `count` others from the pool, in seeded order.
 
-    A tool that shares a telling word with one of the row's own is left out: it might fit the question as well.
+    A tool that is of a kind with one of the row's own is left out: it might fit the question as well.
     """
-    own = words_of(tools)
+    own = Kin(tools, equivalents)
     names = {t.name for t in tools}
     chosen = list(tools)
     start, stride = seeded(seed, "distractor", row_id), _stride(len(pool))
@@ -127,7 +117,7 @@ def add_distractors(
             break
         # A walk with a stride that has no factor in common with the pool's length visits every tool once.
         tool = pool[(start + step * stride) % len(pool)]
-        if tool.name not in names and not (telling_words(tool.name) & own or has_equivalent(tool, tools, equivalents)):
+        if tool.name not in names and not own.may_have(tool):
             names.add(tool.name)
             chosen.append(tool)
     return sorted(chosen, key=lambda t: seeded(seed, "place", row_id, t.name)) if len(chosen) > 1 else chosen
@@ -141,28 +131,6 @@ def pick_one(options: Sequence[T], seed: int, *parts: object) -> T:
 def pick_count(low: int, high: int, seed: int, *parts: object) -> int:
     """A number from low to high."""
     return low + seeded(seed, "count", *parts) % (high - low + 1)
-
-
-@lru_cache(maxsize=16384)
-def telling_words(name: str) -> frozenset[str]:
-    """Words of a tool's name that say what it is about, in lower case."""
-    spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
-    return frozenset(w for w in re.findall(r"[^\W\d_]+", spaced.lower()) if w not in COMMON)
-
-
-def words_of(tools: Iterable[Tool]) -> frozenset[str]:
-    """Telling words of all these tools' names."""
-    return frozenset[str]().union(*(telling_words(t.name) for t in tools))
-
-
-def pair_up(groups: Iterable[Sequence[str]]) -> Equivalents:
-    """The pairs of groups of names."""
-    return frozenset(frozenset(pair) for group in groups for pair in combinations(group, 2))
-
-
-def has_equivalent(tool: Tool, others: Iterable[Tool], equivalents: Equivalents) -> bool:
-    """Whether one of the others can stand for a tool."""
-    return bool(equivalents) and any(frozenset((tool.name, other.name)) in equivalents for other in others)
 
 
 @lru_cache(maxsize=16)

@@ -17,8 +17,9 @@ import orjson
 from services.common.fabric import Example, Round, Tool, Turn, language_of, render_rows
 from services.common.fabric_json import begin_messages, list_functions, tool_json
 from services.conversion.drafts import Draft, expected_json, stands_together, unpack_draft
-from services.conversion.elsewhere import Elsewhere, Question, fits_none, related
-from services.conversion.mixture import SPLITS, add_distractors, pair_up, pick_count, pick_one, seeded
+from services.conversion.elsewhere import Elsewhere, Question
+from services.conversion.kinship import fits_none, pair_up, related
+from services.conversion.mixture import SPLITS, add_distractors, pick_count, pick_one, seeded
 from services.conversion.processes import Tell
 from services.conversion.rendering import LAYOUTS, Renderer, in_language
 from services.conversion.report import Report, count
@@ -186,10 +187,8 @@ class _Writer:
             self._write(split, row.id + suffix, row.file, example, listed)
 
     def _add_tools(self, split: str, tools: Sequence[Tool], row_id: str) -> Sequence[Tool]:
-        wanted = self._spec.distractors
-        number = (
-            pick_count(wanted.min, wanted.max, self._spec.seed, "distractors", row_id) if wanted.max and tools else 0
-        )
+        wanted, seed = self._spec.distractors, self._spec.seed
+        number = pick_count(wanted.min, wanted.max, seed, "distractors", row_id) if wanted.max and tools else 0
         return self._add_distractors(tools, split, number, row_id) if number else tools
 
     def _add_distractors(self, tools: Sequence[Tool], split: str, number: int, row_id: str) -> Sequence[Tool]:

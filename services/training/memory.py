@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.training.shapes import ModelShape
+from services.training.swift import attends_in_blocks
 
 _BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 _QUANTIZED: Mapping[int, float] = {
@@ -125,7 +126,7 @@ def _weights(shape: ModelShape, arguments: Mapping[str, Any], compute: int) -> i
 def _activations(shape: ModelShape, arguments: Mapping[str, Any], load: Load, compute: int) -> int:
     tokens = load.batch * load.length
     layer = tokens * _layer_bytes(shape, arguments, compute, compute if load.device == "cpu" else 1)
-    if load.device == "cpu" and compute == 2 and not arguments.get("attn_impl"):
+    if attends_in_blocks(arguments, on_cpu=load.device == "cpu"):
         layer += compute * min(load.batch * shape.heads * load.length**2 // 2, MOST_KEPT_WEIGHTS)
     if arguments.get("gradient_checkpointing", True):
         return shape.layers * tokens * shape.hidden * compute + layer  # each layer's input, and one layer again

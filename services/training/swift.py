@@ -199,12 +199,17 @@ def _launcher(hardware: Hardware) -> list[str]:
     ]
 
 
+def attends_in_blocks(arguments: Mapping[str, Any], on_cpu: bool) -> bool:
+    """Whether swift_attention.py takes the place of torch's attention."""
+    return on_cpu and arguments.get("torch_dtype") == "bfloat16" and not arguments.get("attn_impl")
+
+
 def _plugins(spec: Spec, arguments: Mapping[str, Any], hardware: Hardware) -> dict[str, list[str]]:
     # A checkpoint is told of by the plugin's callback, so the mean has to be in it by then.
     files, callbacks = [str(PLUGIN)], ["fabrictune", *_listed(arguments.get("callbacks"))]
     if spec.chosen_checkpoint == "mean":
         files, callbacks = [*files, str(MEAN_PLUGIN)], ["fabrictune_mean", *callbacks]
-    if arguments.get("torch_dtype") == "bfloat16" and not hardware.gpus and not arguments.get("attn_impl"):
+    if attends_in_blocks(arguments, on_cpu=not hardware.gpus):
         files = [*files, str(ATTENTION_PLUGIN)]
     return {"external_plugins": files, "callbacks": callbacks}
 

@@ -1,8 +1,8 @@
 """Loaded into ms-swift by `--external_plugins` on a CPU that multiplies bfloat16: causal attention in blocks of queries.
 
-torch's attention on a CPU (2.13) multiplies in float32 there, however its inputs come, and computes its weights again for
-the gradient. This one does what the models' own "eager" attention does, block by block, so that keys which a block may not
-see are never multiplied, and keeps the weights: a training step of the quickstart is a sixth shorter (docs/training.md).
+torch's attention on a CPU (2.13) multiplies mostly in float32 there and computes its weights again for the gradient. This
+one does what the models' own "eager" attention does, block by block, so that keys which a block may not see are never
+multiplied, and keeps the weights: a training step of the quickstart is a sixth shorter (docs/training.md).
 
 Like swift_plugin.py it runs inside the child and imports nothing of fabrictune.
 """
@@ -21,7 +21,7 @@ MOST_WEIGHTS = 32 * 1024 * 1024
 """Attention weights of one layer that are kept; with more, torch's attention is asked: it keeps none."""
 
 
-class CausalAttention(torch.autograd.Function):  # type: ignore[misc]  # torch leaves it untyped
+class CausalAttention(torch.autograd.Function):  # type: ignore[misc]  # mypy skips torch (pyproject.toml)
     """softmax(query @ key.T) @ value of a causal model, several query heads to one key and value head."""
 
     @staticmethod
@@ -64,6 +64,13 @@ def _rows(heads: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     return heads[:, :, begin:end].reshape(heads.shape[0], -1, heads.shape[3])
 
 
+def _is_for_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    rows, heads, tokens, width = query.shape
+    trained = query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled() and tokens > 1
+    whole = key.shape[2] == tokens and value.shape[3] == width
+    return bool(trained and whole and rows * heads * tokens**2 // 2 <= MOST_WEIGHTS)
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -73,14 +80,12 @@ def attend(
     **told: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a layer as transformers asks for it: (rows, heads, tokens, width) → (rows, tokens, heads, width)."""
-    rows, heads, tokens, width = query.shape
-    ours = query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled() and tokens > 1
     causal = attention_mask is None and told.get("is_causal") is not False and getattr(module, "is_causal", True)
-    same = key.shape[2] == tokens and value.shape[3] == width
     other = told.get("dropout") or any(told.get(key) is not None for key in ("position_bias", "cache"))
-    if not (ours and causal and same) or other or rows * heads * tokens**2 // 2 > MOST_WEIGHTS:
+    if not causal or other or not _is_for_blocks(query, key, value):
         result: tuple[torch.Tensor, None] = _of_torch(module, query, key, value, attention_mask, **told)
         return result
+    rows, heads, tokens, width = query.shape
     scale = told.get("scaling") or width**-0.5
     grouped = (query * scale).reshape(-1, heads // key.shape[1], tokens, width)
     with torch.autocast("cpu", enabled=False):

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from services.common.errors import InvalidData
 from services.common.fabric import Tool
-from services.conversion.elsewhere import Elsewhere, fits_none, names_one, nearly_fits, related
-from services.conversion.mixture import ToolGroups, add_distractors, assign_splits, pair_up
+from services.conversion.elsewhere import Elsewhere
+from services.conversion.kinship import fits_none, names_one, nearly_fits, pair_up, related
+from services.conversion.mixture import ToolGroups, add_distractors, assign_splits
 from services.conversion.rows import make_tool
 
 NAMES = st.lists(st.sampled_from([f"t{n}" for n in range(30)]), min_size=1, max_size=4)
@@ -146,4 +147,4 @@ def test_no_question_is_the_near_miss_of_every_prompt() -> None:
 
 def test_a_near_miss_is_told_by_the_pair_that_makes_it_one() -> None:
     listed = [tool("local_time"), tool("get_news")]
-    assert related([tool("get_time_difference")], listed) == [("get_time_difference", "local_time")]
+    assert list(related([tool("get_time_difference")], listed)) == [("get_time_difference", "local_time")]
