@@ -8,7 +8,7 @@ import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import httpx
@@ -59,6 +59,11 @@ class Address:
     ca_file: str = ""
     wire: Wire = field(default_factory=Wire)
 
+    @property
+    def server(self) -> Address:
+        """Whom it asks, whatever the way."""
+        return replace(self, wire=Wire())
+
     def hide_key(self, text: str) -> str:
         """A text without the key: servers quote it when they refuse it, and logs and errors may be read by any viewer."""
         return text.replace(self.api_key, "[API key]") if self.api_key else text
@@ -92,38 +97,50 @@ def open_client(address: Address, sampling: Sampling) -> httpx.AsyncClient:
 
 
 async def ask_all(
-    questions: Sequence[Question], address: Address, sampling: Sampling, kept: Mapping[str, Answer] | None = None
-) -> AsyncIterator[Answer]:
-    """Answers, in the order in which they arrive; those that are kept already are not asked for again.
+    questions: Sequence[Question],
+    addresses: Sequence[Address],
+    sampling: Sampling,
+    kept: Sequence[Mapping[str, Answer]] = (),
+) -> AsyncIterator[tuple[int, Answer]]:
+    """Answers with the index of who gave them, as they arrive; those that are kept already are not asked for again.
+
+    addresses: one server and one model, asked in several ways. Each question is asked in all of them before the next one:
+    where prompts are alike, the server still has the keys and values of the first.
 
     A row that the server refuses is an answer, too, unless each of the FIRST is refused and none was answered. Raises the
     first error; what is in flight is cancelled then.
     """
-    known = dict(kept or {})
-    chains = [chain for chain in chains_of(questions) if any(q.id not in known for q in chain)]
+    known = [dict(kept[n]) if kept else {} for n in range(len(addresses))]
+    chains = [chain for chain in chains_of(questions) if any(q.id not in each for q in chain for each in known)]
     first = {chain[0].id for chain in chains[:FIRST]}
-    arrived: asyncio.Queue[Answer | None] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[int, Answer] | None] = asyncio.Queue()
     waiting = iter(chains)
-    async with open_client(address, sampling) as http:
+    async with open_client(addresses[0], sampling) as http:
+
+        async def ask(chain: Sequence[Question], way: int) -> None:
+            address, answers = addresses[way], known[way]
+            for number, question in enumerate(chain):
+                if question.id in answers:
+                    continue
+                body = request_body(address, sampling, chain, number, answers)
+                answer = answers[question.id] = await _post(http, address, question, body)
+                if first <= answers.keys() and all(a.refused for a in answers.values()):
+                    raise InvalidData(
+                        f"{address.url} refuses row {question.id} ({answer.refused}), and all that came before"
+                    )
+                arrived.put_nowait((way, answer))
 
         async def work() -> None:
             for chain in waiting:
-                for number, question in enumerate(chain):
-                    if question.id not in known:
-                        body = request_body(address, sampling, chain, number, known)
-                        answer = known[question.id] = await _post(http, address, question, body)
-                        if first <= known.keys() and all(a.refused for a in known.values()):
-                            raise InvalidData(
-                                f"{address.url} refuses row {question.id} ({answer.refused}), and all that came before"
-                            )
-                        arrived.put_nowait(answer)
+                for way in range(len(addresses)):
+                    await ask(chain, way)
 
         workers = [asyncio.create_task(work()) for _ in range(min(sampling.concurrency, len(chains)))]
         done = asyncio.gather(*workers)
         done.add_done_callback(lambda _: arrived.put_nowait(None))
         try:
-            while (answer := await arrived.get()) is not None:
-                yield answer
+            while (found := await arrived.get()) is not None:
+                yield found
             await done
         finally:
             for worker in workers:

@@ -11,7 +11,9 @@ import re
 import signal
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,48 +141,60 @@ async def _ask_targets(
     output: Path,
     reporter: Reporter,
 ) -> tuple[list[list[Answer]], list[dict[str, Any]]]:
-    """One target after the other: its answers in the questions' order, and its latency if that is asked for."""
+    """One server after the other: answers of each target in the questions' order, and its latency if that is asked for."""
     sampling = Sampling(spec.concurrency, spec.max_tokens, spec.temperature)
     keeper = _Keeper(output, checkpoint, reporter, len(questions) * len(asked))
-    answers, latency = [], []
-    for number, target in enumerate(asked):
-        file = output / _file(number, target)
-        kept = keeper.resume(file, questions)
-        again = f", of which {len(kept)} are answered already" if kept else ""
-        reporter.log(f"asking {target.label} at {target.address.url} {len(questions)} questions{again}")
-        answers.append(await _ask(target, questions, sampling, file, kept, keeper))
-        if refused := [answer for answer in answers[-1] if answer.refused]:
-            first = f"such as {refused[0].id} ({refused[0].refused})"
-            reporter.log(f"{target.label} refused {len(refused)} questions, {first}; they count as failed", "WARNING")
-        if "latency" in spec.suites:
-            told = await measure_latency(questions, target.address, sampling)
-            latency.append({"label": target.label, **told})
+    answers: list[list[Answer]] = []
+    latency = []
+    for _, together in groupby(asked, lambda target: target.address.server):
+        targets = list(together)
+        files = [output / _file(len(answers) + n, target) for n, target in enumerate(targets)]
+        kept = [keeper.resume(file, questions) for file in files]
+        for target, known in zip(targets, kept, strict=True):
+            again = f", of which {len(known)} are answered already" if known else ""
+            reporter.log(f"asking {target.label} at {target.address.url} {len(questions)} questions{again}")
+        answers += await _ask(targets, questions, sampling, files, kept, keeper)
+        for target, own in zip(targets, answers[-len(targets) :], strict=True):
+            if refused := [answer for answer in own if answer.refused]:
+                first = f"such as {refused[0].id} ({refused[0].refused})"
+                reporter.log(
+                    f"{target.label} refused {len(refused)} questions, {first}; they count as failed", "WARNING"
+                )
+            if "latency" in spec.suites:
+                told = await measure_latency(questions, target.address, sampling)
+                latency.append({"label": target.label, **told})
     return answers, latency
 
 
 async def _ask(
-    target: Asked,
+    targets: Sequence[Asked],
     questions: Sequence[Question],
     sampling: Sampling,
-    file: Path,
-    kept: dict[str, Answer],
+    files: Sequence[Path],
+    kept: Sequence[dict[str, Answer]],
     keeper: _Keeper,
-) -> list[Answer]:
+) -> list[list[Answer]]:
+    """Answers of targets that are one server, asked in several ways."""
     by_id = {q.id: q for q in questions}
-    scored = [score_answer(by_id[i], answer).marks["right_tool"] for i, answer in kept.items()]
-    with file.open("a", encoding="utf-8") as lines:
+    scored = [[score_answer(by_id[i], answer).marks["right_tool"] for i, answer in each.items()] for each in kept]
+    with ExitStack() as stack:
+        lines = [stack.enter_context(file.open("a", encoding="utf-8")) for file in files]
         try:
-            async for answer in ask_all(questions, target.address, sampling, kept):
-                kept[answer.id] = answer
-                lines.write(_line(answer))
-                lines.flush()
-                scored.append(score_answer(by_id[answer.id], answer).marks["right_tool"])
-                known = [mark for mark in scored if mark is not None]
-                keeper.count(f"{target.label}: right tool {sum(map(bool, known))}/{len(known)}")
+            async for way, answer in ask_all(questions, [target.address for target in targets], sampling, kept):
+                kept[way][answer.id] = answer
+                lines[way].write(_line(answer))
+                lines[way].flush()
+                scored[way].append(score_answer(by_id[answer.id], answer).marks["right_tool"])
+                keeper.count("; ".join(map(_describe, targets, scored)))
         except BaseException:
             keeper.keep()
             raise
-    return [kept[q.id] for q in questions]
+    return [[each[q.id] for q in questions] for each in kept]
+
+
+def _describe(target: Asked, scored: Sequence[float | None]) -> str:
+    known = [mark for mark in scored if mark is not None]
+    return f"{target.label}: right tool {sum(map(bool, known))}/{len(known)}"
 
 
 def _line(answer: Answer) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -77,7 +77,13 @@ async def server() -> AsyncIterator[Server]:
 
 async def collect(server: Server, key: str = "") -> list[Answer]:
     address = Address(server.url, "m", key)
-    return [answer async for answer in ask_all(QUESTIONS, address, SAMPLING)]
+    return await ask(QUESTIONS, address)
+
+
+async def ask(
+    questions: Sequence[Question], address: Address, kept: Mapping[str, Answer] | None = None
+) -> list[Answer]:
+    return [answer async for _, answer in ask_all(questions, [address], SAMPLING, [kept or {}])]
 
 
 async def test_what_is_sent_and_what_comes_back(server: Server) -> None:
@@ -149,15 +155,14 @@ async def test_a_server_that_refuses_the_first_rows_refuses_all(server: Server, 
     with pytest.raises(
         InvalidData, match=r"refuses row \d \(HTTP 422: no such field: stop\), and all that came before"
     ):
-        async for _ in ask_all(asked, Address(server.url, "m"), SAMPLING):
-            pass
+        await ask(asked, Address(server.url, "m"))
     assert first <= len(server.asked) <= first + 1
 
 
 async def test_refusals_after_an_answer_are_of_their_rows_only(server: Server) -> None:
     server.behave = lambda _: web.Response(status=400, text="too long")
     kept = {"0": Answer("0", "kept", "stop", 1, 0.1)}
-    answers = [a async for a in ask_all(QUESTIONS, Address(server.url, "m"), SAMPLING, kept)]
+    answers = await ask(QUESTIONS, Address(server.url, "m"), kept)
     assert [bool(a.refused) for a in answers] == [True] * 4
 
 
@@ -168,7 +173,7 @@ async def test_half_a_character_is_replaced_and_can_be_written(server: Server, h
     body = b'{"choices": [{"message": %b, "finish_reason": "stop"}]}' % message
     server.behave = lambda _: web.Response(body=body, content_type="application/json")
     address = Address(server.url, "m", wire=Wire(tools=True))
-    (answer,) = [a async for a in ask_all(QUESTIONS[:1], address, SAMPLING)]
+    (answer,) = await ask(QUESTIONS[:1], address)
     assert answer.text.startswith("a\ufffd") and answer.text.endswith("b\u2028c")
     assert answer.calls is not None
     json.dumps(asdict(answer), ensure_ascii=False).encode()
@@ -176,16 +181,30 @@ async def test_half_a_character_is_replaced_and_can_be_written(server: Server, h
 
 async def test_answers_that_are_kept_are_not_asked_for_again(server: Server) -> None:
     kept = {str(n): Answer(str(n), "kept", "stop", 1, 0.1) for n in (0, 3)}
-    answers = [a async for a in ask_all(QUESTIONS, Address(server.url, "m"), SAMPLING, kept)]
+    answers = await ask(QUESTIONS, Address(server.url, "m"), kept)
     assert sorted(a.id for a in answers) == ["1", "2", "4"]
     assert len(server.asked) == 3
+
+
+async def test_what_is_asked_in_two_ways_is_asked_one_right_after_the_other(server: Server) -> None:
+    tool = {"type": "function", "function": {"name": "area", "parameters": {}}}
+    questions = [replace(q, tools=[tool]) for q in QUESTIONS]
+    ways = [Address(server.url, "m"), Address(server.url, "m", wire=Wire(tools=True))]
+    assert ways[0].server == ways[1].server != replace(ways[0], model="n").server
+    kept = [{"3": Answer("3", "kept", "stop", 1, 0.1)}, {}]
+    found = [each async for each in ask_all(questions, ways, replace(SAMPLING, concurrency=1), kept)]
+    wanted = [(way, q.id) for q in QUESTIONS for way in (0, 1) if (way, q.id) != (0, "3")]
+    assert [(way, answer.id) for way, answer in found] == wanted
+    assert [(int("tools" in asked), asked["messages"][-1]["content"]) for asked in server.asked] == [
+        (way, f"q{number}") for way, number in wanted
+    ]
 
 
 async def test_tools_are_sent_and_tool_calls_read_under_their_own_names(server: Server) -> None:
     tool = {"type": "function", "function": {"name": "math.area", "parameters": {}}}
     question = Question("a", [{"role": "user", "content": "(. you can use tools: [math.area])How big?"}], [tool], [])
     address = Address(server.url, "m", wire=Wire(tools=True, ours=False))
-    (answer,) = [a async for a in ask_all([question], address, SAMPLING)]
+    (answer,) = await ask([question], address)
     assert server.asked[0]["tools"][0]["function"]["name"] == "math_area"
     assert server.asked[0]["messages"][-1]["content"] == "How big?"
     assert answer.calls == [{"name": "math.area", "arguments": '{"a": 1}'}]
@@ -206,7 +225,7 @@ async def test_a_server_is_asked_again_when_it_says(server: Server, monkeypatch:
 
 
 async def test_leaving_early_leaves_nothing_in_flight(server: Server) -> None:
-    stream = ask_all(QUESTIONS, Address(server.url, "m"), SAMPLING)
+    stream = ask_all(QUESTIONS, [Address(server.url, "m")], SAMPLING)
     async for _ in stream:
         break
     await stream.aclose()  # type: ignore[attr-defined]
