@@ -18,6 +18,7 @@ NAMES = (
     "training_memory",
     "training_switches",
     "training_attention",
+    "training_prompt",
     "serving",
     "serving_vllm",
 )
