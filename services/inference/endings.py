@@ -32,10 +32,14 @@ class Endings:
 
     async def end(self, name: str, act: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Do it, or wait for the task that does."""
+        self.begin(name, act)
+        await self.wait(name)
+
+    def begin(self, name: str, act: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Let a task do it, unless one does already."""
         if name not in self._tasks:
             task = self._tasks[name] = asyncio.create_task(act(), name=f"end {name}")
             task.add_done_callback(lambda done: self._ended(name, done))
-        await self.wait(name)
 
     async def wait(self, name: str) -> None:
         """Until it has ended."""

@@ -9,10 +9,12 @@ going back to it needs no loading.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import aiohttp
 
@@ -73,8 +75,7 @@ class Rollout:
             self._deployments[deployment.id] = deployment
             for revision in deployment.revisions.values():
                 if revision.state is State.DRAINING:
-                    await self.cluster.delete(engine_name(deployment.id, revision.revision))
-                    move(revision, State.STOPPED)
+                    self._endings.begin(revision.name, partial(self._drain_late, deployment, revision))
                 elif revision.state in COMING or revision.state is State.READY:
                     adopt = revision.state is State.READY
                     revision.state = State.PENDING
@@ -314,6 +315,13 @@ class Rollout:
         if revision.state not in ENDED:
             move(revision, State.STOPPED)
             await self._publish(owner)
+
+    async def _drain_late(self, owner: Deployment, revision: Revision) -> None:
+        """As `_drain`, of what an earlier process began: its gateway may still hand on answers, which nobody here counts."""
+        with contextlib.suppress(TimeoutError):
+            name = engine_name(owner.id, revision.revision)
+            await asyncio.wait_for(self._launcher.watch(name), self.limits.drain)
+        await self._drain(owner, revision)
 
     async def _publish(self, deployment: Deployment) -> None:
         """Let the gateway see it, save it, then let the watchers see it. A store that is away stops none of this."""

@@ -325,6 +325,37 @@ async def test_a_new_process_starts_an_engine_that_has_gone(house: House) -> Non
     assert [s.phase for s in await house.cluster.list("engine")] == [Phase.RUNNING]
 
 
+async def test_a_new_process_lets_an_engine_drain_whose_answers_the_old_one_may_still_hand_on(house: House) -> None:
+    first = house.open()
+    await ready(first, "a")
+    pid = house.engine_pid()
+    async with house.routes.hold("x@a", 1):
+        stop = asyncio.create_task(first.stop_revision("x", "a"))
+        await eventually(lambda: house.restored()[0].revisions["a"].state is State.DRAINING)
+        await first.stop_driving()
+        second = house.open()
+        await second.restore(house.restored())
+        await asyncio.sleep(0.5)
+        assert house.engine_pid() == pid and house.cluster.deleted == 0
+    await asyncio.gather(stop, return_exceptions=True)
+    await eventually(lambda: second.get_revision("x", "a").state is State.STOPPED)
+    assert await house.cluster.list("engine") == []
+
+
+async def test_a_new_process_waits_for_no_engine_that_has_gone_while_it_drained(house: House) -> None:
+    first = house.open()
+    await ready(first, "a")
+    [left] = house.restored()
+    left.revisions["a"].state = State.DRAINING
+    await first.close()
+    [engine] = await house.cluster.list("engine")
+    await house.cluster.delete(engine.name)
+    second = house.open()
+    second.limits = replace(second.limits, drain=60)
+    await second.restore([left])
+    await eventually(lambda: second.get_revision("x", "a").state is State.STOPPED)
+
+
 async def ask(url: str, session: aiohttp.ClientSession) -> tuple[int, bytes]:
     async with session.post(f"{url}/v1/chat/completions", json={"model": "x", "stream": True}) as response:
         return response.status, await response.read()
