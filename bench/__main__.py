@@ -18,7 +18,6 @@ NAMES = (
     "training_memory",
     "training_switches",
     "training_attention",
-    "training_prompt",
     "serving",
     "serving_vllm",
 )

@@ -18,7 +18,6 @@ BASE: dict[str, Any] = {
     "num_train_epochs": 2, "max_length": 1024, "effective_batch_size": 4, "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 4, "gradient_checkpointing": True, "use_logits_to_keep": False, "eval_strategy": "steps",
     "eval_steps": 1000, "save_steps": 1000, "target_regex": r".*_proj", "logging_steps": 4, "torch_dtype": "float32",
-    "prompt_gradient": True,
 }  # fmt: skip
 THREE = {"gradient_checkpointing": False, "use_logits_to_keep": True, "group_by_length": True}
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (

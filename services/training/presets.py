@@ -7,7 +7,6 @@ Nothing here imports ms-swift: the server checks specs where neither it nor torc
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -65,7 +64,7 @@ CONTROLLED: Mapping[str, str] = {
 }
 """Arguments of `swift sft` that fabrictune sets itself or refuses."""
 
-OWN = ("effective_batch_size", "logit_adjustment", "prompt_gradient", "trust_remote_code")
+OWN = ("effective_batch_size", "logit_adjustment", "trust_remote_code")
 """Keys of `arguments` that are fabrictune's, not ms-swift's."""
 
 TUNERS: Mapping[str, tuple[str, str]] = {
@@ -84,10 +83,6 @@ PACKAGES: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("attn_impl", ("flash_attn", "flash_attention_2"), "flash_attn"),
     ("tuner_backend", ("unsloth",), "unsloth"),
 )
-_ONE_ROW_AT_A_TIME: Mapping[str, Any] = {
-    # What swift_prompt.py counts on: a row of its own, a mask of what is trained in it, and keys that are kept.
-    **{"per_device_train_batch_size": 1, "use_logits_to_keep": True, "gradient_checkpointing": False},
-}
 _FLASH = ("flash_attn", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
@@ -150,15 +145,6 @@ def check_together(arguments: Mapping[str, Any], checkpoint: str) -> list[Violat
     if arguments.get("logit_adjustment") and arguments.get("use_liger_kernel"):
         text = "Liger's fused loss makes no logits to adjust; set use_liger_kernel: false, or logit_adjustment: 0"
         found.append(Violation("spec.arguments.logit_adjustment", text))
-    if arguments.get("prompt_gradient") is False:
-        found += [
-            Violation(
-                f"spec.arguments.{key}",
-                f"prompt_gradient: false needs {json.dumps(needed)}; set that, or prompt_gradient: true",
-            )
-            for key, needed in _ONE_ROW_AT_A_TIME.items()
-            if arguments.get(key) != needed
-        ]
     if arguments.get("tuner_type") == "full":
         found += [
             Violation(f"spec.arguments.{key}", "tuner_type: full trains every weight; leave it out")
@@ -213,9 +199,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> list[Violation]:
             )
         elif wrong := describe_wrong(key, value):
             found.append(Violation(field, wrong))
-    for key in ("prompt_gradient", "trust_remote_code"):
-        if not isinstance(arguments.get(key, False), bool):
-            found.append(Violation(f"spec.arguments.{key}", "must be true or false"))
+    if not isinstance(arguments.get("trust_remote_code", False), bool):
+        found.append(Violation("spec.arguments.trust_remote_code", "must be true or false"))
     less = arguments.get("logit_adjustment", 0)
     if isinstance(less, bool) or not isinstance(less, int | float) or not -20 <= less <= 20:
         found.append(Violation("spec.arguments.logit_adjustment", f"{less!r} is not a number from -20 to 20"))

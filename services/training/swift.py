@@ -19,8 +19,7 @@ from services.training.spec import DEFAULT_SEED, Spec
 PLUGIN = Path(__file__).parent / "swift_plugin.py"
 MEAN_PLUGIN = Path(__file__).parent / "swift_mean.py"
 ATTENTION_PLUGIN = Path(__file__).parent / "swift_attention.py"
-PROMPT_PLUGIN = Path(__file__).parent / "swift_prompt.py"
-PLUGINS = (PLUGIN, MEAN_PLUGIN, ATTENTION_PLUGIN, PROMPT_PLUGIN)
+PLUGINS = (PLUGIN, MEAN_PLUGIN, ATTENTION_PLUGIN)
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,7 @@ def infer_family(config: Mapping[str, Any], chat_template: str) -> Family | None
 def plan_sft(spec: Spec, preset: Preset, paths: Paths, hardware: Hardware, family: Family | None = None) -> Command:
     """The command that trains. Raises InvalidSpec when no gradient accumulation gives the effective batch."""
     arguments = plan_arguments(spec, preset, hardware)
-    own = {**preset.arguments, **spec.arguments}
-    adjustment = own.get("logit_adjustment", 0)
+    adjustment = {**preset.arguments, **spec.arguments}.get("logit_adjustment", 0)
     named = {
         "model": str(paths.model),
         **({"model_type": family.model_type, "template": family.template} if family else {}),
@@ -137,7 +135,7 @@ def plan_sft(spec: Spec, preset: Preset, paths: Paths, hardware: Hardware, famil
         "save_only_model": False,
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
-        **_plugins(spec, arguments, hardware, own.get("prompt_gradient", True)),
+        **_plugins(spec, arguments, hardware),
         **({"resume_from_checkpoint": str(paths.checkpoint)} if paths.checkpoint else {}),
     }
     flags = [word for name, value in named.items() for word in (f"--{name}", *_words(value))]
@@ -206,17 +204,13 @@ def attends_in_blocks(arguments: Mapping[str, Any], on_cpu: bool) -> bool:
     return on_cpu and arguments.get("torch_dtype") == "bfloat16" and not arguments.get("attn_impl")
 
 
-def _plugins(
-    spec: Spec, arguments: Mapping[str, Any], hardware: Hardware, prompt_gradient: bool
-) -> dict[str, list[str]]:
+def _plugins(spec: Spec, arguments: Mapping[str, Any], hardware: Hardware) -> dict[str, list[str]]:
     # A checkpoint is told of by the plugin's callback, so the mean has to be in it by then.
     files, callbacks = [str(PLUGIN)], ["fabrictune", *_listed(arguments.get("callbacks"))]
     if spec.chosen_checkpoint == "mean":
         files, callbacks = [*files, str(MEAN_PLUGIN)], ["fabrictune_mean", *callbacks]
     if attends_in_blocks(arguments, on_cpu=not hardware.gpus):
         files = [*files, str(ATTENTION_PLUGIN)]
-    if not prompt_gradient:
-        files, callbacks = [*files, str(PROMPT_PLUGIN)], ["fabrictune_prompt", *callbacks]
     return {"external_plugins": files, "callbacks": callbacks}
 
 

@@ -26,16 +26,14 @@ class CausalAttention(torch.autograd.Function):  # type: ignore[misc]  # mypy sk
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """query: (key heads, query heads of each, tokens, width), scaled; key, value: (key heads, tokens, width), which
-        may begin with tokens of a cache.
-        """
+        """query: (key heads, query heads of each, tokens, width), scaled; key, value: (key heads, tokens, width)."""
         result, kept = torch.empty_like(query), []
-        for begin, end, seen in _blocks(query, key):
-            scores = torch.bmm(_rows(query, begin, end), key[:, :seen].transpose(1, 2))
+        for begin, end in _blocks(query.shape[2]):
+            scores = torch.bmm(_rows(query, begin, end), key[:, :end].transpose(1, 2))
             later = torch.ones(end - begin, end - begin, dtype=torch.bool, device=query.device).triu_(1)
-            scores.view(-1, end - begin, seen)[:, :, begin - end :].masked_fill_(later, float("-inf"))
+            scores.view(-1, end - begin, end)[:, :, begin:].masked_fill_(later, float("-inf"))
             weights = torch.softmax(scores, -1)
-            result[:, :, begin:end] = torch.bmm(weights, value[:, :seen]).view_as(query[:, :, begin:end])
+            result[:, :, begin:end] = torch.bmm(weights, value[:, :end]).view_as(query[:, :, begin:end])
             kept.append(weights)
         ctx.save_for_backward(query, key, value, *kept)
         return result
@@ -46,22 +44,19 @@ class CausalAttention(torch.autograd.Function):  # type: ignore[misc]  # mypy sk
         query, key, value, *kept = ctx.saved_tensors
         of_query = torch.empty_like(query)
         of_key, of_value = (torch.zeros_like(each, dtype=torch.float32) for each in (key, value))
-        for (begin, end, seen), weights in zip(_blocks(query, key), kept, strict=True):
+        for (begin, end), weights in zip(_blocks(query.shape[2]), kept, strict=True):
             grad = _rows(grads[0], begin, end)
-            of_value[:, :seen] += torch.bmm(weights.transpose(1, 2), grad)
-            of_weights = torch.bmm(grad, value[:, :seen].transpose(1, 2))
+            of_value[:, :end] += torch.bmm(weights.transpose(1, 2), grad)
+            of_weights = torch.bmm(grad, value[:, :end].transpose(1, 2))
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            of_query[:, :, begin:end] = torch.bmm(of_scores, key[:, :seen]).view_as(query[:, :, begin:end])
-            of_key[:, :seen] += torch.bmm(of_scores.transpose(1, 2), _rows(query, begin, end))
+            of_query[:, :, begin:end] = torch.bmm(of_scores, key[:, :end]).view_as(query[:, :, begin:end])
+            of_key[:, :end] += torch.bmm(of_scores.transpose(1, 2), _rows(query, begin, end))
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype)
 
 
-def _blocks(query: torch.Tensor, key: torch.Tensor) -> Iterator[tuple[int, int, int]]:
-    """(first query, the one after the last, keys that the last one sees)."""
-    tokens, cached = query.shape[2], key.shape[1] - query.shape[2]
+def _blocks(tokens: int) -> Iterator[tuple[int, int]]:
     for begin in range(0, tokens, BLOCK):
-        end = min(begin + BLOCK, tokens)
-        yield begin, end, cached + end
+        yield begin, min(begin + BLOCK, tokens)
 
 
 def _rows(heads: torch.Tensor, begin: int, end: int) -> torch.Tensor:
@@ -71,18 +66,9 @@ def _rows(heads: torch.Tensor, begin: int, end: int) -> torch.Tensor:
 
 def _is_for_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     rows, heads, tokens, width = query.shape
-    keys = key.shape[2]
-    fast = query.dtype == torch.bfloat16 and query.device.type == "cpu" and tokens > 1 and value.shape[3] == width
-    return bool(fast and rows * heads * tokens * (2 * keys - tokens) // 2 <= MOST_WEIGHTS)
-
-
-def _is_causal(query: torch.Tensor, key: torch.Tensor, mask: Any) -> bool:
-    """Whether a mask lets a token see itself, those before it and no others. None does where there is no cache."""
-    tokens, keys = query.shape[2], key.shape[2]
-    if mask is None:
-        return bool(tokens == keys)
-    wanted = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril_(keys - tokens)
-    return bool(mask.dtype == torch.bool and mask.shape[2:] == wanted.shape and (mask == wanted).all())
+    trained = query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled() and tokens > 1
+    whole = key.shape[2] == tokens and value.shape[3] == width
+    return bool(trained and whole and rows * heads * tokens**2 // 2 <= MOST_WEIGHTS)
 
 
 def attend(
@@ -94,10 +80,9 @@ def attend(
     **told: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a layer as transformers asks for it: (rows, heads, tokens, width) → (rows, tokens, heads, width)."""
-    causal = told.get("is_causal") is not False and getattr(module, "is_causal", True)
+    causal = attention_mask is None and told.get("is_causal") is not False and getattr(module, "is_causal", True)
     other = told.get("dropout") or any(told.get(key) is not None for key in ("position_bias", "cache"))
-    fits = causal and not other and _is_for_blocks(query, key, value)
-    if not fits or not _is_causal(query, key, attention_mask):
+    if not causal or other or not _is_for_blocks(query, key, value):
         result: tuple[torch.Tensor, None] = _of_torch(module, query, key, value, attention_mask, **told)
         return result
     rows, heads, tokens, width = query.shape

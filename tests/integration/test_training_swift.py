@@ -290,7 +290,7 @@ from swift.arguments import SftArguments
 from swift.model import get_processor
 from swift.template import get_template
 sys.path.insert(0, sys.argv[2])
-import swift_mean, swift_plugin, swift_prompt
+import swift_mean, swift_plugin
 from transformers import AutoModelForCausalLM
 def average(folder, first, last, resume=None):
     "Weights that are all 1 after step 1, all 2 after step 2, …, of 7 steps; a checkpoint after the last one."
@@ -321,33 +321,6 @@ def adjust(template):
     less = [(before - getattr(model, mode)()(asked).logits)[0, -1].tolist() for mode in ("train", "eval")]
     first = template.tokenizer("Action: x", add_special_tokens=False).input_ids[0]
     return {"first": first, "less": [{i: round(v, 4) for i, v in enumerate(values) if v} for values in less]}
-def split():
-    "A row with and without a gradient of its prompt: logits, what embeddings and adapter are moved by, what is split."
-    def step(prompt, kept, rows=1, mode="train"):
-        torch.manual_seed(3)
-        base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-        model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-        base.get_input_embeddings().weight.requires_grad_()
-        lengths = []
-        base.model.register_forward_pre_hook(lambda _, args, told: lengths.append(told["input_ids"].shape[1]), with_kwargs=True)
-        if prompt is not None:
-            accelerator = SimpleNamespace(unwrap_model=lambda model: model)
-            trainer = SimpleNamespace(model=model, accelerator=accelerator)
-            swift_prompt.PromptWithoutGradient(SimpleNamespace(), trainer).on_train_begin(None, None, None)
-        ids = torch.arange(2, 2 + 120).repeat(rows, 1)
-        outcome = getattr(model, mode)()(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=kept)
-        outcome.logits.logsumexp(-1).sum().backward()
-        moved = base.get_input_embeddings().weight.grad.abs().sum(-1).nonzero().flatten()
-        adapter = torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "lora" in n])
-        return lengths, outcome.logits.detach(), moved, adapter
-    mask = torch.zeros(120, dtype=torch.bool)
-    mask[109:114] = mask[117:] = True
-    whole, split = step(None, mask), step(False, mask)
-    taken = [step(False, kept, **told)[0] for kept, told in (
-        (mask, {"rows": 2}), (mask, {"mode": "eval"}), (4, {}), (torch.zeros_like(mask), {}), (mask.roll(-100), {}))]
-    return {"lengths": [whole[0], split[0]], "logits": (whole[1] - split[1]).abs().max().item(),
-            "moved": [[int(found[2].min()), int(found[2].max())] for found in (whole, split)],
-            "adapters": [(whole[3] - split[3]).norm().item(), whole[3].norm().item()], "whole": taken}
 processor = get_processor(sys.argv[1], model_type="llama")
 def encode(template, loss_scale, rows):
     template = get_template(processor, template_type=template, loss_scale=loss_scale, max_length=4096)
@@ -370,7 +343,6 @@ found["mean"] = {
     "before": average(sys.argv[3] + "/a", 1, 3), "cut off": average(sys.argv[3] + "/b", 1, 5),
     "resumed": average(sys.argv[3] + "/c", 6, 7, sys.argv[3] + "/b/checkpoint-5"), "whole": average(sys.argv[3] + "/d", 1, 7),
 }
-found["split"] = split()
 found["adjusted"] = adjust(get_template(processor, template_type="chatml"))
 print("RESULT" + json.dumps({**found, "arguments": [f.name for f in dataclasses.fields(SftArguments)]}))
 """
@@ -479,20 +451,6 @@ def test_the_mean_is_the_output_where_it_is_wanted(tiny_model: Path, dataset: Pa
     assert set(made) == set(last) == set(mean)
     assert all((made[name] == mean[name]).all() for name in made)
     assert any((made[name] != last[name]).any() for name in made), "the mean of two steps is not the last one"
-
-
-def test_a_prompt_without_gradient_changes_no_logits_and_is_taken_as_given(encoded: dict[str, Any]) -> None:
-    split = encoded["split"]
-    # The first of the tokens that are kept is the 110th; 96 of those before it are trained with it.
-    assert split["lengths"] == [[120], [14, 106]]
-    assert split["logits"] < 1e-4
-    assert split["moved"] == [[2, 121], [16, 121]], "token 2 is the first one"
-    difference, norm = split["adapters"]
-    assert 0 < difference < norm
-    short = [120] * 5
-    assert [length for (length,) in split["whole"]] == short, (
-        "two rows, no training, no mask, an empty one, a short prompt"
-    )
 
 
 def test_a_logit_adjustment_is_against_a_call_s_first_word_and_in_training_only(encoded: dict[str, Any]) -> None:

@@ -29,7 +29,6 @@ LOADED_BY_THE_ENGINE = {
     "services/training/swift_plugin.py": "swift",
     "services/training/swift_mean.py": "swift",
     "services/training/swift_attention.py": "swift",
-    "services/training/swift_prompt.py": "swift",
     "services/inference/tool_parser.py": "vllm",
 }
 

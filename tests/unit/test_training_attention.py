@@ -29,25 +29,16 @@ def draw(*shape: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("rows", "heads", "key_heads", "cached", "tokens", "width"),
-    [(1, 9, 3, 0, 700, 64), (2, 4, 4, 0, 256, 32), (1, 2, 1, 0, 257, 24), (3, 6, 2, 0, 5, 64), (1, 9, 3, 301, 333, 64)],
+    ("rows", "heads", "key_heads", "tokens", "width"),
+    [(1, 9, 3, 700, 64), (2, 4, 4, 256, 32), (1, 2, 1, 257, 24), (3, 6, 2, 5, 64)],
 )
 def test_outcome_and_gradients_are_those_of_attention(
-    attention: ModuleType,
-    rows: int,
-    heads: int,
-    key_heads: int,
-    cached: int,
-    tokens: int,
-    width: int,
-    monkeypatch: pytest.MonkeyPatch,
+    attention: ModuleType, rows: int, heads: int, key_heads: int, tokens: int, width: int
 ) -> None:
     import torch
 
     torch.manual_seed(1)
-    counts = ((heads, tokens), (key_heads, cached + tokens), (key_heads, cached + tokens))
-    inputs = [draw(rows, count, length, width) for count, length in counts]
-    mask = torch.ones(tokens, cached + tokens, dtype=torch.bool).tril(cached)[None, None]
+    inputs = [draw(rows, count, tokens, width) for count in (heads, key_heads, key_heads)]
     grad = draw(rows, tokens, heads, width)
 
     def gradients(dtype: Any, attend: Any) -> list[Any]:
@@ -58,14 +49,12 @@ def test_outcome_and_gradients_are_those_of_attention(
     def of_torch(query: Any, key: Any, value: Any) -> Any:
         group = heads // key_heads
         key, value = (each.repeat_interleave(group, 1) for each in (key, value))
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
     def ours(query: Any, key: Any, value: Any) -> Any:
-        told = mask if cached else None  # as transformers does
         with torch.autocast("cpu", torch.bfloat16):  # as the trainer calls it
-            return attention.attend(torch.nn.Module(), query, key, value, told, dropout=0.0, scaling=width**-0.5)[0]
+            return attention.attend(torch.nn.Module(), query, key, value, None, dropout=0.0, scaling=width**-0.5)[0]
 
-    monkeypatch.setattr(attention, "_of_torch", None)
     expected = gradients(torch.float32, of_torch)
     for exact, found in zip(expected, gradients(torch.bfloat16, ours), strict=True):
         assert found.dtype == torch.bfloat16
@@ -74,7 +63,7 @@ def test_outcome_and_gradients_are_those_of_attention(
 
 @pytest.mark.parametrize(
     "left",
-    ["float32", "mask", "window", "dropout", "not causal", "cache without a mask", "too many weights", "bias"],
+    ["float32", "mask", "dropout", "not causal", "no gradient", "keys of earlier tokens", "too many weights", "bias"],
 )
 def test_what_it_is_not_made_for_is_left_to_torch(
     attention: ModuleType, monkeypatch: pytest.MonkeyPatch, left: str
@@ -86,17 +75,15 @@ def test_what_it_is_not_made_for_is_left_to_torch(
     monkeypatch.setattr(attention, "MOST_WEIGHTS", 10 if left == "too many weights" else attention.MOST_WEIGHTS)
     tensor = draw(1, 2, 8, 16)
     query = tensor.float() if left == "float32" else tensor
-    key = draw(1, 2, 9, 16) if left == "cache without a mask" else tensor
+    key = draw(1, 2, 9, 16) if left == "keys of earlier tokens" else tensor
     told: dict[str, Any] = {"dropout": 0.1 if left == "dropout" else 0.0}
     told |= {"is_causal": False} if left == "not causal" else {}
     told |= {"position_bias": tensor} if left == "bias" else {}
-    causal = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
-    mask = {"mask": torch.zeros(1, 1, 8, 8), "window": causal & causal.flip(2, 3)}.get(left)
-    attention.attend(torch.nn.Module(), query, key, key, mask, **told)
+    mask = torch.zeros(1, 1, 8, 8) if left == "mask" else None
+    with torch.set_grad_enabled(left != "no gradient"):
+        attention.attend(torch.nn.Module(), query, key, key, mask, **told)
     assert asked == [left]
-    if left != "too many weights":
-        for same in (None, causal):
-            attention.attend(torch.nn.Module(), tensor, tensor, tensor, same)
+    attention.attend(torch.nn.Module(), tensor, tensor, tensor, None) if left != "too many weights" else None
     assert asked == [left]
 
 

@@ -163,24 +163,6 @@ def test_a_logit_adjustment_reaches_the_child_by_its_environment() -> None:
     assert "FABRICTUNE_LOGIT_ADJUSTMENT" not in plain.env
 
 
-def test_a_prompt_without_gradient_is_for_one_row_at_a_time() -> None:
-    files = {
-        told: _flags(_plan(Hardware(), preset="smollm2-cpu", arguments={"prompt_gradient": told}))["--external_plugins"]
-        for told in (True, False)
-    }
-    assert ["swift_prompt.py" in files[told] for told in (True, False)] == [False, True]
-    wrong = {"prompt_gradient": False, "per_device_train_batch_size": 2, "gradient_checkpointing": True}
-    with pytest.raises(ValidationError) as refused:
-        Spec.model_validate({**NAMES, "preset": "smollm2-cpu", "arguments": {**wrong, "effective_batch_size": 2}})
-    for said in (
-        "train_batch_size: prompt_gradient: false needs 1; set that, or",
-        "gradient_checkpointing: prompt_gradient",
-    ):
-        assert said in str(refused.value)
-    with pytest.raises(ValidationError, match="prompt_gradient: must be true or false"):
-        Spec.model_validate({**NAMES, "arguments": {"prompt_gradient": "no"}})
-
-
 def test_variants_of_lora_are_values_and_full_training_makes_a_model() -> None:
     flags = {name: _flags(_plan(Hardware(gpus=1), preset=f"agentfabric-{name}")) for name in ("dora", "qlora", "full")}
     assert flags["dora"]["--use_dora"] == "true"
