@@ -182,9 +182,9 @@ def _cancelled_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def deploy_folder(model: Path, port: int) -> None:
+def deploy_folder(model: Path, port: int, name: str, spec: Mapping[str, Any], dry_run: bool) -> None:
     """Serve a model folder in the foreground until Ctrl-C."""
-    _services("services.inference.foreground").serve_folder(model, port)
+    _services("services.inference.foreground").serve_folder(model, port, name, spec, dry_run)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def deploy(
     if Path(model).is_dir():
         from fabrictune import local
 
-        local.deploy_folder(Path(model), port)
+        local.deploy_folder(Path(model), port, deployment, read_spec(spec_file), dry_run)
         return
     spec = {**read_spec(spec_file), "model": model}
     with settings().connect() as client:

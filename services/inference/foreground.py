@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import shlex
 import tempfile
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 from services.common.clusters.local import LocalCluster
 from services.common.config import load_record
@@ -14,7 +17,7 @@ from services.common.errors import FailedPrecondition
 from services.common.logs import configure
 from services.common.resources import check_id
 from services.common.server import wait_for_stop
-from services.inference.engine import Model, describe_model, detect_hardware, read_model_config
+from services.inference.engine import Model, describe_model, detect_hardware, read_model_config, render_engine
 from services.inference.gateway import Gateway
 from services.inference.launch import Artifacts
 from services.inference.recorder import open_recorder
@@ -22,18 +25,29 @@ from services.inference.reference import Reference
 from services.inference.revisions import Deployment, State
 from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
-from services.inference.spec import RevisionSpec
+from services.inference.spec import RevisionSpec, parse_spec
 
 
-def serve_folder(model: Path, port: int) -> None:
-    """Serve until told to stop. port: 0 takes a free one. Raises InvalidData, FailedPrecondition, what a start raises."""
+def serve_folder(model: Path, port: int, name: str, spec: Mapping[str, Any], dry_run: bool) -> None:
+    """Serve until told to stop; dry_run: say what would be started. port: 0 takes a free one.
+
+    name: of the deployment and the model; "": the folder's. Raises InvalidData, InvalidSpec, FailedPrecondition, what a start
+    raises.
+    """
     read_model_config(model)  # refused before anything starts
+    name = check_id(name or model.resolve().name, "--as" if name else "the folder's name, which is to be the model's")
+    revision = parse_spec({**spec, "model": f"models/{name}"})
+    if dry_run:
+        work = render_engine(
+            name, "r-1", revision, describe_model(revision.model, "", model.resolve()), detect_hardware()
+        )
+        print(f"{name} would be served at port {port or 'any'} by\n{shlex.join(work.argv)}")
+        return
     configure("console", "WARNING")
-    asyncio.run(_serve(model, port))
+    asyncio.run(_serve(model, port, name, revision))
 
 
-async def _serve(folder: Path, port: int) -> None:
-    name = check_id(folder.resolve().name, "the folder's name, which is to be the model's")
+async def _serve(folder: Path, port: int, name: str, revision: RevisionSpec) -> None:
     async with AsyncExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fabrictune-")))
         cluster = LocalCluster(scratch)
@@ -46,7 +60,7 @@ async def _serve(folder: Path, port: int) -> None:
         port = await gateway.start("127.0.0.1", port)
         stack.push_async_callback(gateway.close)
         print(f"starting vLLM on {folder} and comparing it with the reference …", flush=True)
-        await rollout.create_revision(name, "r-1", RevisionSpec(model=f"models/{name}"), take_traffic=True)
+        await rollout.create_revision(name, "r-1", revision, take_traffic=True)
         stopped = asyncio.create_task(wait_for_stop())
         starting = asyncio.create_task(rollout.wait(name, "r-1"))
         await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)

@@ -221,13 +221,25 @@ def test_swift_export_merges_to_the_same_weights(here: Here, told: str) -> None:
 
 
 def test_a_folder_is_served_in_the_foreground_until_ctrl_c(here: Here, told: str) -> None:
-    process = here.start("deploy", "base", "--port", "0")
+    options = (
+        "deploy",
+        "base",
+        "--as",
+        "small",
+        "--spec",
+        here.write("spec.yaml", {"max_model_len": 1024}),
+        "--port",
+        "0",
+    )
+    plan = here.call(*options, "--dry-run")
+    assert "small would be served" in plan and "--max-model-len 1024" in plan
+    process = here.start(*options)
     said = here.folder / "said.txt"
     _wait(lambda: process.poll() is not None or "is served at" in said.read_text())
     assert process.poll() is None, said.read_text()
     address = re.search(r"http://127\.0\.0\.1:\d+/v1", said.read_text())
     assert address
-    body = {"model": "base", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    body = {"model": "small", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
     assert httpx.post(f"{address[0]}/chat/completions", json=body, timeout=60).status_code == 200
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
