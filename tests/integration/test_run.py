@@ -221,16 +221,10 @@ def test_swift_export_merges_to_the_same_weights(here: Here, told: str) -> None:
 
 
 def test_a_folder_is_served_in_the_foreground_until_ctrl_c(here: Here, told: str) -> None:
-    options = (
-        "deploy",
-        "base",
-        "--as",
-        "small",
-        "--spec",
-        here.write("spec.yaml", {"max_model_len": 1024}),
-        "--port",
-        "0",
-    )
+    if not (here.folder / "base").exists():
+        here.call("artifacts", "pull", "models/smollm2-135m-instruct", "base")
+    spec = here.write("spec.yaml", {"max_model_len": 1024})
+    options = ("deploy", "base", "--as", "small", "--spec", spec, "--port", "0")
     plan = here.call(*options, "--dry-run")
     assert "small would be served" in plan and "--max-model-len 1024" in plan
     process = here.start(*options)
