@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from socketserver import BaseServer
 
-import ml_dtypes  # noqa: F401  # with it numpy knows bfloat16, whichever test comes first
 import pytest
 from minio.error import MinioException
 

@@ -153,8 +153,9 @@ async def _ask_targets(
         for target, known in zip(targets, kept, strict=True):
             again = f", of which {len(known)} are answered already" if known else ""
             reporter.log(f"asking {target.label} at {target.address.url} {len(questions)} questions{again}")
-        answers += await _ask(targets, questions, sampling, files, kept, keeper)
-        for target, own in zip(targets, answers[-len(targets) :], strict=True):
+        found = await _ask(targets, questions, sampling, files, kept, keeper)
+        answers += found
+        for target, own in zip(targets, found, strict=True):
             if refused := [answer for answer in own if answer.refused]:
                 first = f"such as {refused[0].id} ({refused[0].refused})"
                 reporter.log(

@@ -9,7 +9,6 @@ going back to it needs no loading.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -318,9 +317,12 @@ class Rollout:
 
     async def _drain_late(self, owner: Deployment, revision: Revision) -> None:
         """As `_drain`, of what an earlier process began: its gateway may still hand on answers, which nobody here counts."""
-        with contextlib.suppress(TimeoutError):
-            name = engine_name(owner.id, revision.revision)
-            await asyncio.wait_for(self._launcher.watch(name), self.limits.drain)
+        gone = asyncio.create_task(self._launcher.watch(engine_name(owner.id, revision.revision)))
+        try:
+            ended, _ = await asyncio.wait({gone}, timeout=self.limits.drain)
+            await asyncio.gather(*ended)
+        finally:
+            gone.cancel()
         await self._drain(owner, revision)
 
     async def _publish(self, deployment: Deployment) -> None:

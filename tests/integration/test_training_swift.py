@@ -244,7 +244,7 @@ def test_a_run_that_was_told_to_stop_and_then_killed_ends_with_the_curve_of_one_
 
 
 def test_full_training_leaves_a_whole_model_that_has_changed(tiny_model: Path, dataset: Path, tmp_path: Path) -> None:
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file
 
     output = tmp_path / "model"
     output.mkdir()
@@ -440,7 +440,7 @@ def test_the_mean_is_of_the_weights_after_each_step_of_the_second_half_also_over
 
 
 def test_the_mean_is_the_output_where_it_is_wanted(tiny_model: Path, dataset: Path, tmp_path: Path) -> None:
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file
 
     (output := tmp_path / "adapter").mkdir()
     spec = _spec(max_steps=4, save_steps=4, eval_strategy="no").model_copy(update={"checkpoint": "mean"})
