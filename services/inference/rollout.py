@@ -1,9 +1,8 @@
 """Deployments, their revisions and their traffic: create, move traffic (at once or by a canary), drain, stop, remember.
 
-One task drives each revision (see `drive`). Every change is saved (see `saver`), so a restarted service goes on where it
+What runs for a revision is its `lifecycle`'s. Every change is saved (see `saver`), so a restarted service goes on where it
 was: an engine that still runs is adopted as it is. The gateway sees a change before that, since it ends with this process:
-a store that is away keeps no traffic from moving. A revision that has lost its traffic stays warm for a while, so that
-going back to it needs no loading.
+a store that is away keeps no traffic from moving.
 """
 
 from __future__ import annotations
@@ -13,29 +12,20 @@ import math
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 import aiohttp
 
 from services.common.clusters import Cluster
 from services.common.errors import AlreadyExists, FailedPrecondition, InvalidSpec, NotFound, Violation
-from services.common.logs import get_logger
 from services.inference.canary import Canaries
-from services.inference.drive import Driver
-from services.inference.endings import Endings
-from services.inference.engine import Hardware, adapter_model, engine_name
+from services.inference.engine import Hardware, adapter_model
 from services.inference.engines import ENGINES
-from services.inference.launch import Artifacts, Launcher, Limits
-from services.inference.revisions import COMING, ENDED, Deployment, Revision, State, check_traffic, move
+from services.inference.launch import Artifacts, Limits
+from services.inference.lifecycle import Lifecycle
+from services.inference.revisions import COMING, ENDED, Deployment, Revision, State, check_traffic
 from services.inference.routes import RouteTable, Target
 from services.inference.saver import Saver
 from services.inference.spec import Canary, RevisionSpec
-
-
-@dataclass
-class _Tasks:
-    drive: asyncio.Task[None]
-    warm: asyncio.Task[None] | None = None
 
 
 @dataclass
@@ -51,49 +41,37 @@ class Rollout:
     def __post_init__(self) -> None:
         """Nothing runs yet."""
         self._deployments: dict[str, Deployment] = {}
-        self._tasks: dict[tuple[str, str], _Tasks] = {}
-        self._endings = Endings(self.limits.drain)
         self._watchers: set[asyncio.Queue[Deployment]] = set()
         self._saver = Saver(self.artifacts)
-        self._launcher = Launcher(self.cluster, self.artifacts, self.hardware, self.limits)
-        self._driver = Driver(
-            self.cluster, self._launcher, self.artifacts, self.hardware, self.limits, self._publish, self._ready
+        self._lifecycle = Lifecycle(
+            self.cluster, self.routes, self.artifacts, self.hardware, self.limits, self._publish, self._ready
         )
         self._canaries = Canaries(self.routes.outcomes, self._shift)
         self._changing = asyncio.Lock()
-        self._log = get_logger("rollout")
 
     @property
     def session(self) -> aiohttp.ClientSession:
         """For requests to engines; `generate` uses it too."""
-        return self._launcher.session
+        return self._lifecycle.launcher.session
 
     async def restore(self, deployments: Iterable[Deployment]) -> None:
         """Go on with what an earlier process left; engines that still run are adopted, others started again."""
         for deployment in deployments:
             self._deployments[deployment.id] = deployment
             for revision in deployment.revisions.values():
-                if revision.state is State.DRAINING:
-                    self._endings.begin(revision.name, partial(self._drain_late, deployment, revision))
-                elif revision.state in COMING or revision.state is State.READY:
-                    adopt = revision.state is State.READY
-                    revision.state = State.PENDING
-                    self._drive(revision, adopt)
+                self._lifecycle.resume(deployment, revision)
             await self._publish(deployment)
             self._canaries.resume(deployment)
 
     async def close(self) -> None:
         """Stop all. Engines are left as they are: the cluster ends them, or the next process adopts them."""
         await self.stop_driving()
-        await self._launcher.close()
+        await self._lifecycle.launcher.close()
 
     async def stop_driving(self) -> None:
         """Change nothing from now on; what is served goes on being served."""
         await self._canaries.close()
-        tasks = [t for d in self._tasks.values() for t in (d.drive, d.warm) if t] + self._endings.tasks
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._lifecycle.close()
         await self._saver.close()
 
     def get(self, deployment: str) -> Deployment:
@@ -121,8 +99,8 @@ class Rollout:
 
         Raises FailedPrecondition when that takes long.
         """
-        while (name := f"deployments/{deployment}") in self._endings:
-            await self._endings.outlast(name, self._endings.wait(name))
+        while (name := f"deployments/{deployment}") in self._lifecycle.endings:
+            await self._lifecycle.endings.outlast(name, self._lifecycle.endings.wait(name))
         if deployment in self._deployments:
             return self._deployments[deployment]
         owner = self._deployments[deployment] = Deployment(deployment, create_time=time.time())
@@ -143,17 +121,18 @@ class Rollout:
         if known is not None and known.spec != spec:
             raise AlreadyExists(f"{known.name} exists with another spec; take another revision id")
         if known is not None and known.state not in ENDED:
-            await self._driver.wake(known)
-        if known is not None and known.state not in ENDED and (deployment, revision) not in self._tasks:
+            await self._lifecycle.driver.wake(known)
+        if known is not None and known.state not in ENDED and not self._lifecycle.drives(known):
             # Nobody drives it: it drains, or could not be stopped when that was tried.
-            await self._endings.outlast(known.name, self._stop(owner, known))
+            await self._lifecycle.endings.outlast(known.name, self._lifecycle.stop(owner, known))
             return await self.create_revision(deployment, revision, spec, take_traffic)
         if known is not None and known.state is State.READY and take_traffic:
             await self.set_traffic(deployment, {revision: 100})
             return known
         made = known or Revision(deployment, revision, spec, create_time=time.time())
         if known is None or known.state in ENDED:
-            self._start(owner, made)
+            owner.revisions[revision] = made
+            self._lifecycle.start(owner, made)
         if take_traffic:
             made.take_traffic, made.asked_time = True, time.time()
         await self._publish(owner)
@@ -214,7 +193,7 @@ class Rollout:
         """Load and unload adapters of a running revision. Raises NotFound, FailedPrecondition, Unavailable."""
         owner, found = self.get(deployment), self.get_revision(deployment, revision)
         async with self._changing:
-            await self._driver.change_adapters(owner, found, adapters)
+            await self._lifecycle.driver.change_adapters(owner, found, adapters)
         return found
 
     async def _shift(self, owner: Deployment, traffic: Mapping[str, int], asked_time: float = math.inf) -> None:
@@ -226,7 +205,7 @@ class Rollout:
                 revision.warm_since = 0
             elif revision.revision in before:
                 revision.warm_since = time.time()
-            self._keep_warm(revision)
+            self._lifecycle.keep_warm(owner, revision)
         await self._publish(owner)
 
     async def stop_revision(self, deployment: str, revision: str) -> None:
@@ -234,7 +213,7 @@ class Rollout:
         owner, found = self.get(deployment), self.get_revision(deployment, revision)
         if owner.traffic.get(revision):
             raise FailedPrecondition(f"{found.name} takes {owner.traffic[revision]} % of the traffic; move that first")
-        await self._stop(owner, found)
+        await self._lifecycle.stop(owner, found)
 
     async def delete_revision(self, deployment: str, revision: str) -> None:
         """Drain, stop and forget it. Raises FailedPrecondition when it takes traffic."""
@@ -248,82 +227,23 @@ class Rollout:
     async def delete(self, deployment: str) -> None:
         """Drain and stop all its revisions and forget it; that goes on when the caller goes away."""
         owner = self.get(deployment)
-        await self._endings.end(f"deployments/{deployment}", lambda: self._delete(owner))
+        await self._lifecycle.endings.end(f"deployments/{deployment}", lambda: self._delete(owner))
 
     async def _delete(self, owner: Deployment) -> None:
         self._canaries.stop(owner, "the deployment was deleted")
         owner.traffic = {}
         await self._publish(owner)
-        await asyncio.gather(*(self._stop(owner, r) for r in owner.revisions.values()))
+        await asyncio.gather(*(self._lifecycle.stop(owner, r) for r in owner.revisions.values()))
         await self._saver.forget(owner.id)  # first: what the store still has would come back with the next start
         self._deployments.pop(owner.id, None)
         self.routes.remove(owner.id)
         self._tell(owner)
-
-    # One task a revision runs what is below.
-
-    def _start(self, owner: Deployment, revision: Revision) -> None:
-        if revision.state is not State.PENDING:
-            move(revision, State.PENDING)
-        revision.take_traffic, revision.restarts, revision.warm_since, revision.parity = False, 0, 0, {}
-        owner.revisions[revision.revision] = revision
-        self._drive(revision)
-
-    def _drive(self, revision: Revision, adopt: bool = False) -> None:
-        owner = self._deployments[revision.deployment]
-        task = asyncio.create_task(self._driver.drive(owner, revision, adopt), name=revision.name)
-        before = self._tasks.get((revision.deployment, revision.revision))
-        self._tasks[revision.deployment, revision.revision] = _Tasks(task, before.warm if before else None)
-        self._keep_warm(revision)
 
     async def _ready(self, owner: Deployment, revision: Revision) -> None:
         if not revision.take_traffic:
             return await self._publish(owner)
         self._canaries.stop(owner, "another revision was deployed")
         await self._shift(owner, {revision.revision: 100}, revision.asked_time)
-
-    def _keep_warm(self, revision: Revision) -> None:
-        """Let one that has lost its traffic stop in time, and one that has some again go on."""
-        tasks = self._tasks.get((revision.deployment, revision.revision))
-        if tasks is None:
-            return
-        if tasks.warm is not None:
-            tasks.warm.cancel()
-        tasks.warm = asyncio.create_task(self._cool(revision)) if revision.warm_since else None
-
-    async def _cool(self, revision: Revision) -> None:
-        await asyncio.sleep(revision.warm_since + self.limits.keep_warm - time.time())
-        await self.stop_revision(revision.deployment, revision.revision)
-
-    async def _stop(self, owner: Deployment, revision: Revision) -> None:
-        await self._endings.end(revision.name, lambda: self._drain(owner, revision))
-
-    async def _drain(self, owner: Deployment, revision: Revision) -> None:
-        tasks = self._tasks.pop((owner.id, revision.revision), None)
-        running = [t for t in ((tasks.drive, tasks.warm) if tasks else ()) if t]
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-        if revision.state is State.READY:
-            move(revision, State.DRAINING, "finishes what it has begun")
-            await self._publish(owner)
-            if not await self.routes.drained(owner.id, revision.revision, self.limits.drain):
-                self._log.warning("answers are cut off", revision=revision.name, after_seconds=self.limits.drain)
-        await self.cluster.delete(engine_name(owner.id, revision.revision))
-        self._driver.addresses.pop(revision.name, None)
-        if revision.state not in ENDED:
-            move(revision, State.STOPPED)
-            await self._publish(owner)
-
-    async def _drain_late(self, owner: Deployment, revision: Revision) -> None:
-        """As `_drain`, of what an earlier process began: its gateway may still hand on answers, which nobody here counts."""
-        gone = asyncio.create_task(self._launcher.watch(engine_name(owner.id, revision.revision)))
-        try:
-            ended, _ = await asyncio.wait({gone}, timeout=self.limits.drain)
-            await asyncio.gather(*ended)
-        finally:
-            gone.cancel()
-        await self._drain(owner, revision)
 
     async def _publish(self, deployment: Deployment) -> None:
         """Let the gateway see it, save it, then let the watchers see it. A store that is away stops none of this."""
@@ -336,7 +256,7 @@ class Rollout:
 
     def _target(self, revision: Revision) -> Target:
         ready = revision.state is State.READY
-        address = self._driver.addresses.get(revision.name, "") if ready else ""
+        address = self._lifecycle.driver.addresses.get(revision.name, "") if ready else ""
         ids = (revision.deployment, revision.revision)
         spec, engine = revision.spec, ENGINES[revision.spec.engine]
         adapters = {a: adapter_model(revision.deployment, a, digest) for a, digest in revision.adapters.items()}

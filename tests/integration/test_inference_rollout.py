@@ -603,6 +603,18 @@ async def test_a_revision_whose_deletion_is_cancelled_in_mid_drain_stops(house: 
     assert await house.cluster.list("engine") == []
 
 
+async def test_traffic_that_is_moved_to_a_revision_in_the_moment_it_stops_is_refused(house: House) -> None:
+    rollout = house.open()
+    await ready(rollout, "a", take_traffic=True)
+    await ready(rollout, "b", take_traffic=True)
+    stop = asyncio.create_task(rollout.stop_revision("x", "a"))
+    await asyncio.sleep(0)
+    with pytest.raises(FailedPrecondition, match="is DRAINING, not READY"):
+        await rollout.set_traffic("x", {"a": 100})
+    await stop
+    assert house.answers() == "b" and rollout.get_revision("x", "a").state is State.STOPPED
+
+
 async def test_an_earlier_model_deployed_again_while_it_is_warm_takes_the_traffic_at_once(house: House) -> None:
     rollout, other = house.open(), spec(max_concurrency=2)
     await ready(rollout, "a", take_traffic=True)
@@ -683,8 +695,8 @@ async def test_a_revision_that_failed_while_it_was_warm_is_not_stopped_once_it_i
     await ready(rollout, "b", fields={"max_concurrency": 2})
     await rollout.set_traffic("x", {"b": 100})
     made = rollout.get_revision("x", "a")
-    rollout._tasks["x", "a"].drive.cancel()
-    await rollout._driver._fail(rollout.get("x"), made, FailedPrecondition("it is too far off"))
+    rollout._lifecycle._drives[made.name].cancel()
+    await rollout._lifecycle.driver._fail(rollout.get("x"), made, FailedPrecondition("it is too far off"))
     await ready(rollout, "a")
     await asyncio.sleep(2)
     assert made.state is State.READY
