@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -12,14 +13,17 @@ from pathlib import Path
 from services.common.artifacts import Artifacts
 from services.common.auth import Authenticator, load_authenticator
 from services.common.clusters import Cluster
-from services.common.config import ServerConfig, load_server, load_store
-from services.common.errors import FabrictuneError
+from services.common.config import ServerConfig, StoreConfig, load_server, load_store
+from services.common.errors import FabrictuneError, Unavailable
 from services.common.job_api import Offer
 from services.common.jobs import Jobs
 from services.common.logs import configure, get_logger
 from services.common.server import Server, Service, wait_for_stop
 from services.common.store import Store, open_store
 from services.common.upkeep import Upkeep
+
+STORE_PATIENCE_SECONDS = 60.0
+"""A store that starts beside the servers, as with `helm install`, is waited for so long: half of what a startup probe gives."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,25 @@ def run_until_stopped(serve: Callable[[], None]) -> None:
 
 
 async def open_house() -> House:
-    """Settings and store from the environment."""
+    """Settings and store from the environment. Raises InvalidSpec, PermissionDenied, Unavailable."""
     config = load_server()
     configure(config.log_format, config.log_level)
-    store = await asyncio.to_thread(open_store, load_store())
+    store = await wait_for_store(load_store())
     data_dir = config.data_dir.absolute()
     return House(config, data_dir, load_authenticator(config), store, Artifacts(store, data_dir / "cache"))
+
+
+async def wait_for_store(config: StoreConfig) -> Store:
+    """The store, once it answers. Raises Unavailable when it does not for a minute; InvalidSpec, PermissionDenied at once."""
+    begin = time.monotonic()
+    while True:
+        try:
+            return await asyncio.to_thread(open_store, config)
+        except Unavailable as error:
+            if time.monotonic() - begin > STORE_PATIENCE_SECONDS:
+                raise
+            get_logger("server").warning("waits for the object store", error=error.message)
+        await asyncio.sleep(1)
 
 
 async def open_cluster(stack: AsyncExitStack, house: House, kind: str) -> Cluster:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import hashlib
 import ipaddress
@@ -15,6 +16,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import httpx
@@ -31,11 +33,12 @@ from grpc_status import rpc_status
 from fabrictune.client import Client
 from fabrictune.errors import ApiError
 from fabrictune.v1 import artifact_pb2, artifact_pb2_grpc
+from services.common import main
 from services.common.artifacts import Artifacts as StoredArtifacts
 from services.common.auth import Authenticator, TokenEntry, load_authenticator
-from services.common.config import ServerConfig
+from services.common.config import ServerConfig, StoreConfig
 from services.common.errors import NotFound, Unavailable
-from services.common.main import House, serve_until_stopped
+from services.common.main import House, serve_until_stopped, wait_for_store
 from services.common.server import Server, service
 from services.common.store import Store
 from services.common.tls import http_context
@@ -74,6 +77,33 @@ async def get(target: grpc.aio.Channel, name: str, **more: Any) -> artifact_pb2.
     stub: Any = artifact_pb2_grpc.ArtifactServiceStub(target)
     answer: artifact_pb2.Artifact = await stub.GetArtifact(artifact_pb2.GetArtifactRequest(name=name), **more)
     return answer
+
+
+async def test_a_store_that_starts_beside_the_server_is_waited_for_but_not_for_ever(
+    object_store: StoreConfig, unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = urlsplit(object_store.endpoint)
+
+    async def hand_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        theirs = await asyncio.open_connection(there.hostname, there.port)
+        with contextlib.suppress(OSError):
+            await asyncio.gather(copy(reader, theirs[1]), copy(theirs[0], writer))
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(2**16):
+            writer.write(data)
+        writer.close()
+
+    late = object_store.model_copy(update={"endpoint": f"http://127.0.0.1:{unused_tcp_port}"})
+    waiting = asyncio.create_task(wait_for_store(late))
+    await asyncio.sleep(2)
+    assert not waiting.done()
+    async with await asyncio.start_server(hand_on, "127.0.0.1", unused_tcp_port):
+        assert (await asyncio.wait_for(waiting, 20)).bucket == object_store.bucket
+        waiting.result().http.clear()  # or its open connections would keep the relay
+    monkeypatch.setattr(main, "STORE_PATIENCE_SECONDS", 0)
+    with pytest.raises(Unavailable, match=f"127.0.0.1:{unused_tcp_port} does not answer"):
+        await wait_for_store(late)
 
 
 async def test_health_reflection_and_metrics(server: Server) -> None:
