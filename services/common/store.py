@@ -7,6 +7,7 @@ Small documents (jobs, events, manifests) and the signed addresses of big files 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 
 import minio
 import urllib3
+from minio.credentials import Credentials, IamAwsProvider, Provider
 from minio.error import MinioException, S3Error
 
 from services.common.config import StoreConfig
@@ -37,6 +39,29 @@ RETRIES = urllib3.Retry(total=4, connect=2, backoff_factor=0.2, status_forcelist
 """Of one request: 3 s for a store that is busy or just begins, at once for one that is not there."""
 FULL = frozenset({"StorageFull", "XMinioStorageFull", "QuotaExceeded", "InsufficientStorage"})
 
+IDENTITY = frozenset(
+    {"AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"}
+)
+"""Variables that tell a workload where its keys come from: IAM roles for service accounts, EKS Pod Identity, ECS."""
+
+
+class OwnIdentity(Provider):
+    """The keys that a cloud gives this workload for a while, where the settings have none."""
+
+    def __init__(self) -> None:
+        self._cloud = IamAwsProvider()
+
+    def retrieve(self) -> Credentials:
+        """Keys that are valid now. Raises Unavailable, PermissionDenied."""
+        try:
+            return self._cloud.retrieve()
+        except (urllib3.exceptions.HTTPError, MinioException, OSError, ValueError, KeyError) as error:
+            kind = Unavailable if isinstance(error, urllib3.exceptions.HTTPError) else PermissionDenied
+            raise kind(
+                f"this workload's own identity gives no key for the object store: {type(error).__name__}: {error}. Look at "
+                "the service account's annotations and role, or set FABRICTUNE_S3_ACCESS_KEY and _SECRET_KEY"
+            ) from None
+
 
 class Store:
     """One bucket. Threads may share it."""
@@ -45,7 +70,9 @@ class Store:
         address = urlsplit(config.endpoint)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise InvalidSpec(f"FABRICTUNE_S3_ENDPOINT is {config.endpoint!r}; it must look like http://host:port")
-        self.bucket, self.endpoint, self._key_id = config.bucket, config.endpoint, config.access_key
+        identity = None if config.access_key or IDENTITY.isdisjoint(os.environ) else OwnIdentity()
+        self.bucket, self.endpoint = config.bucket, config.endpoint
+        self._key = "this workload's own identity" if identity else f"the key {config.access_key!r}"
         self.http = urllib3.PoolManager(
             num_pools=4,
             maxsize=CONNECTIONS,
@@ -60,6 +87,7 @@ class Store:
             secure=address.scheme == "https",
             region=config.region,
             http_client=self.http,
+            credentials=identity,
         )
         if not config.path_style:
             self.client.enable_virtual_style_endpoint()
@@ -187,7 +215,7 @@ class Store:
             return NotFound(f"there is no {where}")
         if code in DENIED:
             return PermissionDenied(
-                f"the object store refuses the key {self._key_id!r} for {where} ({code}); "
+                f"the object store refuses {self._key} for {where} ({code}); "
                 "see FABRICTUNE_S3_ACCESS_KEY and _SECRET_KEY"
             )
         if code in FULL:

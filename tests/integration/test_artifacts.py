@@ -8,11 +8,13 @@ import os
 import secrets
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from fabrictune.errors import ApiError
 from fabrictune.transfer import CHUNK, pull
@@ -32,6 +34,7 @@ from services.common.errors import (
 from services.common.remote import RemoteDraft
 from services.common.store import Store, open_store
 from services.pipeline.artifacts import artifact_message
+from tests.conftest import serving
 
 
 def folder_of(path: Path, **files: bytes) -> Path:
@@ -297,6 +300,45 @@ def test_a_wrong_key(object_store: StoreConfig) -> None:
     wrong = object_store.model_copy(update={"access_key": "nobody"})
     with pytest.raises(PermissionDenied, match="refuses the key 'nobody'"):
         open_store(wrong)
+
+
+class Agent(BaseHTTPRequestHandler):
+    """Gives keys like the agent of EKS Pod Identity."""
+
+    def do_GET(self) -> None:
+        server: Any = self.server
+        allowed = self.headers["Authorization"] == "Bearer pod" and server.keys
+        self.send_response(200 if allowed else 403)
+        self.end_headers()
+        self.wfile.write(json.dumps(server.keys).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_a_workload_without_a_key_has_those_of_its_own_identity(
+    object_store: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text("Bearer pod")
+    monkeypatch.setenv("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", str(tmp_path / "token"))
+    agent: Any = ThreadingHTTPServer(("127.0.0.1", 0), Agent)
+    agent.keys = {
+        "AccessKeyId": object_store.access_key, "SecretAccessKey": object_store.secret_key.get_secret_value(),
+        "Token": None, "Expiration": "2040-01-01T00:00:00Z",
+    }  # fmt: skip
+    keyless = object_store.model_copy(update={"access_key": "", "secret_key": SecretStr("")})
+    with serving(agent):
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://127.0.0.1:{agent.server_port}/v1/credentials")
+        store = open_store(keyless)
+        assert store.put_json("identity/a.json", {"n": 1}, only_if_absent=True)  # signed by presign()
+        assert store.get_json("identity/a.json") == {"n": 1}
+        store.delete("identity/a.json")
+        agent.keys = {}
+        with pytest.raises(PermissionDenied, match=r"own identity gives no key .*403"):
+            open_store(keyless)
+    monkeypatch.setenv("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", str(tmp_path / "absent"))
+    with pytest.raises(PermissionDenied, match="absent"):
+        open_store(keyless)
 
 
 def test_an_endpoint_that_is_none(object_store: StoreConfig) -> None:
