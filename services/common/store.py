@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import minio
 import urllib3
-from minio.credentials import Credentials, IamAwsProvider, Provider
+from minio.credentials import Credentials, IamAwsProvider
 from minio.error import MinioException, S3Error
 
 from services.common.config import StoreConfig
@@ -45,8 +45,8 @@ IDENTITY = frozenset(
 """Variables that tell a workload where its keys come from: IAM roles for service accounts, EKS Pod Identity, ECS."""
 
 
-class OwnIdentity(Provider):
-    """The keys that a cloud gives this workload for a while, where the settings have none."""
+class OwnIdentity:
+    """The keys that a cloud gives this workload for a while, where the settings have none: a provider as minio wants it."""
 
     def __init__(self) -> None:
         self._cloud = IamAwsProvider()
