@@ -45,7 +45,7 @@ RULES: Sequence[tuple[re.Pattern[str], Role]] = (
     # What an operator has started, an operator may forget; artifacts and deployments are an admin's.
     (re.compile(r"/fabrictune\.v1\.\w+/Delete(\w+Job|PipelineRun|Revision)"), Role.OPERATOR),
     (re.compile(r"/fabrictune\.v1\.\w+/Delete\w*"), Role.ADMIN),
-    (re.compile(r"/v1/models"), Role.VIEWER),
+    (re.compile(r"/v1/models(/.*)?"), Role.VIEWER),
     (re.compile(r"/v1/(chat/)?completions"), Role.OPERATOR),
 )
 OPEN_PREFIX = "/grpc.health.v1.Health/"

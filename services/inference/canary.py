@@ -63,19 +63,19 @@ class Canaries:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, owner: Deployment, run: CanaryRun) -> None:
-        since = time.monotonic()
+        since, lost = time.monotonic(), owner.revisions[run.candidate].lost
         try:
             while run.state is CanaryState.RUNNING:
                 await asyncio.sleep(min(POLL_SECONDS, run.policy.observe or POLL_SECONDS))
                 candidate = owner.revisions[run.candidate]
-                if candidate.state in COMING and not candidate.restarts:
-                    since = time.monotonic()  # the service was restarted and adopts it
+                if candidate.state in COMING and candidate.lost == lost:
+                    since = time.monotonic()  # the service was restarted and adopts it, or it sleeps
                     continue
                 mine = self._outcomes.figures(owner.id, run.candidate)
                 others = self._outcomes.figures(owner.id, *run.before)
                 run.figures = {"candidate": asdict(mine), "stable": asdict(others)}
                 bad = judge(run.policy, mine, others)
-                if candidate.state is not State.READY:
+                if candidate.state is not State.READY or candidate.lost > lost:
                     bad = f"its engine was lost: {candidate.message.partition(chr(10))[0]}"
                 if bad:
                     run.state, run.reason = CanaryState.ROLLED_BACK, bad

@@ -23,13 +23,11 @@ from services.common.metrics import REGISTRY
 from services.inference.adapters import Adapter, check_base, largest_rank
 from services.inference.beside import Beside, InOneEngine, InPods
 from services.inference.engine import Hardware, Model, adapter_model, engine_name, render_engine
-from services.inference.launch import Artifacts, Launcher, Limits, run_both
+from services.inference.launch import LONGEST_PAUSE_SECONDS, Artifacts, Launcher, Limits, run_both
 from services.inference.revisions import Deployment, Revision, State, move
 from services.inference.spec import RevisionSpec
 
 _T = TypeVar("_T")
-LONGEST_WAIT_SECONDS = 10.0
-"""Between two looks whether the object store answers again."""
 
 start_seconds = Histogram(
     "fabrictune_engine_start_seconds",
@@ -106,14 +104,14 @@ class Driver:
         await self.publish(owner)
         while await self.launcher.asleep(name):
             if revision.name in self._to_wake:
-                await self.cluster.delete(name)  # it is made anew with a pod
+                await self.launcher.remove(name)  # it is made anew with a pod
             await asyncio.sleep(self.limits.poll)
         self._to_wake.discard(revision.name)
         return True
 
     async def _clear_away(self, owner: Deployment, revision: Revision, name: str, lost: str) -> None:
         """Count a lost engine, remove what is left of it and pause. Raises WorkerLost when it was one too many."""
-        revision.restarts += 1
+        revision.restarts, revision.lost = revision.restarts + 1, revision.lost + 1
         if revision.restarts > self.limits.restarts:
             raise WorkerLost(f"the engine was lost {revision.restarts} times in a row. {lost}")
         pause = min(self.limits.first_pause * 2 ** (revision.restarts - 1), 60)
@@ -122,7 +120,7 @@ class Driver:
         move(revision, State.PENDING, f"the engine was lost; it is started again in {pause:.0f} s. {lost}")
         await self.publish(owner)
         if not await self.launcher.is_coming(name):
-            await self.cluster.delete(name)
+            await self.launcher.remove(name)
         await asyncio.sleep(pause)
 
     async def change_adapters(self, owner: Deployment, revision: Revision, names: tuple[str, ...]) -> None:
@@ -132,7 +130,7 @@ class Driver:
                 f"{revision.name} is {revision.state.value}, not READY; its adapters cannot change"
             )
         spec, address = revision.spec, self.addresses[revision.name]
-        model = await self.artifacts.fetch_model(spec.model)
+        model = await self._model(revision)
         old = await self._adapters(spec, model)
         rank, room = largest_rank(spec.lora.max_rank, old), spec.max_adapters
         if len(names) > room:
@@ -156,7 +154,7 @@ class Driver:
         except FabrictuneError:
             await self._beside.keep(revision, address, old)
             raise
-        revision.spec = wanted
+        revision.created_spec, revision.spec = revision.asked_spec, wanted
         revision.adapters = {a.id: a.digest for a in adapters}
         await self.publish(owner)  # no new request asks for what is let go now
         await self._beside.keep(revision, address, adapters)
@@ -168,18 +166,20 @@ class Driver:
         try:
             await self.publish(owner)
         finally:
-            await self.cluster.delete(engine_name(revision.deployment, revision.revision))
+            await self.launcher.remove(engine_name(revision.deployment, revision.revision))
 
     async def _bring_up(self, owner: Deployment, revision: Revision, adopt: bool) -> None:
         begin = clock = time.monotonic()
         spec = revision.spec
+        if adopt and (address := await self._find(revision)):
+            self._log.info("adopted", revision=revision.name)
+            return await self._tell_ready(owner, revision, address)
         model, adapters = await self._fetch(owner, revision, patient=adopt or revision.restarts > 0)
         work = render_engine(
             revision.deployment, revision.revision, spec, model, self.hardware,
-            largest_rank(spec.lora.max_rank, adapters),
+            largest_rank(spec.lora.max_rank, adapters), self.limits.shutdown,
         )  # fmt: skip
         revision.seconds = {"fetch": round(time.monotonic() - clock, 2)}
-        adopted = adopt and await self.launcher.runs_already(work)
         await self.launcher.start(work)
         move(revision, State.LOADING, "the engine loads the model")
         await self.publish(owner)
@@ -195,36 +195,40 @@ class Driver:
             revision.seconds["place"] = round(time.monotonic() - placed, 2)
 
         healthy = self.launcher.healthy(work, tell, note_place)
-        if adopted:
-            address = await healthy
+        # Importing vLLM takes one core for most of the start; the reference is computed on the other meanwhile,
+        # unless both copies of the weights would not fit into memory.
+        together = not model.remote and 4 * model.weight_bytes < self.hardware.memory_bytes / 2
+        if together:
+            address, reference = await run_both(
+                self._timed(revision, "load", healthy),
+                self._timed(revision, "reference", self.launcher.reference(model, spec)),
+            )
         else:
-            # Importing vLLM takes one core for most of the start; the reference is computed on the other meanwhile,
-            # unless both copies of the weights would not fit into memory.
-            together = not model.remote and 4 * model.weight_bytes < self.hardware.memory_bytes / 2
-            if together:
-                address, reference = await run_both(
-                    self._timed(revision, "load", healthy),
-                    self._timed(revision, "reference", self.launcher.reference(model, spec)),
-                )
-            else:
-                address = await self._timed(revision, "load", healthy)
-                reference = await self._timed(revision, "reference", self.launcher.reference(model, spec))
-            revision.seconds["load"] = round(revision.seconds["load"] - revision.seconds.get("place", 0), 2)
-            move(revision, State.PROBING, "the engine is compared with the reference")
-            await self.publish(owner)
-            await self._timed(revision, "probe", self.launcher.probe(revision, work, address, reference))
-            await self._timed(revision, "first_token", self.launcher.smoke(address, revision.deployment))
+            address = await self._timed(revision, "load", healthy)
+            reference = await self._timed(revision, "reference", self.launcher.reference(model, spec))
+        revision.seconds["load"] = round(revision.seconds["load"] - revision.seconds.get("place", 0), 2)
+        move(revision, State.PROBING, "the engine is compared with the reference")
+        await self.publish(owner)
+        await self._timed(revision, "probe", self.launcher.probe(revision, work, address, reference))
+        await self._timed(revision, "first_token", self.launcher.smoke(address, revision.deployment))
         if adapters:
             await self._timed(revision, "adapters", self._load(revision, address, adapters))
         revision.adapters = {a.id: a.digest for a in adapters}
+        revision.engine_digest = work.digest
+        revision.seconds["total"] = round(time.monotonic() - begin, 2)
+        for step, seconds in revision.seconds.items():
+            start_seconds.labels(step).observe(seconds)
+        self._log.info("ready", revision=revision.name, seconds=revision.seconds)
+        await self._tell_ready(owner, revision, address)
+
+    async def _find(self, revision: Revision) -> str:
+        """Where the engine of an earlier process answers, with the adapters that it had; "" when it has gone."""
+        return await self.launcher.find(engine_name(revision.deployment, revision.revision), revision.engine_digest)
+
+    async def _tell_ready(self, owner: Deployment, revision: Revision, address: str) -> None:
         move(revision, State.READY)
         revision.ready_time = time.time()
-        revision.seconds["total"] = round(time.monotonic() - begin, 2)
-        if not adopted:
-            for step, seconds in revision.seconds.items():
-                start_seconds.labels(step).observe(seconds)
         self.addresses[revision.name] = address
-        self._log.info("ready", revision=revision.name, seconds=revision.seconds, adopted=adopted)
         await self.ready(owner, revision)
 
     async def _fetch(self, owner: Deployment, revision: Revision, patient: bool) -> tuple[Model, list[Adapter]]:
@@ -232,7 +236,7 @@ class Driver:
         pause = self.limits.first_pause
         while True:
             try:
-                model = await self.artifacts.fetch_model(revision.spec.model)
+                model = await self._model(revision)
                 adapters = await self._adapters(revision.spec, model)
                 await self._beside.expect(revision, adapters)
             except Unavailable as error:
@@ -241,9 +245,19 @@ class Driver:
                 revision.message = f"waits for the object store: {error.message}"
                 await self.publish(owner)
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_WAIT_SECONDS)
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             else:
                 return model, adapters
+
+    async def _model(self, revision: Revision) -> Model:
+        """What it serves from its beginning to its end. Raises FailedPrecondition when the name has another model now."""
+        model = await self.artifacts.fetch_model(revision.spec.model)
+        if revision.model_digest not in ("", model.digest):
+            raise FailedPrecondition(
+                f"{model.name} is not the model any more that {revision.name} began with; deploy it as a new revision"
+            )
+        revision.model_digest = model.digest
+        return model
 
     async def _adapters(self, spec: RevisionSpec, model: Model) -> list[Adapter]:
         if not spec.adapters:

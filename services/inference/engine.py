@@ -20,15 +20,14 @@ from services.common.clusters import ADAPTERS_OF, Workload
 from services.common.cpu import cpu_flags, multiplies_bfloat16
 from services.common.errors import InvalidData, InvalidSpec, Violation
 from services.common.model_code import files_naming_code
-from services.inference.engines import ENGINES, model_type
+from services.inference.engines import ENGINES, SHUTDOWN_SECONDS, model_type
 from services.inference.spec import RevisionSpec
 
 GIB = 1024**3
 CPU_MAX_MODEL_LEN = 8192
+HEALTH_PATH = "/v1/models"
+"""Answers once the model is loaded."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-IDLE_SECONDS = 3.0
-"""How long an unused connection to an engine is kept: vLLM 0.32 closes it after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE), and a
-request sent just then would fail."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,10 @@ def adapter_model(deployment: str, adapter_id: str, digest: str) -> str:
 
 
 def render_engine(
-    deployment: str, revision: str, spec: RevisionSpec, model: Model, hardware: Hardware, max_rank: int = 16
+    deployment: str, revision: str, spec: RevisionSpec, model: Model, hardware: Hardware, max_rank: int = 16,
+    shutdown: float = SHUTDOWN_SECONDS,
 ) -> Workload:  # fmt: skip
-    """The engine of one revision. Raises InvalidSpec."""
+    """The engine of one revision. shutdown: seconds for answers in flight once it is told to end. Raises InvalidSpec."""
     config = model.config
     dtype = choose_dtype(spec.dtype, hardware)
     gpus = spec.resources.gpus or min(hardware.gpus, 1)
@@ -121,6 +121,7 @@ def render_engine(
         "max_model_len": max_len,
         "max_concurrency": spec.max_concurrency,
         **({"gpus": gpus} if gpus > 1 else {}),
+        **({"shutdown": int(shutdown)} if "shutdown" in engine.flags else {}),
     }
     lora: list[str] = []
     env = {
@@ -175,7 +176,7 @@ def render_engine(
         memory=spec.resources.memory,
         queue_timeout_seconds=spec.resources.queue_timeout,
         port=8000,
-        health_path="/v1/models",
+        health_path=HEALTH_PATH,
     )
 
 

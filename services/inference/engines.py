@@ -14,8 +14,7 @@ from typing import Any, Literal
 EngineName = Literal["vllm", "swift"]
 
 SHUTDOWN_SECONDS = 10
-"""Answers in flight may take so long when an engine is told to end; less than any cluster's grace period (15 s here, 30 s
-in the chart)."""
+"""Answers in flight may take so long when an engine is told to end, where no grace period says otherwise."""
 
 TOOL_FLAGS = (
     "--enable-auto-tool-choice",
@@ -81,11 +80,11 @@ ENGINES: Mapping[EngineName, Engine] = {
             "max_model_len": "--max-model-len",
             "max_concurrency": "--max-num-seqs",
             "gpus": "--tensor-parallel-size",
+            # A node that is drained tells the pod to end while it answers; the rollout itself drains before it says so.
+            "shutdown": "--shutdown-timeout",
         },
         always=(
             *("--uvicorn-log-level", "warning"),
-            # A node that is drained tells the pod to end while it answers; the rollout itself drains before it says so.
-            *("--shutdown-timeout", str(SHUTDOWN_SECONDS)),
             *TOOL_FLAGS,
         ),
         on_cpu=("--enforce-eager", "--block-size", "32"),
@@ -104,7 +103,7 @@ ENGINES: Mapping[EngineName, Engine] = {
             "--max-cpu-loras": "set spec.lora.max_adapters",
             "--max-lora-rank": "set spec.lora.max_rank",
             "--lora-modules": "set spec.adapters",
-            "--shutdown-timeout": "the cluster's grace period decides it",
+            "--shutdown-timeout": "the cluster's grace period decides it (FABRICTUNE_ENGINE_GRACE_SECONDS)",
             "--config": "it would override flags unseen; name them here instead",
             "--hf-token": "arguments can be read by every user of the machine; models come from the artifact store",
         },

@@ -6,6 +6,7 @@ is noticed before a client's decoder breaks on it. A client that goes away takes
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Callable
@@ -99,8 +100,12 @@ class Forwarder:
                 f"the engine of revision {target.revision} sent what is not UTF-8 ({error.reason}); ask again",
                 reason_override="ENGINE_STREAM_INVALID",
             )
+        except asyncio.CancelledError:
+            self._abandon(target, begin, first)
+            raise
         except (aiohttp.ClientError, TimeoutError) as error:
             if request.transport is None or request.transport.is_closing():
+                self._abandon(target, begin, first)
                 raise  # it was the client who went away
             self._log.warning(
                 "engine died in mid-answer", deployment=target.deployment, revision=target.revision, error=repr(error)
@@ -116,6 +121,10 @@ class Forwarder:
         await response.write(b"\ndata: " + orjson.dumps(error_body(lost)) + b"\n\n")
         await response.write_eof()
         return response
+
+    def _abandon(self, target: Target, begin: float, first: float) -> None:
+        if not first:
+            self._outcomes.abandon(target.deployment, target.revision, time.perf_counter() - begin)
 
     def _note(self, target: Target, seconds: float, failed: bool) -> None:
         self._outcomes.note(target.deployment, target.revision, seconds, failed)

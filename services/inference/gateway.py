@@ -19,7 +19,7 @@ from prometheus_client import Counter
 from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, internal_status
 from services.common.logs import get_logger
 from services.common.metrics import REGISTRY
-from services.inference.engine import IDLE_SECONDS
+from services.inference.connections import open_session
 from services.inference.forward import Forwarder
 from services.inference.limits import check_prompt
 from services.inference.openai_errors import dump_body, error_body, error_response, json_response, read_body
@@ -33,8 +33,8 @@ WAIT_SECONDS = 120.0
 DRAIN_SECONDS = 10.0
 CHAT = "/v1/chat/completions"
 
-Authorize = Callable[[str], Awaitable[None]]
-"""Takes the bearer token ("" when there is none); raises Unauthenticated or PermissionDenied."""
+Authorize = Callable[[str, str], Awaitable[None]]
+"""Takes the bearer token ("" when there is none) and the path; raises Unauthenticated or PermissionDenied."""
 
 DEPLOYMENT = web.RequestKey("deployment", str)
 
@@ -69,12 +69,7 @@ class Gateway:
         app.router.add_get("/v1/models/{model:.+}", self._model)
         app.router.add_post(CHAT, self._proxy)
         app.router.add_post("/v1/completions", self._proxy)
-        # No limit of time: an answer may take minutes. A dead engine is noticed by its closed connection.
-        self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
-            auto_decompress=False,
-        )
+        self._session = open_session(auto_decompress=False)
         self._forwarder = Forwarder(self._session, self._routes.outcomes, self._recorder)
         # aiohttp 3.14 waits twice: for the request to end, then for its handler. And 0 means for ever to it.
         twice = max(self._drain_seconds / 2, 0.01)
@@ -126,7 +121,7 @@ class Gateway:
     async def _check_token(self, request: web.Request) -> None:
         if self._authorize is not None:
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-            await self._authorize(token.strip() if scheme.lower() == "bearer" else "")
+            await self._authorize(token.strip() if scheme.lower() == "bearer" else "", request.path)
 
     @web.middleware
     async def _answer_errors(

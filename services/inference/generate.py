@@ -5,6 +5,7 @@ Closing the generator (or cancelling the task that runs it) closes the connectio
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,10 @@ async def generate(
                     if answer.ended:
                         recording.end()
                         break
+        except asyncio.CancelledError:
+            if not first:
+                routes.outcomes.abandon(target.deployment, target.revision, time.perf_counter() - begin)
+            raise
         except aiohttp.ClientConnectorError:
             note(target.deployment, target.revision, time.perf_counter() - begin, True)
             raise Unavailable(

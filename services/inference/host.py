@@ -59,7 +59,7 @@ async def open_inference(
     routes = RouteTable()
     remote = config.cluster == "kubernetes"
     hardware = read_hardware(config.engine_hardware) if remote else detect_hardware()
-    limits = Limits(start=config.engine_start_seconds)
+    limits = Limits(start=config.engine_start_seconds, shutdown=max(config.engine_grace_seconds - 5, 1))
     rollout = Rollout(cluster, routes, stored_artifacts(store, artifacts, remote), hardware, limits)
     stack.push_async_callback(rollout.close)
     record = load_record()
@@ -75,12 +75,12 @@ async def open_inference(
     return Inference(offered, url, rollout, store, gateway)
 
 
-def _authorize(authenticator: Authenticator | None) -> Callable[[str], Awaitable[None]] | None:
+def _authorize(authenticator: Authenticator | None) -> Callable[[str, str], Awaitable[None]] | None:
     if authenticator is None:
         return None
 
-    async def ask(token: str) -> None:
-        await asyncio.to_thread(authenticator.allow, token, "/v1/chat/completions")
+    async def ask(token: str, path: str) -> None:
+        await asyncio.to_thread(authenticator.allow, token, path)
 
     return ask
 

@@ -18,20 +18,25 @@ from google.rpc import code_pb2
 
 from services.common.clusters import Cluster, Phase, Workload, WorkloadStatus
 from services.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable, WorkerLost
+from services.common.logs import get_logger
 from services.inference import parity
 from services.inference.adapters import Adapter
+from services.inference.connections import open_session
 from services.inference.engine import (
-    IDLE_SECONDS,
+    HEALTH_PATH,
     Hardware,
     Model,
     reference_dtype,
     trusts_remote_code,
 )
-from services.inference.engines import ENGINES
+from services.inference.engines import ENGINES, SHUTDOWN_SECONDS
 from services.inference.failures import explain_failure
 from services.inference.reference import Reference, run_reference
 from services.inference.revisions import Deployment, Revision
 from services.inference.spec import RevisionSpec
+
+LONGEST_PAUSE_SECONDS = 10.0
+"""Between two attempts to reach a cluster or a store that is away."""
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
@@ -63,6 +68,10 @@ class Limits:
     """Until there is a place to run (resources.queue_timeout says otherwise)."""
     start: float = 1800
     """From then on until it answers: the budget for loading (FABRICTUNE_ENGINE_START_SECONDS)."""
+    answer: float = 300
+    """Until an engine has answered a request of our own: a probe, a first chat, an adapter to load."""
+    shutdown: float = SHUTDOWN_SECONDS
+    """Answers in flight may take so long when an engine is told to end, as the cluster does that drains a node."""
     drain: float = 300
     """What is in flight may take this long once a revision is to stop."""
     keep_warm: float = 300
@@ -84,16 +93,14 @@ class Launcher:
     def __init__(self, cluster: Cluster, artifacts: Artifacts, hardware: Hardware, limits: Limits) -> None:
         self.cluster, self.artifacts, self.hardware, self.limits = cluster, artifacts, hardware, limits
         self._reference_lock = asyncio.Lock()
+        self._log = get_logger("rollout")
         self._session: aiohttp.ClientSession | None = None
 
     @property
     def session(self) -> aiohttp.ClientSession:
         """For requests to engines; `generate` uses it too."""
         if self._session is None:
-            self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
-            )
+            self._session = open_session()
         return self._session
 
     async def close(self) -> None:
@@ -101,15 +108,17 @@ class Launcher:
         if self._session:
             await self._session.close()
 
-    async def runs_already(self, work: Workload) -> bool:
-        """Whether this very engine runs, from an earlier process."""
-        status = await self.cluster.get(work.name)
-        return (
-            status is not None
-            and status.phase is Phase.RUNNING
-            and status.digest == work.digest
-            and not status.stopping
-        )
+    async def find(self, name: str, digest: str) -> str:
+        """Where this very engine answers, from an earlier process; "" when it does not run (any more)."""
+        deadline = time.monotonic() + self.limits.start
+        while time.monotonic() < deadline:
+            status = await self.cluster.get(name)
+            if status is None or status.phase is not Phase.RUNNING or status.digest != digest or status.stopping:
+                return ""
+            if status.address and await self._answers(status.address + HEALTH_PATH):
+                return status.address
+            await asyncio.sleep(self.limits.poll)
+        return ""
 
     async def is_coming(self, name: str) -> bool:
         """Whether the cluster is about to run it, perhaps once more after its pod was lost."""
@@ -124,10 +133,21 @@ class Launcher:
     async def start(self, work: Workload) -> None:
         """Give it to the cluster; one of that name that is another, or has ended, goes first."""
         status = await self.cluster.get(work.name)
-        stale = status is not None and (status.digest != work.digest or status.phase in (Phase.SUCCEEDED, Phase.FAILED))
-        if stale:
+        ended = status is not None and (status.stopping or status.phase in (Phase.SUCCEEDED, Phase.FAILED))
+        if status is not None and (ended or status.digest != work.digest):
             await self.cluster.delete(work.name)
         await self.cluster.create(work)
+
+    async def remove(self, name: str) -> None:
+        """Delete an engine, however long the cluster does not answer: nobody else would. Raises PermissionDenied."""
+        pause = self.limits.first_pause
+        while True:
+            try:
+                return await self.cluster.delete(name)
+            except Unavailable as error:
+                self._log.warning("an engine is not deleted yet", workload=name, error=error.message)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     async def healthy(
         self, work: Workload, tell: Callable[[str], Awaitable[None]], placed: Callable[[], None] = lambda: None
@@ -210,17 +230,31 @@ class Launcher:
         engine, wanted = ENGINES[revision.spec.engine], revision.spec.parity
         flags = (engine.flags["dtype"], engine.flags["max_model_len"])
         dtype, length = (work.argv[work.argv.index(flag) + 1] for flag in flags)
-        result = await parity.probe(
-            self.session, address, revision.deployment, reference, dtype, wanted, int(length), engine.forced_tokens
-        )
+        try:
+            async with asyncio.timeout(self.limits.answer):
+                result = await parity.probe(
+                    self.session,
+                    address,
+                    revision.deployment,
+                    reference,
+                    dtype,
+                    wanted,
+                    int(length),
+                    engine.forced_tokens,
+                )
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the engine has not answered the parity probe within {self.limits.answer:.0f} s"
+            ) from None
         revision.parity = asdict(result)
         parity.check(result, wanted)
 
     async def smoke(self, address: str, model: str) -> None:
         """One chat answer of one token: the chat template is there and sampling works. Raises FailedPrecondition."""
         body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 1}
+        within = aiohttp.ClientTimeout(total=self.limits.answer)
         try:
-            async with self.session.post(f"{address}/v1/chat/completions", json=body) as response:
+            async with self.session.post(f"{address}/v1/chat/completions", json=body, timeout=within) as response:
                 if response.status != 200:
                     raise FailedPrecondition(
                         f"the engine refuses a chat with {model} (HTTP {response.status}): "
@@ -229,7 +263,7 @@ class Launcher:
                         reason_override="SMOKE_TEST_FAILED",
                     )
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise Unavailable(f"the engine went away during its first chat: {error!r}") from None
+            raise Unavailable(f"the engine went away during its first chat, or did not end it: {error!r}") from None
 
 
 async def run_both(first: Coroutine[Any, Any, _T], second: Coroutine[Any, Any, _U]) -> tuple[_T, _U]:

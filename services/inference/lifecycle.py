@@ -51,6 +51,7 @@ class Lifecycle:
         if revision.state is not State.PENDING:
             move(revision, State.PENDING)
         revision.take_traffic, revision.restarts, revision.warm_since, revision.parity = False, 0, 0, {}
+        revision.model_digest = revision.engine_digest = ""
         self._drive(owner, revision)
 
     def resume(self, owner: Deployment, revision: Revision) -> None:
@@ -92,9 +93,21 @@ class Lifecycle:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _drive(self, owner: Deployment, revision: Revision, adopt: bool = False) -> None:
-        task = asyncio.create_task(self.driver.drive(owner, revision, adopt), name=revision.name)
+        before = self._drives.get(revision.name)
+        task = asyncio.create_task(self._drive_after(before, owner, revision, adopt), name=revision.name)
         self._drives[revision.name] = task
         self.keep_warm(owner, revision)
+
+    async def _drive_after(
+        self, before: asyncio.Task[None] | None, owner: Deployment, revision: Revision, adopt: bool
+    ) -> None:
+        """before: has told that the revision failed, and may not have removed its engine yet."""
+        if before is not None:
+            try:
+                await asyncio.wait({before})
+            finally:
+                before.cancel()
+        await self.driver.drive(owner, revision, adopt)
 
     async def _cool(self, owner: Deployment, revision: Revision) -> None:
         await asyncio.sleep(revision.warm_since + self.limits.keep_warm - time.time())
@@ -107,7 +120,7 @@ class Lifecycle:
             await self.publish(owner)
             if not await self.routes.drained(owner.id, revision.revision, self.limits.drain):
                 self._log.warning("answers are cut off", revision=revision.name, after_seconds=self.limits.drain)
-        await self.cluster.delete(engine_name(owner.id, revision.revision))
+        await self.launcher.remove(engine_name(owner.id, revision.revision))
         self.driver.addresses.pop(revision.name, None)
         if revision.state not in ENDED:
             move(revision, State.STOPPED)

@@ -12,6 +12,8 @@ from services.common.metrics import REGISTRY
 
 KEPT = 4096
 """Answers of a revision that are remembered; a step of a canary with more is judged by its latest."""
+PATIENCE_SECONDS = 1.0
+"""A client that goes away sooner says nothing of the engine."""
 
 first_byte_seconds = Histogram(
     "fabrictune_gateway_first_byte_seconds",
@@ -54,6 +56,11 @@ class Outcomes:
         first_byte_seconds.labels(deployment, revision).observe(seconds)
         if failed:
             failures_total.labels(deployment, revision).inc()
+
+    def abandon(self, deployment: str, revision: str, seconds: float) -> None:
+        """A client went away before the first byte, which would have taken at least so long."""
+        if seconds >= PATIENCE_SECONDS:
+            self.note(deployment, revision, seconds, failed=False)
 
     def figures(self, deployment: str, *revisions: str) -> Figures:
         """Of some revisions together, since `forget`."""

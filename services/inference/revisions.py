@@ -31,11 +31,9 @@ class State(Enum):
 
 FOLLOWS: Mapping[State, frozenset[State]] = {
     State.PENDING: frozenset(
-        {State.LOADING, State.FAILED, State.STOPPED, State.PENDING}
-    ),  # PENDING: it was lost before it began to load
-    State.LOADING: frozenset(
-        {State.PROBING, State.READY, State.FAILED, State.STOPPED, State.PENDING}
-    ),  # READY: adopted
+        {State.LOADING, State.READY, State.FAILED, State.STOPPED, State.PENDING}
+    ),  # READY: adopted; PENDING: it was lost before it began to load
+    State.LOADING: frozenset({State.PROBING, State.FAILED, State.STOPPED, State.PENDING}),
     State.PROBING: frozenset({State.READY, State.FAILED, State.STOPPED, State.PENDING}),
     State.READY: frozenset({State.DRAINING, State.PENDING, State.FAILED}),  # PENDING: its engine crashed
     State.DRAINING: frozenset({State.STOPPED}),
@@ -74,11 +72,24 @@ class Revision:
     ready_time: float = 0
     restarts: int = 0
     """Times that its engine crashed and was started again since it was last well for a while."""
+    lost: int = 0
+    """Times that its engine was lost, in all."""
+    model_digest: str = ""
+    """Of the model that it began with: another one of the same name is another revision's."""
+    engine_digest: str = ""
+    """Of the workload that is READY: a later process adopts that very one."""
+    created_spec: RevisionSpec | None = None
+    """What it was created with, where its adapters have changed since."""
     seconds: dict[str, float] = field(default_factory=dict)
     """How long each step of the last start took: fetch, place (until its process runs), load (until it answers), reference
     (beside that, where there is memory), probe, first_token, adapters, total."""
     adapters: dict[str, str] = field(default_factory=dict)
     """Digests of the adapters that are loaded, by id."""
+
+    @property
+    def asked_spec(self) -> RevisionSpec:
+        """What it was created with."""
+        return self.created_spec or self.spec
 
     @property
     def name(self) -> str:
@@ -166,6 +177,7 @@ def to_json(deployment: Deployment) -> dict[str, Any]:
     for revision_id, revision in deployment.revisions.items():
         plain["revisions"][revision_id] |= {
             "spec": revision.spec.model_dump(mode="json"),
+            "created_spec": revision.created_spec and revision.created_spec.model_dump(mode="json"),
             "state": revision.state.value,
         }
     if deployment.canary is not None:
@@ -180,6 +192,7 @@ def from_json(plain: Mapping[str, Any]) -> Deployment:
         revision_id: Revision(**{
             **_known(Revision, r),
             "spec": _read(RevisionSpec, r["spec"], f"the spec of revision {revision_id}"),
+            "created_spec": (c := r.get("created_spec")) and _read(RevisionSpec, c, f"the spec of revision {revision_id}"),
             "state": State(r["state"]),
         })
         for revision_id, r in plain["revisions"].items()

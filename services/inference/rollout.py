@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -47,7 +48,7 @@ class Rollout:
             self.cluster, self.routes, self.artifacts, self.hardware, self.limits, self._publish, self._ready
         )
         self._canaries = Canaries(self.routes.outcomes, self._shift)
-        self._changing = asyncio.Lock()
+        self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @property
     def session(self) -> aiohttp.ClientSession:
@@ -110,7 +111,8 @@ class Rollout:
     async def create_revision(
         self, deployment: str, revision: str, spec: RevisionSpec, take_traffic: bool = False
     ) -> Revision:
-        """Start a revision. The same id and spec: the one there is, started again if it had stopped or failed, or is asleep.
+        """Start a revision. The same id and spec: the one there is, started again if it had stopped or failed, or is asleep,
+        and with that spec's adapters again if they were changed.
 
         take_traffic: all of it, at once if it is READY and else as soon as it is; whoever asks last has it in the end.
         Returns at once, but one that is about to stop does so first; see `watch` and `wait`. Raises AlreadyExists when the id
@@ -118,7 +120,7 @@ class Rollout:
         """
         owner = await self.create(deployment)
         known = owner.revisions.get(revision)
-        if known is not None and known.spec != spec:
+        if known is not None and known.asked_spec != spec:
             raise AlreadyExists(f"{known.name} exists with another spec; take another revision id")
         if known is not None and known.state not in ENDED:
             await self._lifecycle.driver.wake(known)
@@ -126,12 +128,14 @@ class Rollout:
             # Nobody drives it: it drains, or could not be stopped when that was tried.
             await self._lifecycle.endings.outlast(known.name, self._lifecycle.stop(owner, known))
             return await self.create_revision(deployment, revision, spec, take_traffic)
+        if known is not None and known.state is State.READY and known.spec.adapters != spec.adapters:
+            await self.change_adapters(deployment, revision, spec.adapters)
         if known is not None and known.state is State.READY and take_traffic:
             await self.set_traffic(deployment, {revision: 100})
             return known
         made = known or Revision(deployment, revision, spec, create_time=time.time())
         if known is None or known.state in ENDED:
-            owner.revisions[revision] = made
+            owner.revisions[revision], made.spec, made.created_spec = made, spec, None
             self._lifecycle.start(owner, made)
         if take_traffic:
             made.take_traffic, made.asked_time = True, time.time()
@@ -192,7 +196,7 @@ class Rollout:
     async def change_adapters(self, deployment: str, revision: str, adapters: tuple[str, ...]) -> Revision:
         """Load and unload adapters of a running revision. Raises NotFound, FailedPrecondition, Unavailable."""
         owner, found = self.get(deployment), self.get_revision(deployment, revision)
-        async with self._changing:
+        async with self._changing[found.name]:
             await self._lifecycle.driver.change_adapters(owner, found, adapters)
         return found
 

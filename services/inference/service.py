@@ -213,8 +213,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             check_base(Adapter(name, found.digest, MODEL_FOLDER, rank, bases_of(found.created_by), {}), bare)
 
     async def _revision_id(self, spec: RevisionSpec) -> str:
-        manifest = await asyncio.to_thread(self._artifacts.get, spec.model)
-        told = json.dumps([manifest.digest, spec.model_dump(mode="json")], sort_keys=True)
+        found = [await asyncio.to_thread(self._artifacts.get, name) for name in (spec.model, *spec.adapters)]
+        told = json.dumps([*(f.digest for f in found), spec.model_dump(mode="json")], sort_keys=True)
         return f"r-{hashlib.sha256(told.encode()).hexdigest()[:10]}"
 
     def _message(self, deployment: Deployment) -> inference_pb2.Deployment:

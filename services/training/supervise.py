@@ -1,7 +1,7 @@
 """Runs the training child and listens to it: output, metrics, checkpoints; and ends it with all that it started.
 
 Whatever way this process goes, the child goes too: by the process group, by torchrun, and, if this process is killed,
-by PR_SET_PDEATHSIG. When it is told to stop, the child first saves a checkpoint, for as long as STOP_SECONDS allow.
+by PR_SET_PDEATHSIG. When it is told to stop, the child first saves a checkpoint, for as long as STOP_PART allows.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from services.common.config import load_server
 from services.common.errors import Cancelled
 from services.common.reporter import Reporter
 from services.training.checkpoints import CheckpointKeeper
 from services.training.progress import LineReader, Metrics, as_record, explain_failure, news_of, read_metrics
 from services.training.swift import Command
 
-STOP_SECONDS = 25.0
-"""How long a child that was told to stop may take to end its step and to save: the clusters' grace is 30 s."""
+STOP_PART = 0.75
+"""Of the grace period, a child that was told to stop may take so much to end its step and to save; the rest is for uploading."""
 _POLL_SECONDS = 0.25
 _END_SECONDS = 5.0
 _LAST_LINES = 200
@@ -150,7 +151,7 @@ def _stop_with_checkpoint(child: subprocess.Popen[bytes], listener: _Listener, w
     if not listener.trained.rows:
         return  # no step has been made yet: there is nothing to save
     (work / "stop").touch()
-    deadline = time.monotonic() + STOP_SECONDS
+    deadline = time.monotonic() + STOP_PART * load_server().grace_seconds
     while child.poll() is None and time.monotonic() < deadline:
         listener.listen()
         time.sleep(_POLL_SECONDS)

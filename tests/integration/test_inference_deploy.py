@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -21,14 +21,17 @@ from services.common.server import Server, service
 from services.inference.revisions import Revision, State
 from services.inference.rollout import Rollout
 from services.inference.service import InferenceService
+from services.inference.spec import parse_spec
 from tests.integration.test_inference_rollout import open_house, spec
 
 
 class AnyModel:
-    """All models are there, and each has its name's digest."""
+    """All models are there, and each has its name's digest, or another one if it was made again."""
+
+    made_again = ""
 
     def get(self, name: str) -> Any:
-        return SimpleNamespace(name=name, digest=f"digest of {name}")
+        return SimpleNamespace(name=name, digest=f"{'second ' * (name == self.made_again)}digest of {name}")
 
 
 @dataclass
@@ -77,6 +80,17 @@ async def test_deploy_ends_when_the_revision_that_it_made_answers_and_not_while_
         assert "✓ deployments/x answers" in await served.deploy(model)
         assert served.serves() == model
     assert len(served.rollout.get("x").revisions) == 2
+
+
+async def test_an_adapter_made_again_under_its_name_is_another_revision() -> None:
+    nothing: Any = None
+    models = AnyModel()
+    servicer = InferenceService(nothing, nothing, cast("Any", models), "")
+    plain, adapted = (parse_spec({"model": "models/m", "adapters": a}) for a in ([], ["adapters/a"]))
+    ids = [await servicer._revision_id(plain), await servicer._revision_id(adapted)]
+    models.made_again = "adapters/a"
+    assert await servicer._revision_id(plain) == ids[0]
+    assert await servicer._revision_id(adapted) not in ids
 
 
 async def test_deploy_says_why_its_own_revision_failed_and_not_why_an_earlier_one_did(served: Served) -> None:

@@ -16,13 +16,13 @@ from aiohttp.test_utils import TestServer
 
 from services.common.artifacts import Artifacts as StoredArtifacts
 from services.common.clusters import Phase, Workload, WorkloadStatus
-from services.common.errors import DataLoss, DeadlineExceeded, FailedPrecondition
+from services.common.errors import AlreadyExists, DataLoss, DeadlineExceeded, FailedPrecondition
 from services.common.store import Store
 from services.inference.engine import Hardware
 from services.inference.follow import Follower, adapters_key, read_list
 from services.inference.launch import Limits
 from services.inference.reference import PROMPTS_VERSION, ForcedText, Reference
-from services.inference.revisions import State
+from services.inference.revisions import State, from_json, to_json
 from services.inference.rollout import Rollout
 from services.inference.routes import RouteTable
 from services.inference.spec import parse_spec
@@ -196,6 +196,18 @@ async def test_adapters_change_in_every_pod_while_it_runs(house: House) -> None:
     await house.rollout.change_adapters("x", "r1", ("adapters/two",))
     assert house.rollout.get_revision("x", "r1").spec.adapters == ("adapters/two",)
     await until(lambda: house.loaded() == [{house.names["two"]}] * 2)
+
+
+async def test_who_asks_for_the_revision_again_gets_the_adapters_that_it_was_asked_for_with(house: House) -> None:
+    asked = house.rollout.get_revision("x", "r1").spec
+    await house.rollout.change_adapters("x", "r1", ("adapters/two", "adapters/one"))
+    changed = house.rollout.get("x")
+    assert from_json(to_json(changed)) == changed and changed.revisions["r1"].created_spec == asked
+    again = await house.rollout.create_revision("x", "r1", asked, take_traffic=True)
+    assert again.state is State.READY and again.spec.adapters == ("adapters/one",)
+    await until(lambda: house.loaded() == [{house.names["one"]}] * 2)
+    with pytest.raises(AlreadyExists):
+        await house.rollout.create_revision("x", "r1", asked.model_copy(update={"max_concurrency": 2}))
 
 
 async def test_a_pod_whose_engine_began_anew_is_ready_again_only_with_what_was_loaded_meanwhile(house: House) -> None:

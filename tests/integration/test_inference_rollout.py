@@ -42,6 +42,8 @@ asked = 0
 async def chat(request):
     global asked
     asked += 1
+    if "--hanging" in sys.argv:
+        await asyncio.sleep(60)
     if "--failing" in sys.argv and asked > 1:
         return web.Response(status=500)
     if not (await request.json()).get("stream"):
@@ -75,7 +77,8 @@ class LostPods(SmallEngines):
     are scaled to 0."""
 
     lost = asleep = False
-    deleted = 0
+    deleted = refusals = 0
+    slow_seconds = 0.0
 
     async def get(self, name: str) -> WorkloadStatus | None:
         status = await super().get(name)
@@ -84,6 +87,11 @@ class LostPods(SmallEngines):
         return replace(status, phase=Phase.PENDING, message="waits for a node") if status and self.lost else status
 
     async def delete(self, name: str) -> None:
+        """As a cluster does that is busy: `refusals` times not at all, and after `slow_seconds`."""
+        if self.refusals:
+            self.refusals -= 1
+            raise Unavailable("the API server does not answer")
+        await asyncio.sleep(self.slow_seconds)
         self.deleted += 1
         self.asleep = False
         await super().delete(name)
@@ -97,6 +105,7 @@ class House:
     saved: dict[str, str] = field(default_factory=dict)
     rollouts: list[Rollout] = field(default_factory=list)
     store_is_away: bool = False
+    model_digest: str = "d"
 
     def reach_store(self) -> None:
         if self.store_is_away:
@@ -105,7 +114,7 @@ class House:
     def open(self, keep_warm: float = 300, start: float = 20, place: float = 60) -> Rollout:
         async def fetch_model(_: str) -> Model:
             self.reach_store()
-            return describe_model("models/m", "d", self.folder)
+            return describe_model("models/m", self.model_digest, self.folder)
 
         async def fetch_reference(_digest: str, _dtype: str) -> Reference | None:
             return REFERENCE
@@ -459,19 +468,125 @@ async def test_a_new_process_adopts_a_running_engine_even_if_the_store_goes_away
     await first.close()
     second, house.store_is_away = house.open(), True
     await second.restore(house.restored())
+    assert (await second.wait("x", "a")).state is State.READY and house.answers() == "a"
+    assert house.engine_pid() == pid and second.get_revision("x", "a").restarts == 0
+
+
+async def test_a_new_process_waits_for_the_store_before_it_starts_an_engine_that_has_gone(house: House) -> None:
+    left = await leave_behind(house)
+    second, house.store_is_away = house.open(), True
+    await second.restore(left)
     made = second.get_revision("x", "a")
     await eventually(lambda: "waits for the object store" in made.message)
     house.store_is_away = False
     await eventually(lambda: house.answers() == "a")
-    assert house.engine_pid() == pid and made.restarts == 0
+    assert made.restarts == 0
 
 
-async def test_an_engine_whose_adoption_a_cluster_cannot_answer_is_started_again(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def leave_behind(house: House) -> list[Deployment]:
+    """What a process has saved whose engine has gone with it."""
     first = house.open()
     await ready(first, "a", take_traffic=True)
     await first.close()
+    [engine] = await house.cluster.list("engine")
+    await house.cluster.delete(engine.name)
+    return house.restored()
+
+
+async def test_a_model_that_was_replaced_under_its_name_ends_no_engine_and_never_takes_its_place(house: House) -> None:
+    first = house.open()
+    await ready(first, "a", take_traffic=True)
+    pid = house.engine_pid()
+    await first.close()
+    second, house.model_digest = house.open(), "another"
+    await second.restore(house.restored())
+    made = await second.wait("x", "a")
+    assert made.state is State.READY and house.engine_pid() == pid
+    os.kill(pid, signal.SIGKILL)
+    failed = await until(second, State.FAILED)
+    assert "models/m is not the model any more" in failed.message
+    await ready(second, "b", take_traffic=True)
+
+
+async def test_a_revision_asked_for_again_right_after_it_failed_waits_for_its_engine_to_go(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout = house.open()
+    launcher = rollout._lifecycle.launcher
+    smoke, refusals = launcher.smoke, [FailedPrecondition("this once")]
+
+    async def refuse_once(address: str, model: str) -> None:
+        if refusals:
+            raise refusals.pop()
+        await smoke(address, model)
+
+    monkeypatch.setattr(launcher, "smoke", refuse_once)
+    await rollout.create_revision("x", "a", spec())
+    house.cluster.slow_seconds = 1
+    failed = await rollout.wait("x", "a")
+    assert failed.state is State.FAILED and "this once" in failed.message
+    await ready(rollout, "a")
+    assert [s.phase for s in await house.cluster.list("engine")] == [Phase.RUNNING]
+
+
+async def test_an_engine_that_the_cluster_did_not_delete_at_once_is_deleted_later(house: House) -> None:
+    rollout = house.open(keep_warm=0.2)
+    await ready(rollout, "a", take_traffic=True)
+    await ready(rollout, "b", fields={"max_concurrency": 2})
+    house.cluster.refusals = 2
+    await rollout.set_traffic("x", {"b": 100})
+    await eventually(lambda: rollout.get_revision("x", "a").state is State.STOPPED)
+    assert len(await house.cluster.list("engine")) == 1 and house.cluster.refusals == 0
+    house.cluster.refusals = 1
+    await rollout.create_revision("x", "c", spec("--wrong"))
+    assert (await rollout.wait("x", "c")).state is State.FAILED
+    await eventually(lambda: house.cluster.refusals == 0)
+    async with asyncio.timeout(20):
+        while len(await house.cluster.list("engine")) > 1:
+            await asyncio.sleep(0.02)
+
+
+async def test_an_engine_that_never_ends_its_first_answer_fails(house: House) -> None:
+    rollout = house.open()
+    rollout._lifecycle.launcher.limits = replace(rollout.limits, answer=0.3)
+    await rollout.create_revision("x", "a", spec("--hanging"))
+    made = await rollout.wait("x", "a")
+    assert made.state is State.FAILED and "did not end it" in made.message
+
+
+@pytest.mark.parametrize("crashes", [False, True])
+async def test_a_canary_goes_on_after_a_restart_of_the_service_unless_its_engine_has_crashed(
+    house: House, crashes: bool
+) -> None:
+    first = house.open()
+    await ready(first, "a", take_traffic=True)
+    await ready(first, "b", fields={"max_concurrency": 2})
+    first.get_revision("x", "b").restarts = first.get_revision("x", "b").lost = 1  # before the canary
+    await first.start_canary("x", {"b": 100}, Canary(steps=(50,), observe=60, min_answers=4))
+    await first.close()
+    second, house.store_is_away = house.open(), True
+    [left] = house.restored()
+    left.revisions["b"].engine_digest = ""  # it cannot be adopted, and its model cannot be had yet
+    await second.restore([left])
+    await asyncio.sleep(1)
+    canary = second.get("x").canary
+    assert canary is not None and canary.state is CanaryState.RUNNING
+    house.store_is_away = False
+    assert (await second.wait("x", "b")).state is State.READY
+    if crashes:
+        [engine] = [s for s in await house.cluster.list("engine") if "-b-" in s.name]
+        await house.cluster.delete(engine.name)
+        await eventually(lambda: canary.state is CanaryState.ROLLED_BACK)
+        assert "its engine was lost" in canary.reason
+    else:
+        await asyncio.sleep(0.6)
+        assert canary.state is CanaryState.RUNNING
+
+
+async def test_an_engine_of_an_earlier_process_that_a_cluster_cannot_start_now_is_started_later(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = await leave_behind(house)
     create, refusals = house.cluster.create, [Unavailable("the API server does not answer")]
 
     async def refuse_once(workload: Workload) -> WorkloadStatus:
@@ -481,7 +596,7 @@ async def test_an_engine_whose_adoption_a_cluster_cannot_answer_is_started_again
 
     monkeypatch.setattr(house.cluster, "create", refuse_once)
     second = house.open()
-    await second.restore(house.restored())
+    await second.restore(left)
     await eventually(lambda: house.answers() == "a")
     assert second.get_revision("x", "a").restarts == 1
 

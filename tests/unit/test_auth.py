@@ -35,10 +35,14 @@ AUTHENTICATOR = Authenticator([entry("ann", "viewer"), entry("bob", "operator"),
 
 @pytest.mark.parametrize(
     ("name", "allowed"),
-    [("ann", {GET, "/v1/models"}), ("bob", {GET, CREATE, FORGET, "/v1/models", "/v1/chat/completions"}), ("cy", None)],
+    [
+        ("ann", {GET, "/v1/models", "/v1/models/x@a"}),
+        ("bob", {GET, CREATE, FORGET, "/v1/models", "/v1/models/x@a", "/v1/chat/completions"}),
+        ("cy", None),
+    ],
 )
 def test_roles(name: str, allowed: set[str] | None) -> None:
-    for method in (GET, CREATE, FORGET, DELETE, "/v1/models", "/v1/chat/completions"):
+    for method in (GET, CREATE, FORGET, DELETE, "/v1/models", "/v1/models/x@a", "/v1/chat/completions"):
         if allowed is None or method in allowed:
             assert AUTHENTICATOR.allow(f"key of {name}", method).name == name
         else:

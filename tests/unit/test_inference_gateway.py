@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 import aiohttp
@@ -10,7 +11,8 @@ import orjson
 import pytest
 from aiohttp import web
 
-from services.common.errors import ResourceExhausted, Unauthenticated
+from services.common.errors import PermissionDenied, ResourceExhausted, Unauthenticated
+from services.inference import outcomes
 from services.inference.gateway import Gateway
 from services.inference.generate import generate
 from services.inference.routes import RouteTable, Target
@@ -75,10 +77,12 @@ class Served:
     session: aiohttp.ClientSession
 
 
-async def _authorize(token: str) -> None:
+async def _authorize(token: str, path: str) -> None:
+    if token == "viewer" and not path.startswith("/v1/models"):
+        raise PermissionDenied("a viewer asks no model")
     if token == "broken":
         raise RuntimeError("a secret")
-    if token != "good":
+    if token not in ("good", "viewer"):
         raise Unauthenticated("this server asks for a token")
 
 
@@ -135,6 +139,14 @@ async def test_a_request_without_a_token_is_refused(served: Served) -> None:
         assert response.status == 401 and (await response.json())["error"]["code"] == "UNAUTHENTICATED"
     async with aiohttp.ClientSession() as session, session.get(f"{served.url}/healthz") as response:
         assert response.status == 200
+
+
+async def test_who_may_only_read_sees_the_models_and_asks_none(served: Served) -> None:
+    viewer = {"Authorization": "Bearer viewer"}
+    for path, status in (("models", 200), ("models/x@a", 200), ("chat/completions", 403)):
+        ask = served.session.post if status == 403 else served.session.get
+        async with ask(f"{served.url}/v1/{path}", headers=viewer) as response:
+            assert response.status == status, path
 
 
 @pytest.mark.parametrize(
@@ -231,6 +243,37 @@ async def test_a_client_that_goes_away_cancels_its_request_at_the_engine(served:
         assert served.routes.in_flight("x", "a") == 1
     await asyncio.wait_for(served.upstream.cancelled.wait(), 5)
     assert await served.routes.drained("x", "a", 1)
+
+
+async def test_clients_who_give_up_before_the_first_byte_count_as_slow_answers(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcomes, "PATIENCE_SECONDS", 0.2)
+
+    async def never_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    silent = await asyncio.start_server(never_answer, "127.0.0.1", 0)
+    address = f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    served.routes.put("x", {"a": target("a", address)}, {"a": 100})
+    for seconds in (0.05, 0.4):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await post(served, model="x")
+        with pytest.raises(TimeoutError):
+            async with (
+                asyncio.timeout(seconds),
+                aclosing(
+                    generate(served.routes, served.session, "x", [{"role": "user", "content": "q"}], {})
+                ) as pieces,
+            ):
+                await anext(pieces)
+    async with asyncio.timeout(5):
+        while (found := served.routes.outcomes.figures("x", "a")).answers < 2:
+            await asyncio.sleep(0.02)
+    silent.close()
+    assert (found.answers, found.failures) == (2, 0) and 0.3 < found.p95 < 1
 
 
 async def test_draining_waits_for_open_answers_and_gives_up_after_its_time(served: Served) -> None:

@@ -99,7 +99,7 @@ def test_a_gpu_engine_is_compiled_bfloat16_over_all_its_gpus(model: Model) -> No
 
 VLLM = """
 -m vllm.entrypoints.openai.api_server --model MODEL --served-model-name x --host 127.0.0.1 --port {port} --dtype float32
---max-model-len 4096 --max-num-seqs 16 --uvicorn-log-level warning --shutdown-timeout 10 --enable-auto-tool-choice
+--max-model-len 4096 --max-num-seqs 16 --shutdown-timeout 25 --uvicorn-log-level warning --enable-auto-tool-choice
 --tool-parser-plugin services.inference.tool_parser --tool-call-parser agentfabric --enforce-eager --block-size 32 --seed 1
 """
 SWIFT = """
@@ -114,7 +114,7 @@ SWIFT = """
 def test_each_engine_is_a_table_of_arguments(model: Model, engine: str, golden: str) -> None:
     llama = replace(model, config={**model.config, "architectures": ["LlamaForCausalLM"]})
     spec = parse_spec({"model": "models/m", "engine": engine, "engine_args": ["--seed", "1"]})
-    work = render_engine("x", "r", spec, llama, LAPTOP)
+    work = render_engine("x", "r", spec, llama, LAPTOP, shutdown=25.0)
     assert [a.replace(str(model.folder), "MODEL") for a in work.argv[1:]] == golden.split()
     assert ("USE_HF" in work.env) == (engine == "swift")
 
