@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fabrictune.cli.context import console, program
-from fabrictune.cli.serving import model_config
+from fabrictune.cli.serving import address_here, model_config
 
 if TYPE_CHECKING:
     from fabrictune.client import Client
@@ -38,7 +38,7 @@ def show(client: Client, run: Any) -> None:
     if "deployment" not in outputs:
         return
     deployment = client.inference.get(outputs["deployment"])
-    base = deployment.address.rstrip("/")
+    base = address_here(deployment).rstrip("/")
     body = json.dumps({"model": deployment.served_model, "messages": [{"role": "user", "content": "Hello!"}]})
     _print("\n[bold]OpenAI endpoint[/]")
     _print(Text(f"  curl {base}/chat/completions -H 'content-type: application/json' -d '{body}'"))

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from fabrictune.cli.context import console, print_json, print_message, print_rows, say, settings, to_dict
 from fabrictune.cli.specs import read_spec
+from fabrictune.connection import read_connection
 from fabrictune.errors import ApiError
 from fabrictune.v1 import inference_pb2
 
@@ -58,7 +59,7 @@ def deploy(
         print_json(to_dict(ready))
     else:
         console.print(
-            f"[green]✓[/] {ready.name} answers at {ready.address} as model {ready.served_model!r}", highlight=False
+            f"[green]✓[/] {ready.name} answers at {address_here(ready)} as model {ready.served_model!r}", highlight=False
         )
         for revision in ready.revisions:
             if revision.name.rpartition("/")[2] in ready.traffic and revision.start_seconds:
@@ -92,7 +93,7 @@ def deployments() -> None:
             "state": State.State.Name(r.state),
             "traffic": f"{d.traffic[r.name.rpartition('/')[2]]} %" if r.name.rpartition("/")[2] in d.traffic else "",
             "model": r.spec.model,
-            "address": d.address,
+            "address": address_here(d),
         }
         for d in found
         for r in d.revisions
@@ -163,13 +164,19 @@ def print_model_config(
     say({"file": str(write), "changed": changed, "entry": entry}, done)
 
 
+def address_here(deployment: inference_pb2.Deployment) -> str:
+    """The OpenAI base address for this machine: while `fabrictune connect` runs, its own, since the cluster's is none here."""
+    gateway = "" if settings().endpoint else read_connection().get("gateway")
+    return f"{gateway}/v1" if gateway else deployment.address
+
+
 def model_config(deployment: inference_pb2.Deployment) -> dict[str, Any]:
     """AgentFabric's entry for a deployment. Source: modelscope-agent 0.7.1, apps/agentfabric/config/model_config.json."""
     return {
         deployment.served_model: {
             "type": "openai",
             "model": deployment.served_model,
-            "api_base": deployment.address,
+            "api_base": address_here(deployment),
             "is_chat": True,
             "is_function_call": False,
             "support_stream": True,

@@ -16,6 +16,7 @@ from chart_render import Manifest, parse, templates_of
 from services.common.artifacts import Artifacts
 from services.common.config import StoreConfig
 from services.common.store import open_store
+from services.evaluation.questions import read_questions
 from tests.chart.objects import Render, container
 from tests.chart.test_jobs import KINDS
 from tests.chart.test_security import breaches
@@ -78,13 +79,17 @@ def test_rows_become_a_data_set_by_two_plain_jobs_without_any_service(
         "FABRICTUNE_SPEC_FILE": str(tmp_path / "spec.yaml"),
     }
     rows, upload = example("upload")
-    (tmp_path / "rows.jsonl").write_text(rows["data"]["rows.jsonl"])
-    script = container(upload)["command"][2].replace("/tmp/", f"{tmp_path}/")
-    script = script.replace("/rows/rows.jsonl", str(tmp_path / "rows.jsonl"))
+    for name, text in rows["data"].items():
+        (tmp_path / name).write_text(text)
+    script = container(upload)["command"][2].replace("/tmp/", f"{tmp_path}/").replace("/rows/", f"{tmp_path}/")
     subprocess.run([sys.executable, "-c", script], env=env, check=True)
     (tmp_path / "spec.yaml").write_text(example("conversion")[0]["data"]["spec.yaml"])
     subprocess.run([sys.executable, "-m", "services.conversion.worker"], env=env, check=True)
     store = open_store(object_store)
-    assert Artifacts(store, tmp_path / "seen").get("datasets/my-first").kind == "dataset"
+    artifacts = Artifacts(store, tmp_path / "seen")
+    made = artifacts.get("datasets/my-first")
+    assert made.kind == "dataset"
+    folder = artifacts.cached(made.name, made.digest)
+    assert read_questions(folder, "test", 9) and (folder / "train.jsonl").read_text()
     outcome = store.get_json("conversionJobs/my-first/outcome.json")
     assert outcome is not None and outcome["state"] == "SUCCEEDED"

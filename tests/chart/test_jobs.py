@@ -127,7 +127,8 @@ def test_workers_know_the_store_and_evaluations_the_gateway_and_nothing_else_of_
     caller = {"FABRICTUNE_GATEWAY_URL", "FABRICTUNE_TOKEN", "FABRICTUNE_CA_FILE"}
     for kind in KINDS:
         found = set(env(pod_of(render(), kind)))
-        assert found == store | {"FABRICTUNE_DATA_DIR"} | (caller if kind == "evaluation" else set()), kind
+        more = {"evaluation": caller, "training": {"FABRICTUNE_GRACE_SECONDS"}}.get(kind, set())
+        assert found == store | {"FABRICTUNE_DATA_DIR"} | more, kind
 
 
 def test_evaluations_see_the_authority_but_not_the_private_key(render: Render) -> None:
@@ -167,10 +168,22 @@ def test_an_engine_has_started_when_it_names_its_model_within_the_budget_that_th
     assert env(server)["FABRICTUNE_ENGINE_START_SECONDS"] == "600"
 
 
+def test_workers_and_engines_know_how_long_they_may_take_to_end(render: Render) -> None:
+    changed = {"terminationGracePeriodSeconds": 300}
+    objects = render(engine=changed, jobs={"training": changed})
+    assert env(pod_of(objects, "training"))["FABRICTUNE_GRACE_SECONDS"] == "300"
+    assert env(objects.get("Deployment", "fabrictune-inference"))["FABRICTUNE_ENGINE_GRACE_SECONDS"] == "300"
+
+
+def test_an_engine_asks_for_its_ephemeral_storage_once(render: Render) -> None:
+    pod = pod_of(render(engine={"ephemeralStorage": "100Gi"}), "engine")
+    asked = [c["resources"].get("requests", {}).get("ephemeral-storage") for c in pod["containers"]]
+    assert asked == ["100Gi", None]
+
+
 def test_arguments_pass_through(render: Render) -> None:
-    objects = render(engine={"args": ["--swap-space", "4"]}, jobs={"merging": {"args": ["--verbose"]}})
+    objects = render(engine={"args": ["--swap-space", "4"]})
     assert container(pod_of(objects, "engine"))["args"] == ["--swap-space", "4"]
-    assert container(pod_of(objects, "merging"))["args"] == ["--verbose"]
 
 
 def test_an_upgrade_of_the_chart_alone_does_not_show_in_pods(render: Render) -> None:

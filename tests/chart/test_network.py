@@ -108,9 +108,17 @@ def test_where_there_is_a_proxy_it_is_reached_but_not_for_the_api_server_and_our
     [("https://s3.example.com", 443), ("http://s3.example.com", 80), ("http://10.0.0.1:9000", 9000)],
 )
 def test_an_external_store_is_reached_at_its_port(render: Render, endpoint: str, port: int) -> None:
-    store = policy(render("external-s3", objectStore={"endpoint": endpoint}), "store")
+    values = {"endpoint": endpoint, "existingSecret": "keys"}
+    store = policy(render("external-s3", objectStore=values), "store")
     assert store["egress"] == [{"ports": [{"protocol": "TCP", "port": port}]}]
     assert {"training", "training-worker", "engine", "test"} <= components(store["podSelector"])
+
+
+def test_without_keys_a_workload_reaches_what_gives_it_some(render: Render) -> None:
+    store, sts, agent = policy(render("external-s3"), "store")["egress"]
+    assert store == sts == {"ports": [{"protocol": "TCP", "port": 443}]}
+    assert agent["ports"] == [{"protocol": "TCP", "port": 80}]
+    assert [peer["ipBlock"]["cidr"] for peer in agent["to"]] == ["169.254.170.23/32", "fd00:ec2::23/128"]
 
 
 def test_policies_can_be_left_out(render: Render) -> None:

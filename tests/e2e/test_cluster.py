@@ -53,6 +53,8 @@ def test_helm_test_says_that_all_is_well(release: Release, note: Note) -> None:
 def test_every_server_is_ready_under_pod_security_restricted(release: Release) -> None:
     names = {d["metadata"]["name"].removeprefix("fabrictune-") for d in release.get("deployments")["items"]}
     assert {"conversion", "training", "merging", "evaluation", "inference", "pipeline"} <= names
+    servers = release.get("pods", "-l", "app.kubernetes.io/instance=fabrictune,!fabrictune.dev/kind")["items"]
+    assert all(s["restartCount"] == 0 for pod in servers for s in pod["status"]["containerStatuses"])
     for each in release.get("deployments")["items"]:
         assert each["status"].get("readyReplicas") == each["spec"]["replicas"], each["metadata"]["name"]
 
@@ -77,6 +79,8 @@ def test_the_pipeline_ends_with_a_deployment_that_answers(release: Release, note
     assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"], (said, answer.text)
     connection, trust = _connection(release)
     assert httpx.get(f"{connection['gateway']}/v1/models", verify=trust).status_code == 401
+    [entry] = json.loads(release.fabrictune("agentfabric", "config", "deployments/e2e")).values()
+    assert entry["api_base"] == f"{connection['gateway']}/v1"
 
 
 def test_adapters_come_and_go_in_a_running_engine_and_are_there_again_in_the_pod_that_takes_its_place(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fabrictune.cli.serving import model_config, write_model_config
+from fabrictune.connection import start_ticks
 from fabrictune.errors import ApiError
 from fabrictune.traffic import parse_since
 from fabrictune.v1 import inference_pb2
@@ -34,6 +36,16 @@ def test_the_entry_stands_beside_the_others_and_keeps_what_a_user_added(tmp_path
     before = file.stat().st_mtime_ns
     assert not write_model_config(file, model_config(DEPLOYMENT))
     assert (file.read_text(encoding="utf-8"), file.stat().st_mtime_ns) == (written, before)
+
+
+def test_while_connect_runs_the_address_is_that_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".fabrictune").mkdir()
+    said = {"pid": os.getpid(), "started": start_ticks(os.getpid()), "gateway": "https://127.0.0.1:41234"}
+    (tmp_path / ".fabrictune" / "connection.json").write_text(json.dumps(said))
+    assert model_config(DEPLOYMENT)["weather"]["api_base"] == "https://127.0.0.1:41234/v1"
 
 
 def test_a_file_that_is_not_there_is_made_and_a_link_stays_a_link(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ spec:
           readinessProbe: {httpGet: {path: /health, port: http}, periodSeconds: 5, timeoutSeconds: 5}
         {{- /* Gives the engine its adapters, also while it runs. An engine that has no room for any comes without it. */}}
         - name: adapters
-          {{- $beside := merge (dict "own" (set (deepCopy $own) "resources" $own.adapters.resources)) $part }}
+          {{- $beside := merge (dict "own" (set (omit $own "ephemeralStorage") "resources" $own.adapters.resources)) (omit $part "own") }}
           {{- include "fabrictune.engine.container" (merge (dict "env" (include "fabrictune.env.store" .) "command" (list "python" "-m" "services.inference.follow")) $beside) | nindent 10 }}
           readinessProbe: {exec: {command: [test, -f, /tmp/adapters-are-there]}, periodSeconds: 2}
       volumes:

@@ -36,9 +36,6 @@ containers:
     image: {{ include "fabrictune.image" (dict "root" .root "image" $own.image) }}
     imagePullPolicy: {{ .root.Values.image.pullPolicy }}
     command: [python, -m, services.{{ .kind }}.worker]
-    {{- with $own.args }}
-    args: {{- toYaml . | nindent 6 }}
-    {{- end }}
     env: {{- include "fabrictune.env" (merge (dict "env" (include "fabrictune.job.env" .)) .) | nindent 6 }}
     resources: {{- include "fabrictune.resources" . | nindent 6 }}
     securityContext: {{- include "fabrictune.securityContext" . | nindent 6 }}
@@ -52,6 +49,9 @@ volumes: {{- include "fabrictune.job.volumes" . | nindent 2 }}
 {{ include "fabrictune.env.store" .root }}
 {{- if eq .kind "evaluation" }}
 {{ include "fabrictune.env.caller" .root }}
+{{- end }}
+{{- if eq .kind "training" }}
+- {name: FABRICTUNE_GRACE_SECONDS, value: {{ .own.terminationGracePeriodSeconds | quote }}}
 {{- end }}
 {{- end }}
 

@@ -22,6 +22,11 @@
 {{- if eq .service "inference" }}
 - {name: FABRICTUNE_OWNER, value: {{ $fullname }}-inference}
 {{ include "fabrictune.env.engineHardware" .root }}
+- {name: FABRICTUNE_ENGINE_GRACE_SECONDS, value: {{ .root.Values.engine.terminationGracePeriodSeconds | quote }}}
+{{- /* What it tells people: they are outside. */}}
+{{- with .root.Values.ingress.host | default .root.Values.gatewayApi.host }}
+- {name: FABRICTUNE_GATEWAY_URL, value: "https://{{ . }}"}
+{{- end }}
 - {name: FABRICTUNE_ENGINE_START_SECONDS, value: {{ .root.Values.engine.startSeconds | quote }}}
 {{- end }}
 {{- end }}
