@@ -223,6 +223,7 @@ class Driver:
 
     async def _find(self, revision: Revision) -> str:
         """Where the engine of an earlier process answers, with the adapters that it had; "" when it has gone."""
+        revision.message = "waits for the engine that runs already to answer"
         return await self.launcher.find(engine_name(revision.deployment, revision.revision), revision.engine_digest)
 
     async def _tell_ready(self, owner: Deployment, revision: Revision, address: str) -> None:
