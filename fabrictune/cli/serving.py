@@ -59,7 +59,8 @@ def deploy(
         print_json(to_dict(ready))
     else:
         console.print(
-            f"[green]✓[/] {ready.name} answers at {address_here(ready)} as model {ready.served_model!r}", highlight=False
+            f"[green]✓[/] {ready.name} answers at {address_here(ready)} as model {ready.served_model!r}",
+            highlight=False,
         )
         for revision in ready.revisions:
             if revision.name.rpartition("/")[2] in ready.traffic and revision.start_seconds:

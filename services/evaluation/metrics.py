@@ -98,7 +98,7 @@ class Score:
     refused: bool = False
     """There is no answer: the server has refused the question."""
     row: str = ""
-    """Id of the first question of its row: answers after results hang together with the answer before."""
+    """Answers to the same prompt, and those after its results, hang together: see Question.row."""
 
     @property
     def failure(self) -> str:
@@ -120,8 +120,8 @@ def score_answer(question: Question, answer: Answer) -> Score:
         # A question without an answer is failed, also where saying nothing would be right; it says nothing of too much.
         marks = {m: None if mark is None or METRICS[m].less else False for m, mark in marks.items()}
     failed = tuple(metric for metric in FAILURES if marks[metric] is False)
-    row = question.id if question.after is None else question.id.rpartition("#")[0]
-    return Score(question.id, len(question.tools), marks, reason, question.category, failed, bool(answer.refused), row)
+    tools, refused = len(question.tools), bool(answer.refused)
+    return Score(question.id, tools, marks, reason, question.category, failed, refused, question.row)
 
 
 def find_calls(answer: Answer) -> list[tuple[str, str]]:

@@ -60,6 +60,13 @@ class Question:
         told = [self.messages, self.tools, self.expected, result, self.reference, self.goes_on]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
+    @cached_property
+    def row(self) -> str:
+        """SHA-256 of the messages. A conversation in both layouts is asked the same twice, and what follows has the same
+        messages, too: all of that is one row to an interval.
+        """
+        return hashlib.sha256(json.dumps(self.messages, sort_keys=True).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -134,13 +141,20 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines. Raises InvalidData."""
     try:
         with file.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
+            rows = [json.loads(line) for line in lines if line.strip()]
     except FileNotFoundError:
         raise InvalidData(
-            f"there is no {file.name}; is this a folder that `fabrictune convert` or `evaluate` wrote?"
+            f"there is no {file.name} in {file.parent}; is this a folder that `fabrictune convert` or `evaluate` wrote?"
         ) from None
+    except NotADirectoryError:
+        raise InvalidData(f"{file.parent} is a file; give the folder that has {file.name} in it") from None
+    except OSError as error:
+        raise InvalidData(f"{file} cannot be read: {error.strerror}; make it a file that may be read") from None
     except ValueError as error:
         raise InvalidData(f"{file.name} has a line that is not JSON: {error}") from None
+    if odd := next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), 0):
+        raise InvalidData(f"{file.name}: row {odd} is no JSON object; is this a file that fabrictune wrote?")
+    return rows
 
 
 def _repeated(ids: Iterable[str]) -> list[str]:

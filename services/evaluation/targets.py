@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from services.common.errors import FailedPrecondition, InvalidSpec, Violation
 from services.evaluation.ask import Address
@@ -92,7 +93,9 @@ def _label(target: Target) -> str:
 
 def _unique(labels: Sequence[str]) -> list[str]:
     """Labels as they are, and with a number where one has been before."""
-    return [
-        label if label not in labels[:n] else f"{label} ({labels[:n].count(label) + 1})"
-        for n, label in enumerate(labels)
-    ]
+    found: list[str] = []
+    for label in labels:
+        numbered = (f"{label} ({number})" for number in count(2))
+        free = (name for name in numbered if name not in found and name not in labels)
+        found.append(next(free) if label in found else label)
+    return found

@@ -47,7 +47,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
     questions = [question for _, _, each in suites for question in each]
     check_ids(questions)
     asked = find_targets(spec)
-    earlier = read_baseline(spec, inputs, suites)
+    earlier = read_baseline(spec, inputs, suites, [target.label for target in asked])
     compared = read_compared(spec, inputs, suites[0][2])
     answers, latency = run_stoppable(_ask_targets(spec, asked, questions, inputs.get("checkpoint"), output, reporter))
     columns = [(target, _file(n, target), answers[n]) for n, target in enumerate(asked)]
@@ -74,7 +74,7 @@ def run(spec: Spec, inputs: Mapping[str, Path], output: Path, reporter: Reporter
         return next(c.scores for c in sections[0].columns if c.label == find_label(asked, than))
 
     gate = check_gate(spec.gate, measured) + check_comparisons(spec.not_worse, scores_of, own.scores)
-    before = read_latency(inputs["baseline"], earlier[0].label) if earlier else []
+    before = read_latency(inputs["baseline"], spec.baseline, earlier[0].label) if earlier else []
     report = render_json(sections, spec.dataset or spec.bfcl, before + latency, gate)
     (output / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
     (output / "report.html").write_text(render_html(report), encoding="utf-8")

@@ -179,9 +179,15 @@ class InferenceClient:
         told: inference_pb2.Deployment = await call(self._stub.UpdateTraffic, request)
         return told
 
-    async def delete(self, deployment: str) -> None:
-        """Stop a deployment."""
-        await call(self._stub.DeleteDeployment, inference_pb2.DeleteDeploymentRequest(name=deployment))
+    async def delete_empty(self, deployment: str) -> None:
+        """Forget a deployment without revisions; one that has some stays, one that has gone is fine."""
+        try:
+            found = await call(self._stub.GetDeployment, inference_pb2.GetDeploymentRequest(name=deployment))
+            if not found.revisions:
+                await call(self._stub.DeleteDeployment, inference_pb2.DeleteDeploymentRequest(name=deployment))
+        except RemoteError as error:
+            if error.status.code != code_pb2.NOT_FOUND:
+                raise
 
 
 async def call(method: Any, request: Any) -> Any:

@@ -7,7 +7,7 @@ again, or another run with the same inputs, finds the jobs that are there and on
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,16 +18,17 @@ from google.rpc import code_pb2
 from fabrictune.v1 import job_pb2, pipeline_pb2
 from services.common.artifacts import Artifacts
 from services.common.errors import Cancelled, FabrictuneError, GateNotMet, InvalidSpec, Violation
-from services.common.records import digest_of
 from services.common.reporter import Progress, Reporter
 from services.common.store import Store
-from services.pipeline.clients import InferenceClient, JobClient, RemoteError
+from services.pipeline.clients import ENDED, InferenceClient, JobClient, RemoteError
 from services.pipeline.graph import State, is_done, next_stages, plan_stages
 from services.pipeline.lineage import lineage_key
+from services.pipeline.revisions import Revisions, Served, plan_revision
 from services.pipeline.spec import Spec
 
 FORCED = "the gate is not met; it is deployed by force"
 SUCCEEDED, RUNNING = job_pb2.Execution.SUCCEEDED, job_pb2.Execution.RUNNING
+FAILED, CANCELLING, CANCELLED = job_pb2.Execution.FAILED, job_pb2.Execution.CANCELLING, job_pb2.Execution.CANCELLED
 # Fields that a run fills in, by stage: what is said of them before the run begins does not count.
 FILLED_IN: Mapping[str, tuple[str, ...]] = {
     "conversion": (),
@@ -46,6 +47,7 @@ class _Run:
     name: str
     spec: Spec
     stages: dict[str, pipeline_pb2.StageStatus] = field(default_factory=dict)
+    saving: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Reconciler:
@@ -54,6 +56,7 @@ class Reconciler:
     def __init__(self, channels: Mapping[str, grpc.aio.Channel], store: Store, artifacts: Artifacts) -> None:
         self._clients = {kind: JobClient(channels[kind], kind) for kind in FILLED_IN}
         self._inference = InferenceClient(channels["inference"])
+        self._revisions = Revisions(self._inference)
         self._store, self._artifacts = store, artifacts
         self._leaving = False
 
@@ -95,10 +98,14 @@ class Reconciler:
                 for task in done:
                     stage = running.pop(task)
                     await self._close_stage(run, stage, task, reporter)
+        except asyncio.CancelledError:
+            await _end(running)
+            if not self._leaving:
+                await self._release_all(name, reporter)
+            raise
         finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await _end(running)
+            self._revisions.forget(name)
         return {s.stage: s.output for s in run.stages.values()}
 
     async def cancel_active(self, name: str) -> None:
@@ -117,8 +124,7 @@ class Reconciler:
             status.execution.state = SUCCEEDED
             reporter.log(f"{stage}: {'reused' if status.reused else 'made'} {status.output}")
         else:
-            cancelled = isinstance(error, Cancelled)
-            status.execution.state = job_pb2.Execution.CANCELLED if cancelled else job_pb2.Execution.FAILED
+            status.execution.state = CANCELLED if isinstance(error, Cancelled) else FAILED
             if isinstance(error, FabrictuneError):
                 status.execution.error.CopyFrom(error.to_status())
         await self._save(run, reporter)
@@ -144,33 +150,35 @@ class Reconciler:
                 run, stage, made["conversion"], made["merging"], "after", baseline, reporter, keep=True
             )
         else:
-            deployment, revision_id, revision = await self._revision_of(run, made["merging"])
-            status.job = f"{deployment}/revisions/{revision_id}"
-            await self._save(run, reporter)
-            await self._inference.start_revision(deployment, revision_id, revision)
-            # Before the traffic: a model that serves past its gate must say so whatever breaks in between. What lies beside
-            # a revision without traffic is not told.
-            await asyncio.to_thread(self._record_deployment, run, status.job)
-            await self._inference.take_traffic(deployment, revision_id)
-            status.output = deployment
+            await self._deploy(run, stage, await self._plan_revision(run, made["merging"]), reporter)
+
+    async def _deploy(self, run: _Run, stage: str, served: Served, reporter: Reporter) -> None:
+        """Give a model the traffic. A run that is cancelled before that releases the revision when it ends."""
+        status = run.stages[stage]
+        status.job = served.name
+        await self._save(run, reporter)
+        await self._revisions.start(served, run.name)
+        # Before the traffic: a model that serves past its gate must say so whatever breaks in between. What lies beside
+        # a revision without traffic is not told.
+        await asyncio.to_thread(self._record_deployment, run, served.name)
+        await self._inference.take_traffic(served.deployment, served.revision_id)
+        status.output = served.deployment
 
     async def _evaluate(
         self, run: _Run, stage: str, dataset: str, model: str, label: str, baseline: str, reporter: Reporter, keep: bool
     ) -> None:
-        deployment, revision_id, revision = await self._revision_of(run, model)
-        name = f"{deployment}/revisions/{revision_id}"
-        spec = {**(run.spec.evaluation or {}), "dataset": dataset, "target": {"label": label, "revision": name}}
+        served = await self._plan_revision(run, model)
+        spec = {**(run.spec.evaluation or {}), "dataset": dataset, "target": {"label": label, "revision": served.name}}
         if baseline:
             spec["baseline"] = baseline
         else:
             spec = {key: value for key, value in spec.items() if key not in OF_THE_TUNED}
         job_id = await self._job_id("evaluation", spec)
-        there = await self._clients["evaluation"].find(job_id)
-        if there is None or there.execution.state != SUCCEEDED:
-            reporter.log(f"{stage}: starting {model} as {name}, without traffic")
-            await self._inference.start_revision(deployment, revision_id, revision)
         wanted = False
         try:
+            if not await self._is_made(await self._clients["evaluation"].find(job_id)):
+                reporter.log(f"{stage}: starting {model} as {served.name}, without traffic")
+                await self._revisions.start(served, run.name)
             try:
                 await self._do_job(run, stage, spec, reporter)
             except RemoteError as error:
@@ -186,7 +194,7 @@ class Reconciler:
             raise
         finally:
             if not wanted:
-                await self._release(name)
+                await self._revisions.release(served, run.name)
 
     def _record_deployment(self, run: _Run, revision: str) -> None:
         """Leave beside the deployment who brought the revision there, and whether past a gate; lineage reads it."""
@@ -198,33 +206,29 @@ class Reconciler:
             told |= {"forced": True, "report": {"name": report.name, "digest": report.digest}, "error": error}
         self._store.put_json(lineage_key(revision), told)
 
-    async def _release(self, revision: str) -> None:
-        """Stop a revision that was started to be asked; one that takes traffic stays."""
+    async def _release_all(self, name: str, reporter: Reporter) -> None:
         try:
-            await self._inference.delete_revision(revision)
-        except RemoteError as error:
-            if error.status.code != code_pb2.FAILED_PRECONDITION:
-                raise
+            await self._revisions.release_all(name)
+        except FabrictuneError as error:
+            reporter.log(f"a revision without traffic is left; look at `fabrictune deployments`: {error}", "WARNING")
 
     async def _do_job(self, run: _Run, stage: str, spec: Mapping[str, Any], reporter: Reporter) -> None:
         client, status = self._clients[stage.partition("-")[0]], run.stages[stage]
         job_id = await self._job_id(stage.partition("-")[0], spec)
         labels = {"pipelineRun": run.name.rpartition("/")[2]}
-        job = await client.find(job_id)
-        if job is not None and job.execution.state == SUCCEEDED and await self._exists(job.output):
+        job: Any = await client.find(job_id)
+        if job is not None and job.execution.state == CANCELLING:  # an earlier run's, that was cancelled just now
+            job = await client.wait(job_id)
+        if await self._is_made(job):
             status.reused = dict(job.labels).get("pipelineRun") != labels["pipelineRun"]
-        elif job is not None and job.execution.state in (
-            job_pb2.Execution.FAILED,
-            job_pb2.Execution.CANCELLED,
-            SUCCEEDED,
-        ):
+        elif job is not None and job.execution.state in ENDED:
             job = await client.restart(job, spec, labels)
         elif job is None:
             job = await client.create(spec, job_id, labels)
         status.job, status.output = job.name, job.output
         await self._save(run, reporter)
         ended = await client.wait(job_id)
-        if ended.execution.state == job_pb2.Execution.CANCELLED:
+        if ended.execution.state == CANCELLED:
             raise Cancelled(f"{ended.name} was cancelled")
         if ended.execution.state != SUCCEEDED:
             raise RemoteError(ended.execution.error)
@@ -233,17 +237,15 @@ class Reconciler:
         digest = await self._clients[kind].plan(spec)
         return f"{kind[:5].rstrip('-')}-{digest[:12]}"
 
-    async def _revision_of(self, run: _Run, model: str) -> tuple[str, str, dict[str, Any]]:
-        """(deployment, revision id, its spec) for a model: the same model and settings have the same id."""
-        stage = run.spec.deployment
-        deployment = stage.deployment if stage else f"deployments/eval-{run.name.rpartition('/')[2]}"[:51].rstrip("-")
-        spec = {**(stage.spec if stage else {}), "model": model}
-        manifest = await asyncio.to_thread(self._artifacts.get, model)
-        return deployment, f"r-{digest_of([manifest.digest, spec])[:10]}", spec
+    async def _plan_revision(self, run: _Run, model: str) -> Served:
+        return plan_revision(await asyncio.to_thread(self._artifacts.get, model), run.spec.deployment)
 
-    async def _exists(self, name: str) -> bool:
+    async def _is_made(self, job: Any) -> bool:
+        """Whether a job is there that has succeeded, and its output, too."""
+        if job is None or job.execution.state != SUCCEEDED:
+            return False
         try:
-            await asyncio.to_thread(self._artifacts.get, name)
+            await asyncio.to_thread(self._artifacts.get, job.output)
         except FabrictuneError:
             return False
         return True
@@ -255,8 +257,11 @@ class Reconciler:
         return _Run(name, spec, {s.stage: s for s in stages if s.execution.state == SUCCEEDED})
 
     async def _save(self, run: _Run, reporter: Reporter) -> None:
-        plain = [json_format.MessageToDict(s, preserving_proto_field_name=True) for s in run.stages.values()]
-        await asyncio.to_thread(self._store.put_json, f"{run.name}/stages.json", {"stages": plain})
+        async with (
+            run.saving
+        ):  # else of two at a time the older one may be written last, and its job could not be cancelled
+            plain = [json_format.MessageToDict(s, preserving_proto_field_name=True) for s in run.stages.values()]
+            await asyncio.to_thread(self._store.put_json, f"{run.name}/stages.json", {"stages": plain})
         nodes, states = plan_stages(run.spec), _states(run)
         ended = sum(state == SUCCEEDED for state in states.values())
         now = ", ".join(name for name, state in states.items() if state == RUNNING)
@@ -273,6 +278,12 @@ class Reconciler:
             target = {"revision": "deployments/filled-in/revisions/filled-in"}
             drafts["evaluation"] = {**spec.evaluation, "dataset": "datasets/filled-in", "target": target}
         return drafts
+
+
+async def _end(tasks: Collection[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _is_filled_in(stage: str, field: str) -> bool:

@@ -59,8 +59,13 @@ class RunCluster:
         if task is None or task.done() or name in self._stopping:
             return
         self._stopping.add(name)
-        await self._reconciler.cancel_active(self._workloads[name].env["FABRICTUNE_JOB"])
-        task.cancel()
+        try:
+            await self._reconciler.cancel_active(self._workloads[name].env["FABRICTUNE_JOB"])
+        except asyncio.CancelledError:
+            self._log.warning("the service of the stage is away: its job may go on", run=name)
+            raise
+        finally:
+            task.cancel()  # also when the caller gives up on a service that is away
 
     async def delete(self, name: str) -> None:
         """Stop it and forget it."""

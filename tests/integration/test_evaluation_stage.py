@@ -28,6 +28,7 @@ from services.common.config import StoreConfig
 from services.common.errors import Cancelled, GateNotMet, InvalidData, InvalidSpec
 from services.common.fabric import Call, Turn
 from services.common.store import Store
+from services.evaluation.earlier import read_answers
 from services.evaluation.targets import find_label, find_targets
 from services.evaluation.worker import STAGE, run_stoppable
 from tests.conftest import Recorder, serving
@@ -195,7 +196,8 @@ def test_rows_are_asked_on_after_their_results_for_every_model_alike(
     assert [g["rouge_l"]["n"] for g in groups] == [2, 2]
     assert [g["rouge_l"]["value"] for g in groups] == [0.0, 1.0]
     assert [g["plan_em"]["n"] for g in groups] == [7, 7]
-    assert report["paired"]["rouge_l"] == {"difference": 1.0, "low": pytest.approx(0.34, abs=0.01), "high": 1.0, "n": 2}
+    # Both rows are asked the same, so this is Wilson's interval for one.
+    assert report["paired"]["rouge_l"] == {"difference": 1.0, "low": pytest.approx(0.21, abs=0.01), "high": 1.0, "n": 2}
     assert [(entry["label"], entry["requests"]) for entry in report["latency"]] == [("before", 3), ("after", 3)]
 
 
@@ -410,6 +412,59 @@ def test_a_report_that_does_not_say_what_was_asked_is_refused_with_what_to_do(
     more: dict[str, Any] = {"baseline": "reports/old"} if role == "baseline" else {"not_worse": compared}
     with pytest.raises(InvalidData, match=r"reports/old does not say what was asked.*Evaluate its model again"):
         evaluate("bad", inputs={role: other_rows}, **more)
+
+
+def test_a_baseline_that_is_called_as_the_target_keeps_its_answers_and_its_latency(
+    evaluate: Callable[..., Any], model: Model
+) -> None:
+    suites = ["held_out", "latency"]
+    _, before = evaluate("first", "before", suites=suites)
+    mine = {"address": model.url, "model": "after", "label": "before"}
+    not_worse = [{"than": "baseline", "by": {"right_tool": 0}}]
+    more: dict[str, Any] = {"target": mine, "suites": suites, "not_worse": not_worse}
+    told, folder = evaluate("second", baseline="reports/b", inputs={"baseline": before}, **more)
+    report = read(folder)
+    both = ["before (baseline)", "before"]
+    assert [column["label"] for column in report["columns"]] == both
+    assert [entry["label"] for entry in report["latency"]] == both
+    assert told["gate"][0]["difference"] == 1
+    assert report["examples"][0]["answers"] == {both[0]: "I do not know.", both[1]: RIGHT}
+
+
+def test_targets_that_are_called_alike_are_numbered_past_a_label_that_is_given(model: Model) -> None:
+    target = {"address": model.url, "model": "m"}
+    targets = [target, {**target, "label": "m (2)"}]
+    spec = STAGE.spec.model_validate({"dataset": "datasets/d", "target": target, "targets": targets})
+    assert [asked.label for asked in find_targets(spec)] == ["m", "m (2)", "m (3)"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda file: file.unlink(), "reports/b: there is no report.json in .*give the folder of a report that"),
+        (lambda file: file.write_text("{"), "reports/b: report.json in .* cannot be read .*give the folder"),
+        (lambda file: file.write_text('{"rows": 3}'), "reports/b: report.json in .* tells no model's answers; give"),
+    ],
+)
+def test_a_folder_that_is_no_report_is_refused_with_what_to_give(
+    evaluate: Callable[..., Any], model: Model, spoil: Callable[[Path], Any], said: str
+) -> None:
+    _, before = evaluate("first", "before")
+    model.asked.clear()
+    spoil(before / "report.json")
+    with pytest.raises(InvalidData, match=said):
+        evaluate("second", baseline="reports/b", inputs={"baseline": before})
+    with pytest.raises(InvalidData, match=r"there is no report\.json in .*manifest\.json; give the folder"):
+        (before / "manifest.json").touch()
+        evaluate("third", baseline="reports/b", inputs={"baseline": before / "manifest.json"})
+    assert model.asked == []
+
+
+def test_a_row_of_answers_that_lacks_or_has_a_key_too_many_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"id": "a", "finish_reason": "stop", "completion_tokens": 1, "seconds": 1, "mood": "good"}\n')
+    with pytest.raises(InvalidData, match=r"answers\.jsonl, row 1, is no answer: it lacks text and it has mood, which"):
+        read_answers(file)
 
 
 def test_a_revision_is_compared_in_the_way_in_which_the_target_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

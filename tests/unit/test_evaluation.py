@@ -35,7 +35,11 @@ def score(
     calls: list[dict[str, str]] | None = None,
     row: str = "r",
 ) -> Score:
-    return score_answer(Question(row, [], tools, expected), Answer(row, text, finish, 1, 0.1, calls))
+    return score_answer(Question(row, ask(row), tools, expected), Answer(row, text, finish, 1, 0.1, calls))
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
 
 
 def marks(*args: Any, **options: Any) -> dict[str, Any]:
@@ -174,10 +178,10 @@ def test_paired_differences_are_of_rows_that_both_answered() -> None:
 def test_steps_of_a_row_hang_together_in_intervals_and_differences() -> None:
     def steps(row: int, text: str) -> list[Score]:
         """A question and three answers after results, all right or all wrong by Plan.EM."""
-        first = Question(f"r{row}", [], TOOLS, WANTED)
+        first = Question(f"r{row}", ask(str(row)), TOOLS, WANTED)
         scores = [score_answer(first, Answer(first.id, text, "stop", 1, 0.1))]
         for number in range(1, 4):
-            later = Question(f"r{row}#{number}", [], TOOLS, WANTED, Result("r", "said", "{}"))
+            later = Question(f"r{row}#{number}", first.messages, TOOLS, WANTED, Result("r", "said", "{}"))
             scores.append(score_answer(later, Answer(later.id, text, "stop", 1, 0.1)))
         return scores
 
@@ -190,6 +194,21 @@ def test_steps_of_a_row_hang_together_in_intervals_and_differences() -> None:
     assert together.interval == (0.2, 0.8)
     assert first.interval == pytest.approx((0.2, 0.8))
     assert paired_difference(before, later, "plan_em") == (0.5, 0.2, 0.8, 40)
+
+
+def test_rows_with_the_same_prompt_tell_no_more_than_one_of_them() -> None:
+    """Conversion writes a conversation in two layouts, whose prompts are the same, and so are the answers to them."""
+
+    def answered(right: int, times: int) -> list[Score]:
+        texts = ["Action: weather\nAction Input: {}" if row < right else "no" for row in range(10)]
+        asked = [(Question(f"{n}/{part}", ask(str(n)), TOOLS, WANTED), n) for n in range(10) for part in range(times)]
+        return [score_answer(question, Answer(question.id, texts[n], "stop", 1, 0.1)) for question, n in asked]
+
+    once, twice = (summarize(answered(5, times))["all"]["calls"] for times in (1, 2))
+    assert (once.n, twice.n, twice.value) == (10, 20, once.value)
+    assert twice.interval == pytest.approx(once.interval) == (0.2, 0.8)
+    differences = [paired_difference(answered(0, times), answered(5, times), "calls") for times in (1, 2)]
+    assert differences == [(0.5, 0.2, 0.8, 10), (0.5, 0.2, 0.8, 20)]
 
 
 def test_an_answer_that_a_stop_string_cut_off_has_not_ended_by_itself() -> None:

@@ -73,6 +73,13 @@ def test_a_row_is_asked_on_after_each_of_its_results(tmp_path: Path, layout: str
     assert first.goes_on is (layout == "inline")
 
 
+def test_a_conversation_in_both_layouts_and_what_follows_it_is_one_row_to_an_interval(tmp_path: Path) -> None:
+    folders = [write_dataset(tmp_path / layout, layout, [TURN]) for layout in ("split", "inline")]
+    asked = [question for folder in folders for question in read_questions(folder, "test", 0, follow_up=True)]
+    assert len(asked) == 6
+    assert len({question.row for question in asked}) == 1
+
+
 def test_without_results_each_row_is_one_question_and_the_limit_counts_rows(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "d", "split", [TURN, REFUSED, TURN])
     assert [q.id for q in read_questions(folder, "test", 0)] == ["r0/0", "r1/0", "r2/0"]
@@ -87,6 +94,21 @@ def test_an_id_that_several_rows_share_is_refused_by_name(tmp_path: Path) -> Non
     with pytest.raises(
         InvalidData, match=r"tools.jsonl has ids that several rows share \(3\): 'r2/0', 'r2/1', 'r2/2'\. Give"
     ):
+        read_questions(folder, "test", 0)
+
+
+def test_what_is_no_data_sets_folder_is_refused_with_what_to_give(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", "split", [TURN])
+    with pytest.raises(InvalidData, match=r"test\.jsonl is a file; give the folder that has tools\.jsonl in it"):
+        read_questions(folder / "test.jsonl", "test", 0)
+    (folder / "train.jsonl").mkdir()
+    with pytest.raises(InvalidData, match=r"train\.jsonl cannot be read: Is a directory; make it a file"):
+        read_questions(folder, "train", 0)
+    (folder / "test.jsonl").write_text("3\n")
+    with pytest.raises(InvalidData, match=r"test\.jsonl: row 1 is no JSON object"):
+        read_questions(folder, "test", 0)
+    (folder / "tools.jsonl").unlink()
+    with pytest.raises(InvalidData, match=r"there is no tools\.jsonl in .*/d; is this a folder that"):
         read_questions(folder, "test", 0)
 
 
