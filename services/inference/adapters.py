@@ -17,14 +17,13 @@ from typing import Any
 import aiohttp
 
 from services.common.errors import FailedPrecondition, InvalidData, Unavailable
+from services.inference.connections import OWN_REQUEST
 from services.inference.engine import Model, adapter_model
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank takes (vllm 0.32, config/lora.py), without 1."""
 LEAST_RANK = 16
 WEIGHTS = "adapter_model.safetensors"
-_WITHIN = aiohttp.ClientTimeout(total=300)
-"""An engine that has not answered by then hangs."""
 INPUT_SIZES = {"q_proj": "hidden_size", "k_proj": "hidden_size", "v_proj": "hidden_size", "gate_proj": "hidden_size",
                "up_proj": "hidden_size", "down_proj": "intermediate_size"}  # fmt: skip
 """Module → the field of config.json that is the width of what it reads."""
@@ -162,7 +161,7 @@ async def unload_others(
 async def list_models(session: aiohttp.ClientSession, address: str) -> set[str]:
     """What the engine serves. Raises Unavailable."""
     try:
-        async with session.get(f"{address}/v1/models", timeout=_WITHIN) as response:
+        async with session.get(f"{address}/v1/models", timeout=OWN_REQUEST) as response:
             return {str(card["id"]) for card in (await response.json())["data"]}
     except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
         raise Unavailable(f"the engine does not say what it serves: {error!r}") from None
@@ -170,7 +169,7 @@ async def list_models(session: aiohttp.ClientSession, address: str) -> set[str]:
 
 async def _post(session: aiohttp.ClientSession, url: str, body: Mapping[str, str]) -> tuple[int, str]:
     try:
-        async with session.post(url, json=body, timeout=_WITHIN) as response:
+        async with session.post(url, json=body, timeout=OWN_REQUEST) as response:
             return response.status, await response.text()
     except (aiohttp.ClientError, TimeoutError) as error:
         raise Unavailable(f"the engine went away while its adapters changed: {error!r}") from None

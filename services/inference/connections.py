@@ -13,6 +13,8 @@ import aiohttp
 IDLE_SECONDS = 3.0
 """How long an unused connection to an engine is kept: vLLM 0.32 closes it after 5 s (VLLM_HTTP_TIMEOUT_KEEP_ALIVE), and a
 request sent just then would fail."""
+OWN_REQUEST = aiohttp.ClientTimeout(total=300)
+"""Of a request of our own (a probe, a first chat, an adapter to load): an engine that has not answered by then hangs."""
 _ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),

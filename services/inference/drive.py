@@ -16,14 +16,13 @@ from typing import Any, TypeVar
 
 from prometheus_client import Histogram
 
-from services.common.clusters import Cluster
 from services.common.errors import FabrictuneError, FailedPrecondition, Unavailable, WorkerLost
 from services.common.logs import get_logger
 from services.common.metrics import REGISTRY
 from services.inference.adapters import Adapter, check_base, largest_rank
 from services.inference.beside import Beside, InOneEngine, InPods
-from services.inference.engine import Hardware, Model, adapter_model, engine_name, render_engine
-from services.inference.launch import LONGEST_PAUSE_SECONDS, Artifacts, Launcher, Limits, run_both
+from services.inference.engine import Model, adapter_model, engine_name, render_engine
+from services.inference.launch import LONGEST_PAUSE_SECONDS, Launcher, run_both
 from services.inference.revisions import Deployment, Revision, State, move
 from services.inference.spec import RevisionSpec
 
@@ -42,11 +41,7 @@ start_seconds = Histogram(
 class Driver:
     """Brings revisions up. addresses: of those that are READY, by resource name."""
 
-    cluster: Cluster
     launcher: Launcher
-    artifacts: Artifacts
-    hardware: Hardware
-    limits: Limits
     publish: Callable[[Deployment], Awaitable[None]]
     ready: Callable[[Deployment, Revision], Awaitable[None]]
     """Publishes that one has become READY, with the traffic that it takes from then on."""
@@ -59,7 +54,7 @@ class Driver:
 
     @cached_property
     def _beside(self) -> Beside:
-        lister = self.artifacts.list_adapters
+        lister = self.launcher.artifacts.list_adapters
         return InPods(self.launcher, lister) if lister else InOneEngine(self.launcher)
 
     async def drive(self, owner: Deployment, revision: Revision, adopt: bool) -> None:
@@ -77,7 +72,7 @@ class Driver:
                 else:
                     since = time.monotonic()
                     lost = await self.launcher.watch(name)
-                    revision.restarts *= time.monotonic() - since < self.limits.calm
+                    revision.restarts *= time.monotonic() - since < self.launcher.limits.calm
                 adopt = False
                 if not await self.launcher.asleep(name):
                     await self._clear_away(owner, revision, name, lost)
@@ -105,16 +100,16 @@ class Driver:
         while await self.launcher.asleep(name):
             if revision.name in self._to_wake:
                 await self.launcher.remove(name)  # it is made anew with a pod
-            await asyncio.sleep(self.limits.poll)
+            await asyncio.sleep(self.launcher.limits.poll)
         self._to_wake.discard(revision.name)
         return True
 
     async def _clear_away(self, owner: Deployment, revision: Revision, name: str, lost: str) -> None:
         """Count a lost engine, remove what is left of it and pause. Raises WorkerLost when it was one too many."""
         revision.restarts, revision.lost = revision.restarts + 1, revision.lost + 1
-        if revision.restarts > self.limits.restarts:
+        if revision.restarts > self.launcher.limits.restarts:
             raise WorkerLost(f"the engine was lost {revision.restarts} times in a row. {lost}")
-        pause = min(self.limits.first_pause * 2 ** (revision.restarts - 1), 60)
+        pause = min(self.launcher.limits.first_pause * 2 ** (revision.restarts - 1), 60)
         self._log.warning("engine lost", revision=revision.name, restarts=revision.restarts, pause=pause)
         self.addresses.pop(revision.name, None)
         move(revision, State.PENDING, f"the engine was lost; it is started again in {pause:.0f} s. {lost}")
@@ -176,8 +171,8 @@ class Driver:
             return await self._tell_ready(owner, revision, address)
         model, adapters = await self._fetch(owner, revision, patient=adopt or revision.restarts > 0)
         work = render_engine(
-            revision.deployment, revision.revision, spec, model, self.hardware,
-            largest_rank(spec.lora.max_rank, adapters), self.limits.shutdown,
+            revision.deployment, revision.revision, spec, model, self.launcher.hardware,
+            largest_rank(spec.lora.max_rank, adapters), self.launcher.limits.shutdown,
         )  # fmt: skip
         revision.seconds = {"fetch": round(time.monotonic() - clock, 2)}
         await self.launcher.start(work)
@@ -197,7 +192,7 @@ class Driver:
         healthy = self.launcher.healthy(work, tell, note_place)
         # Importing vLLM takes one core for most of the start; the reference is computed on the other meanwhile,
         # unless both copies of the weights would not fit into memory.
-        together = not model.remote and 4 * model.weight_bytes < self.hardware.memory_bytes / 2
+        together = not model.remote and 4 * model.weight_bytes < self.launcher.hardware.memory_bytes / 2
         if together:
             address, reference = await run_both(
                 self._timed(revision, "load", healthy),
@@ -234,7 +229,7 @@ class Driver:
 
     async def _fetch(self, owner: Deployment, revision: Revision, patient: bool) -> tuple[Model, list[Adapter]]:
         """What it serves. patient: a store that is away is waited for, for that says nothing of an engine that ran before."""
-        pause = self.limits.first_pause
+        pause = self.launcher.limits.first_pause
         while True:
             try:
                 model = await self._model(revision)
@@ -252,7 +247,7 @@ class Driver:
 
     async def _model(self, revision: Revision) -> Model:
         """What it serves from its beginning to its end. Raises FailedPrecondition when the name has another model now."""
-        model = await self.artifacts.fetch_model(revision.spec.model)
+        model = await self.launcher.artifacts.fetch_model(revision.spec.model)
         if revision.model_digest not in ("", model.digest):
             raise FailedPrecondition(
                 f"{model.name} is not the model any more that {revision.name} began with; deploy it as a new revision"
@@ -263,9 +258,9 @@ class Driver:
     async def _adapters(self, spec: RevisionSpec, model: Model) -> list[Adapter]:
         if not spec.adapters:
             return []
-        if self.artifacts.fetch_adapter is None:
+        if self.launcher.artifacts.fetch_adapter is None:
             raise FailedPrecondition("adapters come from the artifact store, and a folder is served without one")
-        adapters = [await self.artifacts.fetch_adapter(name) for name in spec.adapters]
+        adapters = [await self.launcher.artifacts.fetch_adapter(name) for name in spec.adapters]
         for adapter in adapters:
             check_base(adapter, model)
         return adapters

@@ -21,7 +21,7 @@ from services.common.errors import DeadlineExceeded, FailedPrecondition, Unavail
 from services.common.logs import get_logger
 from services.inference import parity
 from services.inference.adapters import Adapter
-from services.inference.connections import open_session
+from services.inference.connections import OWN_REQUEST, open_session
 from services.inference.engine import (
     HEALTH_PATH,
     Hardware,
@@ -68,8 +68,6 @@ class Limits:
     """Until there is a place to run (resources.queue_timeout says otherwise)."""
     start: float = 1800
     """From then on until it answers: the budget for loading (FABRICTUNE_ENGINE_START_SECONDS)."""
-    answer: float = 300
-    """Until an engine has answered a request of our own: a probe, a first chat, an adapter to load."""
     shutdown: float = SHUTDOWN_SECONDS
     """Answers in flight may take so long when an engine is told to end, as the cluster does that drains a node."""
     drain: float = 300
@@ -230,31 +228,17 @@ class Launcher:
         engine, wanted = ENGINES[revision.spec.engine], revision.spec.parity
         flags = (engine.flags["dtype"], engine.flags["max_model_len"])
         dtype, length = (work.argv[work.argv.index(flag) + 1] for flag in flags)
-        try:
-            async with asyncio.timeout(self.limits.answer):
-                result = await parity.probe(
-                    self.session,
-                    address,
-                    revision.deployment,
-                    reference,
-                    dtype,
-                    wanted,
-                    int(length),
-                    engine.forced_tokens,
-                )
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"the engine has not answered the parity probe within {self.limits.answer:.0f} s"
-            ) from None
+        result = await parity.probe(
+            self.session, address, revision.deployment, reference, dtype, wanted, int(length), engine.forced_tokens
+        )
         revision.parity = asdict(result)
         parity.check(result, wanted)
 
     async def smoke(self, address: str, model: str) -> None:
         """One chat answer of one token: the chat template is there and sampling works. Raises FailedPrecondition."""
         body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 1}
-        within = aiohttp.ClientTimeout(total=self.limits.answer)
         try:
-            async with self.session.post(f"{address}/v1/chat/completions", json=body, timeout=within) as response:
+            async with self.session.post(f"{address}/v1/chat/completions", json=body, timeout=OWN_REQUEST) as response:
                 if response.status != 200:
                     raise FailedPrecondition(
                         f"the engine refuses a chat with {model} (HTTP {response.status}): "

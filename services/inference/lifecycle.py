@@ -8,40 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from services.common.clusters import Cluster
 from services.common.logs import get_logger
 from services.inference.drive import Driver
 from services.inference.endings import Endings
-from services.inference.engine import Hardware, engine_name
-from services.inference.launch import Artifacts, Launcher, Limits
+from services.inference.engine import engine_name
 from services.inference.revisions import COMING, ENDED, Deployment, Revision, State, move
 from services.inference.routes import RouteTable
 
 
 @dataclass
 class Lifecycle:
-    """Of all revisions of a rollout. Close it at the end, and its launcher after it."""
+    """Of all revisions of a rollout. Close it at the end."""
 
-    cluster: Cluster
+    driver: Driver
     routes: RouteTable
-    artifacts: Artifacts
-    hardware: Hardware
-    limits: Limits
-    publish: Callable[[Deployment], Awaitable[None]]
-    ready: Callable[[Deployment, Revision], Awaitable[None]]
-    """As the driver's."""
 
     def __post_init__(self) -> None:
         """Nothing runs yet."""
-        self.endings = Endings(self.limits.drain)
-        self.launcher = Launcher(self.cluster, self.artifacts, self.hardware, self.limits)
-        self.driver = Driver(
-            self.cluster, self.launcher, self.artifacts, self.hardware, self.limits, self.publish, self.ready
-        )
+        self.launcher, self.publish = self.driver.launcher, self.driver.publish
+        self.endings = Endings(self.launcher.limits.drain)
         self._drives: dict[str, asyncio.Task[None]] = {}
         self._clocks: dict[str, asyncio.Task[None]] = {}
         self._log = get_logger("rollout")
@@ -110,7 +99,7 @@ class Lifecycle:
         await self.driver.drive(owner, revision, adopt)
 
     async def _cool(self, owner: Deployment, revision: Revision) -> None:
-        await asyncio.sleep(revision.warm_since + self.limits.keep_warm - time.time())
+        await asyncio.sleep(revision.warm_since + self.launcher.limits.keep_warm - time.time())
         await self.stop(owner, revision)
 
     async def _drain(self, owner: Deployment, revision: Revision, tasks: Sequence[asyncio.Task[None]] = ()) -> None:
@@ -118,8 +107,10 @@ class Lifecycle:
         await asyncio.gather(*tasks, return_exceptions=True)
         if revision.state is State.DRAINING:
             await self.publish(owner)
-            if not await self.routes.drained(owner.id, revision.revision, self.limits.drain):
-                self._log.warning("answers are cut off", revision=revision.name, after_seconds=self.limits.drain)
+            if not await self.routes.drained(owner.id, revision.revision, self.launcher.limits.drain):
+                self._log.warning(
+                    "answers are cut off", revision=revision.name, after_seconds=self.launcher.limits.drain
+                )
         await self.launcher.remove(engine_name(owner.id, revision.revision))
         self.driver.addresses.pop(revision.name, None)
         if revision.state not in ENDED:
@@ -130,7 +121,7 @@ class Lifecycle:
         """As `_drain`, of what an earlier process began: its gateway may still hand on answers, which nobody here counts."""
         gone = asyncio.create_task(self.launcher.watch(engine_name(owner.id, revision.revision)))
         try:
-            ended, _ = await asyncio.wait({gone}, timeout=self.limits.drain)
+            ended, _ = await asyncio.wait({gone}, timeout=self.launcher.limits.drain)
             await asyncio.gather(*ended)
         finally:
             gone.cancel()

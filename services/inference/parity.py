@@ -19,6 +19,7 @@ from typing import Any
 import aiohttp
 
 from services.common.errors import FailedPrecondition, Unavailable
+from services.inference.connections import OWN_REQUEST
 from services.inference.reference import PROMPTS, Conversation, ForcedText, Reference
 from services.inference.spec import Parity
 
@@ -152,13 +153,13 @@ async def _ask_chat(
 async def _post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> dict[str, Any]:
     asked = {**body, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
     try:
-        async with session.post(url, json=asked) as response:
+        async with session.post(url, json=asked, timeout=OWN_REQUEST) as response:
             if response.status != 200:
                 said = (await response.text())[:500]
                 raise _failed(f"the engine refused the parity probe with HTTP {response.status}: {said}", {})
             return dict(await response.json())
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise Unavailable(f"the engine went away during the parity probe: {error!r}") from None
+        raise Unavailable(f"the engine went away during the parity probe, or did not end it: {error!r}") from None
 
 
 def read_engine_text(tokens: tuple[int, ...], positions: list[Mapping[str, Mapping[str, Any]] | None]) -> EngineText:

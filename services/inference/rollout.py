@@ -19,9 +19,10 @@ import aiohttp
 from services.common.clusters import Cluster
 from services.common.errors import AlreadyExists, FailedPrecondition, InvalidSpec, NotFound, Violation
 from services.inference.canary import Canaries
+from services.inference.drive import Driver
 from services.inference.engine import Hardware, adapter_model
 from services.inference.engines import ENGINES
-from services.inference.launch import Artifacts, Limits
+from services.inference.launch import Artifacts, Launcher, Limits
 from services.inference.lifecycle import Lifecycle
 from services.inference.revisions import COMING, ENDED, Deployment, Revision, State, check_traffic
 from services.inference.routes import RouteTable, Target
@@ -44,16 +45,16 @@ class Rollout:
         self._deployments: dict[str, Deployment] = {}
         self._watchers: set[asyncio.Queue[Deployment]] = set()
         self._saver = Saver(self.artifacts)
-        self._lifecycle = Lifecycle(
-            self.cluster, self.routes, self.artifacts, self.hardware, self.limits, self._publish, self._ready
-        )
+        self._launcher = Launcher(self.cluster, self.artifacts, self.hardware, self.limits)
+        self._driver = Driver(self._launcher, self._publish, self._ready)
+        self._lifecycle = Lifecycle(self._driver, self.routes)
         self._canaries = Canaries(self.routes.outcomes, self._shift)
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @property
     def session(self) -> aiohttp.ClientSession:
         """For requests to engines; `generate` uses it too."""
-        return self._lifecycle.launcher.session
+        return self._launcher.session
 
     async def restore(self, deployments: Iterable[Deployment]) -> None:
         """Go on with what an earlier process left; engines that still run are adopted, others started again."""
@@ -67,7 +68,7 @@ class Rollout:
     async def close(self) -> None:
         """Stop all. Engines are left as they are: the cluster ends them, or the next process adopts them."""
         await self.stop_driving()
-        await self._lifecycle.launcher.close()
+        await self._launcher.close()
 
     async def stop_driving(self) -> None:
         """Change nothing from now on; what is served goes on being served."""
@@ -123,7 +124,7 @@ class Rollout:
         if known is not None and known.asked_spec != spec:
             raise AlreadyExists(f"{known.name} exists with another spec; take another revision id")
         if known is not None and known.state not in ENDED:
-            await self._lifecycle.driver.wake(known)
+            await self._driver.wake(known)
         if known is not None and known.state not in ENDED and not self._lifecycle.drives(known):
             # Nobody drives it: it drains, or could not be stopped when that was tried.
             await self._lifecycle.endings.outlast(known.name, self._lifecycle.stop(owner, known))
@@ -197,7 +198,7 @@ class Rollout:
         """Load and unload adapters of a running revision. Raises NotFound, FailedPrecondition, Unavailable."""
         owner, found = self.get(deployment), self.get_revision(deployment, revision)
         async with self._changing[found.name]:
-            await self._lifecycle.driver.change_adapters(owner, found, adapters)
+            await self._driver.change_adapters(owner, found, adapters)
         return found
 
     async def _shift(self, owner: Deployment, traffic: Mapping[str, int], asked_time: float = math.inf) -> None:
@@ -260,7 +261,7 @@ class Rollout:
 
     def _target(self, revision: Revision) -> Target:
         ready = revision.state is State.READY
-        address = self._lifecycle.driver.addresses.get(revision.name, "") if ready else ""
+        address = self._driver.addresses.get(revision.name, "") if ready else ""
         ids = (revision.deployment, revision.revision)
         spec, engine = revision.spec, ENGINES[revision.spec.engine]
         adapters = {a: adapter_model(revision.deployment, a, digest) for a, digest in revision.adapters.items()}

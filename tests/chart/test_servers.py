@@ -138,5 +138,7 @@ def test_a_long_release_name_still_makes_valid_names() -> None:
 def test_where_an_ingress_is_people_are_told_its_address(render: Render) -> None:
     server = render("external-s3").get("Deployment", "fabrictune-inference")
     assert env(server)["FABRICTUNE_GATEWAY_URL"] == "https://fabrictune.example.com"
+    off = render("external-s3", ingress={"enabled": False}).get("Deployment", "fabrictune-inference")
+    assert env(off)["FABRICTUNE_GATEWAY_URL"].startswith("https://fabrictune-inference.")
     evaluation = render("external-s3").template("evaluation")[0]
     assert env(evaluation)["FABRICTUNE_GATEWAY_URL"].startswith("https://fabrictune-inference.")

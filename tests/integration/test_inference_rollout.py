@@ -18,7 +18,7 @@ import pytest
 from services.common.clusters import Phase, Workload, WorkloadStatus
 from services.common.clusters.local import LocalCluster
 from services.common.errors import AlreadyExists, FailedPrecondition, Unavailable
-from services.inference import endings, saver
+from services.inference import endings, launch, saver
 from services.inference.engine import Hardware, Model, describe_model
 from services.inference.gateway import Gateway
 from services.inference.launch import Artifacts, Limits
@@ -360,7 +360,7 @@ async def test_a_new_process_waits_for_no_engine_that_has_gone_while_it_drained(
     [engine] = await house.cluster.list("engine")
     await house.cluster.delete(engine.name)
     second = house.open()
-    second.limits = replace(second.limits, drain=60)
+    second._launcher.limits = replace(second.limits, drain=60)
     await second.restore([left])
     await eventually(lambda: second.get_revision("x", "a").state is State.STOPPED)
 
@@ -512,7 +512,7 @@ async def test_a_revision_asked_for_again_right_after_it_failed_waits_for_its_en
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rollout = house.open()
-    launcher = rollout._lifecycle.launcher
+    launcher = rollout._launcher
     smoke, refusals = launcher.smoke, [FailedPrecondition("this once")]
 
     async def refuse_once(address: str, model: str) -> None:
@@ -546,9 +546,9 @@ async def test_an_engine_that_the_cluster_did_not_delete_at_once_is_deleted_late
             await asyncio.sleep(0.02)
 
 
-async def test_an_engine_that_never_ends_its_first_answer_fails(house: House) -> None:
+async def test_an_engine_that_never_ends_its_first_answer_fails(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "OWN_REQUEST", aiohttp.ClientTimeout(total=0.3))
     rollout = house.open()
-    rollout._lifecycle.launcher.limits = replace(rollout.limits, answer=0.3)
     await rollout.create_revision("x", "a", spec("--hanging"))
     made = await rollout.wait("x", "a")
     assert made.state is State.FAILED and "did not end it" in made.message
@@ -811,7 +811,7 @@ async def test_a_revision_that_failed_while_it_was_warm_is_not_stopped_once_it_i
     await rollout.set_traffic("x", {"b": 100})
     made = rollout.get_revision("x", "a")
     rollout._lifecycle._drives[made.name].cancel()
-    await rollout._lifecycle.driver._fail(rollout.get("x"), made, FailedPrecondition("it is too far off"))
+    await rollout._driver._fail(rollout.get("x"), made, FailedPrecondition("it is too far off"))
     await ready(rollout, "a")
     await asyncio.sleep(2)
     assert made.state is State.READY

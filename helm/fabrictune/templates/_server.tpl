@@ -24,9 +24,9 @@
 {{ include "fabrictune.env.engineHardware" .root }}
 - {name: FABRICTUNE_ENGINE_GRACE_SECONDS, value: {{ .root.Values.engine.terminationGracePeriodSeconds | quote }}}
 {{- /* What it tells people: they are outside. */}}
-{{- with .root.Values.ingress.host | default .root.Values.gatewayApi.host }}
-- {name: FABRICTUNE_GATEWAY_URL, value: "https://{{ . }}"}
-{{- end }}
+{{- range $each := list .root.Values.gatewayApi .root.Values.ingress }}{{ if $each.enabled }}
+- {name: FABRICTUNE_GATEWAY_URL, value: "https://{{ $each.host }}"}
+{{- end }}{{ end }}
 - {name: FABRICTUNE_ENGINE_START_SECONDS, value: {{ .root.Values.engine.startSeconds | quote }}}
 {{- end }}
 {{- end }}

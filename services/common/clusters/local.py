@@ -31,12 +31,10 @@ from services.common.clusters.journal import (
     workload_to_json,
 )
 from services.common.clusters.processes import is_alive, signal_group, start_ticks
+from services.common.config import load_server
 from services.common.errors import NEVER_RETRY, AlreadyExists, DeadlineExceeded, FailedPrecondition, WorkerLost
 from services.common.logs import get_logger
 
-# From SIGTERM to SIGKILL. A training job saves a checkpoint once its step is done; an engine has nothing to save, and
-# vLLM is deaf to SIGTERM while it loads.
-JOB_GRACE_SECONDS, SERVER_GRACE_SECONDS = 120.0, 15.0
 POLL_SECONDS = 0.2
 LOST = WorkerLost("the worker's process has gone without an outcome; was it killed, or did memory run out?")
 
@@ -296,7 +294,11 @@ def _end_all(entries: Sequence[Entry]) -> None:
 
 
 def _grace(workload: Workload) -> float:
-    return SERVER_GRACE_SECONDS if workload.port else JOB_GRACE_SECONDS
+    """Seconds from SIGTERM to SIGKILL. A training saves a checkpoint once its step is done; an engine has nothing to save, and
+    vLLM is deaf to SIGTERM while it loads.
+    """
+    config = load_server()
+    return config.engine_grace_seconds if workload.port else config.grace_seconds
 
 
 def count_gpus() -> int:
