@@ -1,4 +1,4 @@
-"""What this machine's processor can do, by the flags of /proc/cpuinfo."""
+"""What this machine's processor can do, by the flags of /proc/cpuinfo, and how programs share it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from functools import cache
 from pathlib import Path
 
 _BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+
+SHARED_CORES = {"GOMP_SPINCOUNT": "1000"}
+"""Environment of programs that compute with torch on cores that others use too: a rollout's old engine, a pod's neighbours.
+
+A thread of GNU OpenMP that waits for the others of its program spins, for milliseconds unless it is told not to, on the
+core that those need: two programs of torch side by side take 4 to 6 times as long as one instead of twice. After 1000
+turns (microseconds) it sleeps; a program alone runs as fast (docs/training.md).
+"""
 
 
 @cache

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from services.common.clusters import ADAPTERS_OF, Workload
-from services.common.cpu import cpu_flags, multiplies_bfloat16
+from services.common.cpu import SHARED_CORES, cpu_flags, multiplies_bfloat16
 from services.common.errors import InvalidData, InvalidSpec, Violation
 from services.common.model_code import files_naming_code
 from services.inference.engines import ENGINES, SHUTDOWN_SECONDS, model_type
@@ -155,6 +155,7 @@ def render_engine(
             # Two revisions run side by side while one takes over: bound to cores they would fight for the same one.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(hardware.cores),
+            **SHARED_CORES,
             # vLLM computes in its engine's process, not in one more, which would import all of vLLM once again (seconds of
             # the start, 0.7 GB) and be asked through shared memory by spinning, a core less for computing.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

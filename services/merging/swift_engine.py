@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from services.common.cpu import SHARED_CORES
 from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, ResourceExhausted
 from services.common.model_code import files_naming_code
 
@@ -29,6 +30,7 @@ def merge_with_swift(base: Path, adapter: Path, output: Path) -> None:
     merged = output / ".merged"
     argv = plan_swift(base, adapter, merged)
     environment = {
+        **SHARED_CORES,
         "HF_HUB_OFFLINE": "1",
         "USE_HF": "1",  # ModelScope's hub knows no offline mode
         "PYTHONSAFEPATH": "1",

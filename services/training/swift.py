@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from services.common.cpu import SHARED_CORES
 from services.common.stage import Child
 from services.training.presets import OWN, Preset, fit_accumulation, load_preset
 from services.training.spec import DEFAULT_SEED, Spec
@@ -182,6 +183,7 @@ def environment(paths: Paths, hardware: Hardware) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(hardware.threads),
+        **SHARED_CORES,
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "1",  # a file in the working directory must not shadow a module
         **({} if hardware.gpus else {"CUDA_VISIBLE_DEVICES": ""}),

@@ -426,14 +426,15 @@ async def test_a_wrong_engine_setting_is_refused_and_a_rollback_under_load_fails
         refused, healthy = await rollout.wait("tiny", "wrong"), await rollout.wait("tiny", "r2")
         assert refused.state is State.FAILED and "does not compute what the model says" in refused.message
         assert healthy.state is State.READY and running.saved["tiny"].traffic == {"r1": 100}
-        served = []
         for revision in ("r2", "r1"):  # there, and back
             await rollout.set_traffic("tiny", {revision: 100})
+            async with asyncio.timeout(60):
+                while not rollout.routes.in_flight("tiny", revision):
+                    await asyncio.sleep(0.005)  # between two answers nothing is in flight
             await asyncio.sleep(1)
-            served.append(running.rollout.routes.in_flight("tiny", revision))
         is_over.set()
         answers = [answer for told in await asyncio.gather(*clients) for answer in told]
-    assert min(served) > 0 and len(answers) > 20
+    assert len(answers) > 20
     assert all(status == 200 and raw.endswith(b"data: [DONE]") for status, raw in answers)
 
 
