@@ -18,6 +18,7 @@ NAMES = (
     "training_memory",
     "training_switches",
     "training_attention",
+    "shared_cores",
     "serving",
     "serving_vllm",
 )

@@ -12,8 +12,8 @@ SHARED_CORES = {"GOMP_SPINCOUNT": "1000"}
 """Environment of programs that compute with torch on cores that others use too: a rollout's old engine, a pod's neighbours.
 
 A thread of GNU OpenMP that waits for the others of its program spins, for milliseconds unless it is told not to, on the
-core that those need: two programs of torch side by side take 4 to 6 times as long as one instead of twice. After 1000
-turns (microseconds) it sleeps; a program alone runs as fast (docs/training.md).
+core that those need: two programs of torch side by side take 4 to 6 times as long as one. After 1000 turns (microseconds)
+it sleeps (docs/training.md).
 """
 
 

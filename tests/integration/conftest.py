@@ -1,42 +1,39 @@
 """modelscope-agent 0.7.1 itself, for the tests that ask RolePlay.
 
-It gets a venv of its own (228 MB, about a minute), since its dependencies are no concern of ours.
-FABRICTUNE_ROLEPLAY_VENV names a folder where that venv is kept, or is found again.
+It gets a venv of its own (228 MB, about a minute), since its dependencies are no concern of ours. It stays in build/roleplay,
+or in the folder that FABRICTUNE_ROLEPLAY_VENV names, for the next session.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PACKAGE = "modelscope-agent==0.7.1"
-NEEDED = Path(__file__).resolve().parents[2] / "examples/agentfabric/requirements.txt"
+ROOT = Path(__file__).resolve().parents[2]
+NEEDED = ROOT / "examples/agentfabric/requirements.txt"
 NO_NETWORK = re.compile(
     "NewConnectionError|NameResolutionError|ConnectTimeoutError|Network is unreachable|Temporary failure in name"
 )
 
 
 @pytest.fixture(scope="session")
-def role_play_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def role_play_python() -> Path:
     """The interpreter of a venv that has the package. Tests that ask for it belong to the xdist group "roleplay"."""
-    kept = os.environ.get("FABRICTUNE_ROLEPLAY_VENV")
-    folder = Path(kept) if kept else tmp_path_factory.mktemp("roleplay") / "venv"
+    folder = Path(os.environ.get("FABRICTUNE_ROLEPLAY_VENV") or ROOT / "build/roleplay")
     found, complete = folder / "bin/python", folder / "complete"
-    if not complete.exists():
+    wanted = f"{sys.version}\n{PACKAGE}\n{NEEDED.read_text(encoding='utf-8')}"
+    if not complete.exists() or complete.read_text(encoding="utf-8") != wanted:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         install(found, "--no-deps", PACKAGE)
         install(found, "-r", str(NEEDED))
-        complete.touch()
-    yield found
-    if not kept:
-        shutil.rmtree(folder)  # pytest would keep those of the last three sessions
+        complete.write_text(wanted, encoding="utf-8")
+    return found
 
 
 def install(python: Path, *packages: str) -> None:
