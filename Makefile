@@ -35,8 +35,8 @@ environment:
 
 .PHONY: test
 test: setup ## Run every test: real gRPC, a real S3 server, a real (tiny) training, a real vLLM (minutes)
-	$(BIN)/pytest -m "not heavy" -n 2 --dist loadgroup --durations=10
-	$(BIN)/pytest -m heavy --durations=15
+	$(BIN)/pytest tests/unit tests/chart -n 2 --dist loadgroup
+	$(BIN)/pytest tests/integration --durations=15
 
 ##@ While you work
 

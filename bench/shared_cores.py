@@ -1,6 +1,6 @@
 """Two programs of torch on the same cores: with services.common.cpu.SHARED_CORES, and as GNU OpenMP has it (the baseline).
 
-The limit: side by side each takes as many times as long as there are programs.
+If one keeps all cores busy, side by side each takes as many times as long as there are programs; less if it does not.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run() -> bool:
                 calls = [pool.submit(call, __name__, "compute", env=ways[way]) for _ in range(number)]
                 seconds.append(statistics.mean(c.result().seconds for c in calls))
     table = Table(title=f"{STEPS} steps, {len(os.sched_getaffinity(0))} cores", title_justify="left")
-    for column in ("", "alone", f"{PROGRAMS} side by side", "as many times as long", "limit"):
+    for column in ("", "alone", f"{PROGRAMS} side by side", "as many times as long", "all cores busy"):
         table.add_column(column, justify="right" if column else "left")
     for way in ways:
         alone, beside = (statistics.median(took[way, number]) for number in (1, PROGRAMS))

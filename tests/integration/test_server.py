@@ -80,7 +80,7 @@ async def get(target: grpc.aio.Channel, name: str, **more: Any) -> artifact_pb2.
 
 
 async def test_a_store_that_starts_beside_the_server_is_waited_for_but_not_for_ever(
-    object_store: StoreConfig, unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch
+    object_store: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = urlsplit(object_store.endpoint)
 
@@ -94,16 +94,22 @@ async def test_a_store_that_starts_beside_the_server_is_waited_for_but_not_for_e
             writer.write(data)
         writer.close()
 
-    late = object_store.model_copy(update={"endpoint": f"http://127.0.0.1:{unused_tcp_port}"})
-    waiting = asyncio.create_task(wait_for_store(late))
-    await asyncio.sleep(2)
-    assert not waiting.done()
-    async with await asyncio.start_server(hand_on, "127.0.0.1", unused_tcp_port):
-        assert (await asyncio.wait_for(waiting, 20)).bucket == object_store.bucket
-        waiting.result().http.clear()  # or its open connections would keep the relay
-    monkeypatch.setattr(main, "STORE_PATIENCE_SECONDS", 0)
-    with pytest.raises(Unavailable, match=f"127.0.0.1:{unused_tcp_port} does not answer"):
-        await wait_for_store(late)
+    def at(held: socket.socket) -> StoreConfig:
+        """The store behind an address that refuses connections until somebody listens there; nobody else gets it."""
+        held.bind(("127.0.0.1", 0))
+        return object_store.model_copy(update={"endpoint": f"http://127.0.0.1:{held.getsockname()[1]}"})
+
+    with socket.socket() as held, socket.socket() as never:
+        waiting = asyncio.create_task(wait_for_store(at(held)))
+        await asyncio.sleep(2)
+        assert not waiting.done()
+        async with await asyncio.start_server(hand_on, sock=held):
+            assert (await asyncio.wait_for(waiting, 20)).bucket == object_store.bucket
+            waiting.result().http.clear()  # or its open connections would keep the relay
+        monkeypatch.setattr(main, "STORE_PATIENCE_SECONDS", 0)
+        absent = at(never)
+        with pytest.raises(Unavailable, match=f"{urlsplit(absent.endpoint).netloc} does not answer"):
+            await wait_for_store(absent)
 
 
 async def test_health_reflection_and_metrics(server: Server) -> None:
