@@ -407,7 +407,7 @@ async def test_adapters_are_loaded_and_unloaded_while_the_engine_runs_and_are_th
 
 
 async def test_a_wrong_engine_setting_is_refused_and_a_rollback_under_load_fails_nobody(running: Running) -> None:
-    rollout, is_over = running.rollout, asyncio.Event()
+    rollout, are_loaded, is_over = running.rollout, asyncio.Event(), asyncio.Event()
 
     async def keep_asking(session: aiohttp.ClientSession) -> list[tuple[int, bytes]]:
         answers = []
@@ -415,6 +415,8 @@ async def test_a_wrong_engine_setting_is_refused_and_a_rollback_under_load_fails
         while not is_over.is_set():
             async with session.post(f"{running.url}/completions", json=body) as response:
                 answers.append((response.status, (await response.read()).rstrip()))
+            if not are_loaded.is_set():
+                await asyncio.sleep(0.5)  # two engines import vLLM on these cores
         return answers
 
     async with aiohttp.ClientSession() as session:
@@ -426,6 +428,7 @@ async def test_a_wrong_engine_setting_is_refused_and_a_rollback_under_load_fails
         refused, healthy = await rollout.wait("tiny", "wrong"), await rollout.wait("tiny", "r2")
         assert refused.state is State.FAILED and "does not compute what the model says" in refused.message
         assert healthy.state is State.READY and running.saved["tiny"].traffic == {"r1": 100}
+        are_loaded.set()
         for revision in ("r2", "r1"):  # there, and back
             await rollout.set_traffic("tiny", {revision: 100})
             async with asyncio.timeout(60):
