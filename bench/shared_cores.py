@@ -1,4 +1,4 @@
-"""Two programs of torch on the same cores: with services.common.cpu.SHARED_CORES, and as GNU OpenMP has it (the baseline).
+"""Two programs of torch on the same cores: with services.common.programs.SHARED_CORES, and as GNU OpenMP has it (the baseline).
 
 If one keeps all cores busy, side by side each takes as many times as long as there are programs; less if it does not.
 """
@@ -9,12 +9,12 @@ import os
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
+import torch  # here, for `call` counts no imports
 from rich.console import Console
 from rich.table import Table
 
 from bench.measure import call
-from services.common.cpu import SHARED_CORES
+from services.common.programs import SHARED_CORES
 
 LAYERS, WIDTH, INNER, TOKENS, STEPS = 30, 576, 1536, 64, 12
 """SmolLM2-135M's feed-forward layers, and as many tokens as an engine's busy step or a short row."""

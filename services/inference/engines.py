@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from services.common.programs import MS_SWIFT
+
 EngineName = Literal["vllm", "swift"]
 
 SHUTDOWN_SECONDS = 10
@@ -146,7 +148,7 @@ ENGINES: Mapping[EngineName, Engine] = {
             "--external-plugins": "it would run code that is in no artifact",
             "--custom-register-path": "it would run code that is in no artifact",
         },
-        env={"USE_HF": "1"},  # ModelScope's hub knows no offline mode
+        env=MS_SWIFT,
         tools=False,
         adapters=False,
         says_served_name=False,  # it says the folder's

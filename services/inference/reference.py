@@ -19,8 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from services.common.cpu import SHARED_CORES
 from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData
+from services.common.programs import TORCH_PROGRAM
 
 PROMPTS_VERSION = 1
 """Raise it with every change of PROMPTS: references of another version are computed again."""
@@ -159,7 +159,7 @@ async def run_reference(
     """Compute it in another process; cancelling ends that too. Raises FailedPrecondition with the end of its log."""
     argv = ["-m", "services.inference.reference", "--model", str(model), "--output", str(output)]
     argv += ["--dtype", dtype, "--digest", digest, *(["--trust-remote-code"] if trust_remote_code else [])]
-    env = {**os.environ, **SHARED_CORES, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    env = {**os.environ, **TORCH_PROGRAM}
     root = Path(__file__).parents[2]
     child = await asyncio.create_subprocess_exec(
         sys.executable, *argv, env=env, cwd=root, stdin=asyncio.subprocess.DEVNULL,

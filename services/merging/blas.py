@@ -13,7 +13,7 @@ import os
 import sys
 from typing import Any
 
-from services.common.cpu import cpu_flags
+from services.common.machine import cpu_flags
 
 
 def _ask_for_kernels() -> None:

@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from services.common.cpu import SHARED_CORES
 from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, ResourceExhausted
 from services.common.model_code import files_naming_code
+from services.common.programs import MS_SWIFT, TORCH_PROGRAM
 
 LAST_LINES = 15
 # ms-swift cannot tell some models by their config.json, since several of its types share an architecture. A merge needs no
@@ -30,9 +30,8 @@ def merge_with_swift(base: Path, adapter: Path, output: Path) -> None:
     merged = output / ".merged"
     argv = plan_swift(base, adapter, merged)
     environment = {
-        **SHARED_CORES,
-        "HF_HUB_OFFLINE": "1",
-        "USE_HF": "1",  # ModelScope's hub knows no offline mode
+        **TORCH_PROGRAM,
+        **MS_SWIFT,
         "PYTHONSAFEPATH": "1",
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
     }

@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from services.common.cpu import cpu_flags, multiplies_bfloat16
 from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, Violation
+from services.common.machine import cpu_flags, free_port, multiplies_bfloat16
 from services.common.model_code import files_naming_code
 from services.common.reporter import Progress, Reporter, Silent
 from services.training.estimate import (
@@ -102,7 +101,7 @@ def hardware_here(spec: Spec) -> Hardware:
         raise FailedPrecondition(f"spec.resources.gpus asks for {gpus} GPUs on a node, and {seen} can be seen here")
     rank = int(os.environ.get("NODE_RANK", os.environ.get("JOB_COMPLETION_INDEX", "0")))
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    port = int(os.environ.get("MASTER_PORT", "29500" if nodes > 1 else str(_free_port())))
+    port = int(os.environ.get("MASTER_PORT", "29500" if nodes > 1 else str(free_port())))
     threads = max(len(os.sched_getaffinity(0)) // max(gpus, 1), 1)
     return Hardware(gpus, nodes, rank if nodes > 1 else 0, address, port, threads, multiplies_bfloat16(cpu_flags()))
 
@@ -254,9 +253,3 @@ def _chat_template(model: Path) -> str:
         return ""
     template = config.get("chat_template") or "" if isinstance(config, dict) else ""
     return template if isinstance(template, str) else json.dumps(template, ensure_ascii=False)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

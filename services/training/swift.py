@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.common.cpu import SHARED_CORES
+from services.common.programs import MS_SWIFT, TORCH_PROGRAM
 from services.common.stage import Child
 from services.training.presets import OWN, Preset, fit_accumulation, load_preset
 from services.training.spec import DEFAULT_SEED, Spec
@@ -174,16 +174,13 @@ def seed_of(spec: Spec) -> int:
 def environment(paths: Paths, hardware: Hardware) -> dict[str, str]:
     """What the child's environment needs: no hub, no telemetry, caches of its own, threads that fit the processes."""
     return {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "USE_HF": "1",  # ModelScope's hub knows no offline mode
+        **TORCH_PROGRAM,
+        **MS_SWIFT,
         "MODELSCOPE_CACHE": str(paths.work / "cache"),
         "HF_DATASETS_CACHE": str(paths.work / "cache" / "datasets"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(hardware.threads),
-        **SHARED_CORES,
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "1",  # a file in the working directory must not shadow a module
         **({} if hardware.gpus else {"CUDA_VISIBLE_DEVICES": ""}),

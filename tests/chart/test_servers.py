@@ -24,6 +24,14 @@ def test_every_variable_that_the_chart_sets_is_a_setting(render: Render, case: s
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_no_container_is_told_a_variable_twice(render: Render, case: str) -> None:
+    for title, pod in render(case).pods():
+        for each in [*pod.get("initContainers", ()), *pod["containers"]]:
+            names = [variable["name"] for variable in each.get("env", ())]
+            assert len(names) == len(set(names)), f"{title}: {names}"
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_every_module_that_a_pod_runs_is_there(render: Render, case: str) -> None:
     modules = set()
     for _, pod in render(case).pods():

@@ -48,7 +48,8 @@ volumes: {{- include "fabrictune.job.volumes" . | nindent 2 }}
 - {name: FABRICTUNE_DATA_DIR, value: /var/lib/fabrictune}
 {{ include "fabrictune.env.store" .root }}
 {{- if eq .kind "evaluation" }}
-{{ include "fabrictune.env.caller" .root }}
+- {name: FABRICTUNE_GATEWAY_URL, value: {{ include "fabrictune.gateway" .root | quote }}}
+{{- include "fabrictune.env.caller" .root }}
 {{- end }}
 {{- if eq .kind "training" }}
 - {name: FABRICTUNE_GRACE_SECONDS, value: {{ .own.terminationGracePeriodSeconds | quote }}}

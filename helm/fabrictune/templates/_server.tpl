@@ -14,7 +14,8 @@
 {{ include "fabrictune.env.store" .root }}
 {{- include "fabrictune.env.guard" .root }}
 {{- if has .service (list "pipeline" "inference") }}
-{{ include "fabrictune.env.caller" .root }}
+- {name: FABRICTUNE_GATEWAY_URL, value: {{ include (ternary "fabrictune.publicGateway" "fabrictune.gateway" (eq .service "inference")) .root | quote }}}
+{{- include "fabrictune.env.caller" .root }}
 {{- end }}
 {{- if eq .service "pipeline" }}
 {{ include "fabrictune.env.endpoints" .root }}
@@ -23,10 +24,6 @@
 - {name: FABRICTUNE_OWNER, value: {{ $fullname }}-inference}
 {{ include "fabrictune.env.engineHardware" .root }}
 - {name: FABRICTUNE_ENGINE_GRACE_SECONDS, value: {{ .root.Values.engine.terminationGracePeriodSeconds | quote }}}
-{{- /* What it tells people: they are outside. */}}
-{{- range $each := list .root.Values.gatewayApi .root.Values.ingress }}{{ if $each.enabled }}
-- {name: FABRICTUNE_GATEWAY_URL, value: "https://{{ $each.host }}"}
-{{- end }}{{ end }}
 - {name: FABRICTUNE_ENGINE_START_SECONDS, value: {{ .root.Values.engine.startSeconds | quote }}}
 {{- end }}
 {{- end }}

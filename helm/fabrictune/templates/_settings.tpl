@@ -23,10 +23,21 @@
 {{- end }}
 {{- end }}
 
-{{/* What a caller of our servers needs: the gateway, a token, the authority */}}
+{{/* Where a caller within the cluster reaches the gateway */}}
+{{- define "fabrictune.gateway" -}}
+{{ ternary "http" "https" (eq .Values.tls.mode "off") }}://{{ include "fabrictune.address" (dict "root" . "name" "inference" "port" 8480) }}
+{{- end }}
+
+{{/* Where people reach it: they are outside */}}
+{{- define "fabrictune.publicGateway" -}}
+{{- if .Values.ingress.enabled }}https://{{ .Values.ingress.host }}
+{{- else if .Values.gatewayApi.enabled }}https://{{ .Values.gatewayApi.host }}
+{{- else }}{{ include "fabrictune.gateway" . }}
+{{- end }}
+{{- end }}
+
+{{/* What a caller of our servers needs besides the gateway's address: a token, the authority */}}
 {{- define "fabrictune.env.caller" -}}
-{{- $scheme := ternary "http" "https" (eq .Values.tls.mode "off") -}}
-- {name: FABRICTUNE_GATEWAY_URL, value: "{{ $scheme }}://{{ include "fabrictune.address" (dict "root" . "name" "inference" "port" 8480) }}"}
 {{- if ne .Values.auth.mode "off" }}
 - {name: FABRICTUNE_TOKEN, valueFrom: {secretKeyRef: {name: {{ .Values.auth.existingSecret | default (printf "%s-token-services" (include "fabrictune.fullname" .)) }}, key: token}}}
 {{- end }}

@@ -72,6 +72,15 @@ def read_entry(file: Path) -> Entry | None:
         return None
 
 
+def write_entry(file: Path, entry: Entry) -> None:
+    """Write it whole or not at all."""
+    record = {k: v for k, v in vars(entry).items() if k not in ("workload", "phase", "process")}
+    record |= {"phase": entry.phase.value, "workload": workload_to_json(entry.workload)}
+    draft = file.with_suffix(".tmp")
+    draft.write_text(json.dumps(record, indent=1))
+    draft.replace(file)
+
+
 def read_termination(file: Path) -> dict[str, Any] | None:
     """The {exit_code, status} that a worker has left; None when it left none."""
     try:

@@ -8,12 +8,9 @@ while it has attempts left. Jobs run a few at a time, in the order they came; se
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
-import socket
-import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,11 +26,13 @@ from services.common.clusters.journal import (
     status_of,
     status_to_json,
     workload_to_json,
+    write_entry,
 )
-from services.common.clusters.processes import is_alive, signal_group, start_ticks
-from services.common.config import load_server
+from services.common.clusters.leftovers import end_all, grace_seconds
+from services.common.clusters.processes import is_alive, signal_group, signal_one, start_ticks
 from services.common.errors import NEVER_RETRY, AlreadyExists, DeadlineExceeded, FailedPrecondition, WorkerLost
 from services.common.logs import get_logger
+from services.common.machine import count_gpus, free_port
 
 POLL_SECONDS = 0.2
 LOST = WorkerLost("the worker's process has gone without an outcome; was it killed, or did memory run out?")
@@ -78,7 +77,7 @@ class LocalCluster:
         if not stop_workloads:
             return
         running = [e for e in self._entries.values() if e.phase is Phase.RUNNING]
-        await asyncio.to_thread(_end_all, running)
+        await asyncio.to_thread(end_all, running)
         for entry in running:
             if entry.process is not None:
                 await entry.process.wait()  # else its transport outlives the loop
@@ -189,7 +188,7 @@ class LocalCluster:
 
     async def _spawn(self, entry: Entry) -> None:
         work, name = entry.workload, entry.workload.name
-        entry.port = _free_port() if work.port else 0
+        entry.port = free_port() if work.port else 0
         argv = [a.replace("{port}", str(entry.port)) for a in work.argv]
         termination = self._termination_file(name)
         termination.unlink(missing_ok=True)
@@ -219,7 +218,7 @@ class LocalCluster:
                 late = DeadlineExceeded(f"ran longer than {limit:.0f} s (run_timeout)")
                 entry.error, entry.stop_time = status_to_json(late.to_status()), now
                 signal_one(entry.pid, signal.SIGTERM)
-            if entry.stop_time and now - entry.stop_time > _grace(work):
+            if entry.stop_time and now - entry.stop_time > grace_seconds(work):
                 signal_group(entry.pid, signal.SIGKILL)
             return
         if entry.process is not None and code is None:
@@ -249,12 +248,7 @@ class LocalCluster:
         self._save(entry)
 
     def _save(self, entry: Entry) -> None:
-        record = {k: v for k, v in vars(entry).items() if k not in ("workload", "phase", "process")}
-        record |= {"phase": entry.phase.value, "workload": workload_to_json(entry.workload)}
-        file = self._folder / "journal" / f"{entry.workload.name}.json"
-        draft = file.with_suffix(".tmp")
-        draft.write_text(json.dumps(record, indent=1))
-        draft.replace(file)
+        write_entry(self._folder / "journal" / f"{entry.workload.name}.json", entry)
         for queue in self._watchers:
             queue.put_nowait(status_of(entry))
 
@@ -265,59 +259,6 @@ class LocalCluster:
 
     def _termination_file(self, name: str) -> Path:
         return self._folder / "termination" / f"{name}.json"
-
-
-def leftovers(folder: Path) -> int:
-    """End the processes in a journal that nobody looks after any more; returns how many. Blocks until they are gone."""
-    entries = [e for f in (folder / "journal").glob("*.json") if (e := read_entry(f)) is not None]
-    running = [e for e in entries if e.phase is Phase.RUNNING and is_alive(e.pid, e.started)]
-    _end_all(running)
-    for entry in entries:
-        if entry.phase in (Phase.PENDING, Phase.RUNNING):
-            (folder / "journal" / f"{entry.workload.name}.json").unlink(missing_ok=True)
-    return len(running)
-
-
-def _end_all(entries: Sequence[Entry]) -> None:
-    """SIGTERM, then SIGKILL to what has outlived its grace. Blocks until all are gone."""
-    for entry in entries:
-        if is_alive(entry.pid, entry.started):
-            signal_group(entry.pid, signal.SIGTERM)
-    begin = _now()
-    while left := [e for e in entries if is_alive(e.pid, e.started)]:
-        for entry in left:
-            if _now() - begin > _grace(entry.workload):
-                signal_group(entry.pid, signal.SIGKILL)
-        time.sleep(0.05)
-    for entry in entries:
-        signal_group(entry.pid, signal.SIGKILL)  # whatever its children left behind
-
-
-def _grace(workload: Workload) -> float:
-    """Seconds from SIGTERM to SIGKILL. A training saves a checkpoint once its step is done; an engine has nothing to save, and
-    vLLM is deaf to SIGTERM while it loads.
-    """
-    config = load_server()
-    return config.engine_grace_seconds if workload.port else config.grace_seconds
-
-
-def count_gpus() -> int:
-    """NVIDIA GPUs of this machine."""
-    return len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
-
-
-def signal_one(pid: int, number: signal.Signals) -> None:
-    """Send a signal to one process; nothing happens when it has gone."""
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _now() -> float:

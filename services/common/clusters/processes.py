@@ -21,6 +21,14 @@ def is_alive(pid: int, started: int) -> bool:
     return start_ticks(pid) == started
 
 
+def signal_one(pid: int, number: signal.Signals) -> None:
+    """Send a signal to one process; nothing happens when it has gone."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
 def signal_group(pid: int, number: signal.Signals) -> None:
     """Send a signal to the process group that `pid` leads; nothing happens when it has gone."""
     try:

@@ -1,20 +1,13 @@
-"""What this machine's processor can do, by the flags of /proc/cpuinfo, and how programs share it."""
+"""What this machine has: what its processor can do, GPUs, a port that is free."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Set
 from functools import cache
 from pathlib import Path
 
 _BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-
-SHARED_CORES = {"GOMP_SPINCOUNT": "1000"}
-"""Environment of programs that compute with torch on cores that others use too: a rollout's old engine, a pod's neighbours.
-
-A thread of GNU OpenMP that waits for the others of its program spins, for milliseconds unless it is told not to, on the
-core that those need: two programs of torch side by side take 4 to 6 times as long as one. After 1000 turns (microseconds)
-it sleeps (docs/training.md).
-"""
 
 
 @cache
@@ -29,3 +22,15 @@ def cpu_flags() -> frozenset[str]:
 def multiplies_bfloat16(flags: Set[str]) -> bool:
     """Whether it multiplies bfloat16 itself: emulated, it is slower than float32."""
     return bool(_BFLOAT16 & flags)
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs, by their device files."""
+    return len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
