@@ -63,7 +63,7 @@ class ServerConfig(BaseSettings):
     owner: str = Field("", description="Kubernetes: the Deployment that owns the engines, so that they go with it")
     engine_hardware: str = Field("", description="Kubernetes: what an engine's node has, as JSON; see inference.engine")
     grace_seconds: float = Field(120, gt=0, description="a worker that was told to end is killed after these")
-    engine_grace_seconds: float = Field(15, gt=0, description="and an engine")
+    engine_grace_seconds: float = Field(15, gt=0, description="and so is an engine")
     engine_start_seconds: float = Field(
         1800, gt=0, description="how long an engine may load its model, from its process's start until it answers"
     )
