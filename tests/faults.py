@@ -19,9 +19,9 @@ from pathlib import Path
 import psutil
 
 from services.common.artifacts import Artifacts
+from services.common.checkpoints import checkpoints_of
 from services.common.config import StoreConfig
 from services.common.store import Store
-from services.common.worker import checkpoints_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 240.0

@@ -11,52 +11,28 @@ from __future__ import annotations
 import builtins
 import fcntl
 import hashlib
-import re
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from services.common.errors import AlreadyExists, DataLoss, InvalidData, InvalidSpec, NotFound, ResourceExhausted
-from services.common.file_digests import File as File
-from services.common.file_digests import digest_of_files as digest_of_files
-from services.common.resources import ID_PATTERN
+from services.common.errors import AlreadyExists, DataLoss, InvalidSpec, NotFound, ResourceExhausted
+from services.common.manifests import (
+    COLLECTIONS,
+    File,
+    Manifest,
+    check_files,
+    check_name,
+    digest_of_files,
+    parse_manifest,
+)
 from services.common.store import Store
 from services.common.transfer import bytes_on_disk, download, upload
 
-COLLECTIONS = ("datasets", "models", "adapters", "reports")
-# Of a job that is not done, seen by its workers only: checkpoints, and what its nodes share.
-NAME = re.compile(
-    rf"({'|'.join(COLLECTIONS)})/{ID_PATTERN}|checkpoints/[A-Za-z0-9-]+/step-\d+|shares/[A-Za-z0-9-]+/node-\d+"
-)
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OnBytes = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What an artifact is: `manifest.json`."""
-
-    name: str
-    kind: str
-    files: tuple[File, ...]
-    digest: str
-    """sha256 of the sorted file list."""
-    attempt: str
-    """The folder below the name in which the files lie."""
-    created_by: Mapping[str, Any] = field(default_factory=dict)
-    """{job, spec, digest, inputs: [{name, digest}], versions}"""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    create_time: float = 0
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(f.size for f in self.files)
 
 
 class Artifacts:
@@ -76,7 +52,7 @@ class Artifacts:
         stored = self._store.get_json(f"{name}/manifest.json")
         if stored is None:
             raise NotFound(f"there is no artifact {name}", {"name": name})
-        return _parse(name, stored)
+        return parse_manifest(name, stored)
 
     def exists(self, name: str) -> bool:
         """Whether it is there, whole. Raises InvalidSpec (no artifact's name)."""
@@ -97,7 +73,9 @@ class Artifacts:
         ids = self._store.list_folders(f"{collection}/", start_after=after, limit=size + 1)
         found = [self._store.get_json(f"{collection}/{i}/manifest.json") for i in ids[:size]]
         manifests = [
-            _parse(f"{collection}/{i}", stored) for i, stored in zip(ids, found, strict=False) if stored is not None
+            parse_manifest(f"{collection}/{i}", stored)
+            for i, stored in zip(ids, found, strict=False)
+            if stored is not None
         ]
         return manifests, ids[size - 1] if len(ids) > size else ""
 
@@ -162,7 +140,7 @@ class Artifacts:
         manifest = Manifest(
             name, kind, files, digest_of_files(files), attempt, created_by, metadata, round(time.time(), 3)
         )
-        if self._store.put_json(f"{name}/manifest.json", _plain(manifest), only_if_absent=True):
+        if self._store.put_json(f"{name}/manifest.json", manifest.to_json(), only_if_absent=True):
             return manifest
         there = self.get(name)
         self.discard(name, attempt, [file.path for file in files])
@@ -237,31 +215,6 @@ class Artifacts:
         return folder
 
 
-def check_name(name: str) -> None:
-    """Raises InvalidSpec when `name` cannot be an artifact's."""
-    if not NAME.fullmatch(name):
-        raise InvalidSpec(
-            f"{name!r} is no artifact's name; it looks like datasets/an-id (also models, adapters, reports)"
-        )
-
-
-def check_files(name: str, kind: str, paths: Sequence[str]) -> None:
-    """Refuse what may not be in an artifact. Raises InvalidSpec, InvalidData naming all that is wrong."""
-    check_name(name)
-    if not paths:
-        raise InvalidData(f"{name} would have no files")
-    outside = [
-        p for p in paths if PurePosixPath(p).is_absolute() or ".." in PurePosixPath(p).parts or p == "manifest.json"
-    ]
-    if outside:
-        raise InvalidData(f"{name} may not have a file called {outside[0]!r}")
-    pickled = [p for p in paths if p.lower().endswith(PICKLES)]
-    if kind in ("model", "adapter") and pickled:
-        raise InvalidData(f"{name} has pickled weights ({', '.join(pickled[:3])}); only safetensors are taken")
-    if kind == "model" and not any(p.endswith(".safetensors") for p in paths):
-        raise InvalidData(f"{name} has no .safetensors weights")
-
-
 def list_files(folder: Path) -> builtins.list[Path]:
     """All files below a folder, in order."""
     return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "manifest.json")
@@ -270,21 +223,6 @@ def list_files(folder: Path) -> builtins.list[Path]:
 def new_attempt() -> str:
     """A folder name for an upload that nobody else uses."""
     return f"files-{int(time.time())}-{secrets.token_hex(4)}"
-
-
-def _parse(name: str, stored: Mapping[str, Any]) -> Manifest:
-    try:
-        files = tuple(File(**f) for f in stored["files"])
-        manifest = Manifest(**{**stored, "files": files})
-    except (KeyError, TypeError) as error:
-        raise DataLoss(f"the manifest of {name} cannot be read: {error}") from None
-    if manifest.digest != digest_of_files(files):
-        raise DataLoss(f"the manifest of {name} was changed: its digest does not fit its files")
-    return manifest
-
-
-def _plain(manifest: Manifest) -> dict[str, Any]:
-    return {**asdict(manifest), "files": [asdict(f) for f in manifest.files]}
 
 
 @contextmanager

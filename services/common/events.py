@@ -51,7 +51,7 @@ class EventWriter:
         self._add({"artifact": {"name": name, "digest": digest}})
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """Workers of training replace this; see services.common.worker."""
+        """Workers of training replace this; see services.common.checkpoints."""
 
     def flush(self) -> None:
         """Send what has gathered. Raises errors of the store; the lines are kept then."""

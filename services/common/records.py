@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from services.common.artifacts import Artifacts, Manifest
+from services.common.artifacts import Artifacts
 from services.common.errors import AlreadyExists, InvalidSpec, NotFound, Violation
 from services.common.job_state import JobRecord
+from services.common.manifests import Manifest
 from services.common.resources import ID_PATTERN
 from services.common.stage import Stage
 from services.common.store import Store

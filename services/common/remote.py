@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from services.common.artifacts import Artifacts, File, Manifest, check_files, new_attempt
+from services.common.artifacts import Artifacts, new_attempt
 from services.common.errors import DataLoss, NotFound
+from services.common.manifests import File, Manifest, check_files
 from services.common.store import Store
 from services.common.transfer import upload_chunks
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from services.common.errors import InvalidData, ResourceExhausted
-from services.common.file_digests import File, digest_of_files
+from services.common.manifests import File, digest_of_files
 from services.merging.merge import AHEAD, Merge, Piece
 from services.merging.mixture import Mixture
 from services.merging.plan import Plan, plan_merge

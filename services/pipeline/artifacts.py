@@ -8,17 +8,11 @@ from typing import Any
 from google.protobuf import empty_pb2, json_format
 
 from fabrictune.v1 import artifact_pb2, artifact_pb2_grpc
-from services.common.artifacts import (
-    Artifacts,
-    File,
-    Manifest,
-    check_files,
-    digest_of_files,
-    new_attempt,
-)
+from services.common.artifacts import Artifacts, new_attempt
 from services.common.errors import AlreadyExists, DataLoss, InvalidSpec, NotFound, Violation
+from services.common.manifests import File, Manifest, check_files, digest_of_files
+from services.common.provenance import versions
 from services.common.store import Store
-from services.common.worker import versions
 from services.pipeline.lineage import lineage_key
 
 KINDS = ("dataset", "rows", "model", "adapter", "report")

@@ -13,13 +13,13 @@ from collections.abc import AsyncIterator
 import yaml
 from google.protobuf import json_format
 
+from services.common.attempts import claim_attempt
 from services.common.clusters import Phase, Workload, WorkloadStatus
 from services.common.errors import Cancelled, FabrictuneError, FailedPrecondition, internal_status
 from services.common.events import EventWriter
 from services.common.logs import get_logger
 from services.common.stage import Stage
 from services.common.store import Store
-from services.common.worker import claim_attempt
 from services.pipeline.graph import plan_stages
 from services.pipeline.reconcile import Reconciler
 from services.pipeline.spec import Spec

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from services.common.base_models import CHATML
 from services.common.errors import DataLoss, FailedPrecondition, InvalidData, ResourceExhausted
-from services.common.file_digests import File, digest_of_files
+from services.common.manifests import File, digest_of_files
 from services.merging import blas, rounding
 from services.merging.adapter import read_adapter
 from services.merging.folder import merge_folder
