@@ -11,7 +11,7 @@ from typing import Any
 
 from google.rpc import code_pb2
 
-from services.common.artifacts import Manifest
+from services.common.manifests import Manifest
 from services.common.records import digest_of
 from services.pipeline.clients import InferenceClient, RemoteError
 from services.pipeline.spec import DeploymentStage
@@ -51,6 +51,11 @@ class Revisions:
     def __init__(self, inference: InferenceClient) -> None:
         self._inference = inference
         self._users: dict[Served, set[str]] = {}
+        self._leaving = False
+
+    def leave(self) -> None:
+        """From now on none is stopped: this process ends, and the next one goes on with them."""
+        self._leaving = True
 
     async def start(self, served: Served, run: str) -> None:
         """Start it without traffic, or find it; returns when it is ready. Raises RemoteError when it fails."""
@@ -62,6 +67,8 @@ class Revisions:
 
         The run lets go only when that is done, so what was interrupted can be done again.
         """
+        if self._leaving:
+            return
         if self._is_free(served, run):
             await self._delete(served)
         if served.temporary and self._is_free(served, run):

@@ -16,6 +16,7 @@ from services.common.job_state import JobView, execution_of
 from services.common.jobs import Jobs
 from services.common.store import Store
 from services.common.validation import violations_of
+from services.pipeline.progress import read_stages
 from services.pipeline.reconcile import Reconciler
 from services.pipeline.runs import stage_names
 from services.pipeline.spec import Spec
@@ -87,8 +88,7 @@ class PipelineService(pipeline_pb2_grpc.PipelineServiceServicer):
         message = pipeline_pb2.PipelineRun(name=record.name, labels=dict(record.labels))
         json_format.ParseDict(dict(record.spec), message.spec)
         message.execution.CopyFrom(execution_of(view))
-        stored = await asyncio.to_thread(self._store.get_json, f"{record.name}/stages.json")
-        for stage in (stored or {}).get("stages", []):
+        for stage in await asyncio.to_thread(read_stages, record.name, self._store):
             json_format.ParseDict(stage, message.stages.add())
         return message
 

@@ -13,10 +13,10 @@ from fabrictune.v1 import artifact_pb2
 from services.common.artifacts import Artifacts
 from services.common.errors import GateNotMet, NotFound, Unavailable
 from services.common.store import Store
+from services.pipeline.admission import is_filled_in
 from services.pipeline.artifacts import ArtifactService
 from services.pipeline.clients import RemoteError
 from services.pipeline.lineage import lineage_key
-from services.pipeline.reconcile import _is_filled_in
 from services.pipeline.spec import Spec
 from tests.conftest import Recorder
 from tests.pipeline_stages import RUN, Stages, serve_stages
@@ -74,10 +74,10 @@ def test_only_a_missed_gate_can_be_forced() -> None:
 
 
 def test_what_a_run_fills_in_is_not_complained_of_but_what_is_named_alike_is() -> None:
-    assert _is_filled_in("evaluation", "spec.target")
-    assert _is_filled_in("evaluation", "spec.target.address")
-    assert not _is_filled_in("evaluation", "spec.targets[0].address")
-    assert not _is_filled_in("conversion", "spec.sources")
+    assert is_filled_in("evaluation", "spec.target")
+    assert is_filled_in("evaluation", "spec.target.address")
+    assert not is_filled_in("evaluation", "spec.targets[0].address")
+    assert not is_filled_in("conversion", "spec.sources")
 
 
 @pytest.fixture

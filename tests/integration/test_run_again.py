@@ -12,6 +12,8 @@ import pytest
 
 from fabrictune.v1 import job_pb2
 from services.common.artifacts import Artifacts
+from services.common.errors import Unavailable
+from services.common.manifests import Manifest
 from services.common.store import Store
 from services.pipeline.spec import Spec
 from tests.conftest import Recorder
@@ -194,3 +196,21 @@ async def test_a_job_whose_output_is_gone_is_begun_afresh(stages: Stages, report
     (after,) = stages.jobs["training"].jobs.values()
     assert stages.jobs["training"].resumed == []
     assert (after.name, after is before) == (before.name, False)
+
+
+async def test_a_store_that_cannot_be_asked_makes_no_job_begin_afresh(
+    stages: Stages, reporter: Recorder, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it holds may be hours of training. The run fails, and the next one goes on."""
+    spec = Spec.model_validate({**RUN, "evaluation": {}})
+    await stages.reconciler.drive("pipelineRuns/p", spec, reporter)
+    (before,) = stages.jobs["training"].jobs.values()
+
+    def away(name: str) -> Manifest:
+        raise Unavailable("the object store cannot be reached")
+
+    monkeypatch.setattr(artifacts, "get", away)
+    with pytest.raises(Unavailable):
+        await stages.reconciler.drive("pipelineRuns/q", spec, reporter)
+    (after,) = stages.jobs["training"].jobs.values()
+    assert after is before
