@@ -12,7 +12,20 @@ from typing import Annotated
 
 import typer
 
-from fabrictune.cli import artifacts, connect, doctor, jobs, rollout, run, serving, stages, traffic, up
+from fabrictune.cli import (
+    agentfabric,
+    artifacts,
+    chat,
+    connect,
+    doctor,
+    jobs,
+    rollout,
+    run,
+    serving,
+    stages,
+    traffic,
+    up,
+)
 from fabrictune.cli.context import EXIT_INTERRUPTED, Settings, exit_code, report_error
 from fabrictune.errors import ApiError
 
@@ -38,8 +51,8 @@ app.command("undeploy", rich_help_panel="Serving")(serving.undeploy)
 app.command("deployments", rich_help_panel="Serving")(serving.deployments)
 app.command("traffic", rich_help_panel="Serving")(rollout.traffic)
 app.command("adapters", rich_help_panel="Serving")(rollout.adapters)
-app.command("chat", rich_help_panel="Serving")(serving.chat)
-app.add_typer(serving.agentfabric, rich_help_panel="Serving")
+app.command("chat", rich_help_panel="Serving")(chat.chat)
+app.add_typer(agentfabric.app, rich_help_panel="Serving")
 app.add_typer(jobs.app, rich_help_panel="Jobs and artifacts")
 app.add_typer(artifacts.models, rich_help_panel="Jobs and artifacts")
 app.add_typer(artifacts.datasets, rich_help_panel="Jobs and artifacts")

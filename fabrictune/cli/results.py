@@ -13,8 +13,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fabrictune.cli.agentfabric import model_config
 from fabrictune.cli.context import console, program
-from fabrictune.cli.serving import address_here, model_config
+from fabrictune.cli.serving import address_here
 
 if TYPE_CHECKING:
     from fabrictune.client import Client

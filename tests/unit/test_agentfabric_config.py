@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fabrictune.cli.serving import model_config, write_model_config
+from fabrictune.cli.agentfabric import model_config, write_model_config
 from fabrictune.connection import start_ticks
 from fabrictune.errors import ApiError
 from fabrictune.traffic import parse_since

@@ -18,9 +18,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fabrictune.cli import app
+from fabrictune.cli.chat import read_tools
 from fabrictune.cli.context import print_message
 from fabrictune.cli.progress import new_progress, show_progress
-from fabrictune.cli.serving import read_tools
 from fabrictune.cli.specs import parse_setting
 from fabrictune.client.calls import Calls
 from fabrictune.client.jobs import Jobs
