@@ -9,12 +9,12 @@ OFFLINE = {
 }
 """No hub is asked: what they read is in the artifact store."""
 
-SHARED_CORES = {"GOMP_SPINCOUNT": "1000"}
+SHARED_CORES = {"GOMP_SPINCOUNT": "4000"}
 """For cores that others use too: a rollout's old engine, a pod's neighbours.
 
 A thread of GNU OpenMP that waits for the others of its program spins, for milliseconds unless it is told not to, on the
-core that those need: two programs side by side take 4 to 6 times as long as one. After 1000 turns (microseconds) it sleeps
-(docs/training.md).
+core that those need: two programs side by side take 4 to 6 times as long as one. After 4000 turns it sleeps. With 1000 a
+training that has the cores for itself takes a tenth longer, for it is put to sleep and woken too often (docs/training.md).
 """
 
 TORCH_PROGRAM = OFFLINE | SHARED_CORES
