@@ -31,12 +31,14 @@ from services.common.clusters import Cluster, Workload, WorkloadStatus
 from services.common.errors import NEVER_RETRY, FabrictuneError, FailedPrecondition, InvalidSpec, NotFound
 from services.common.events import read_events
 from services.common.job_state import ENDED, JobRecord, JobView, execution_of, outcome_of
+from services.common.pauses import pauses
 from services.common.records import accept_record, plan_record, read_record
 from services.common.resources import ID_PATTERN, Resources
 from services.common.stage import Stage
 from services.common.store import Store
 
-WATCH_SECONDS = 0.5
+WATCH_SECONDS = 0.5, 2.0
+"""Between looks at a watched job: after news, at most."""
 RETRIES = 2
 """More attempts for a worker that was lost or says "try again" (exit code 75)."""
 
@@ -171,6 +173,7 @@ class Jobs:
     async def watch(self, name: str, token: str = "") -> AsyncIterator[Event]:
         """The present state, then events after `token`, until the job has ended and all has been told."""
         last: bytes | None = None
+        pause = pauses(*WATCH_SECONDS)
         while True:
             view = await self.get(name)
             execution = execution_of(view)
@@ -181,6 +184,7 @@ class Jobs:
                 first, last = last is None, seen
                 if first or execution.state not in ENDED:
                     yield Event(token, _now(), state=execution)
+                pause = pauses(*WATCH_SECONDS)
             new = await asyncio.to_thread(_read_all_events, self._store, name, token)
             for token, event in new:
                 parts = {k: v for k, v in event.items() if k in ("progress", "log", "artifact")}
@@ -188,7 +192,9 @@ class Jobs:
             if execution.state in ENDED:
                 yield Event(token, _now(), state=execution)
                 return
-            await asyncio.sleep(WATCH_SECONDS)
+            if new:
+                pause = pauses(*WATCH_SECONDS)
+            await asyncio.sleep(next(pause))
 
     async def begin(self, record: JobRecord) -> None:
         """Give a job that was accepted to the cluster. Raises what that refuses it for."""

@@ -6,15 +6,16 @@ the others.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from services.common.artifacts import Artifacts
+from services.common.pauses import pauses
 from services.common.reporter import Progress, Reporter
 
-LONGEST_PAUSE_SECONDS = 5.0
+PAUSE_SECONDS = 0.5, 5.0
+"""Between looks: at first, at most."""
 
 
 class Shares:
@@ -32,12 +33,12 @@ class Shares:
 
     def wait(self, reporter: Reporter) -> dict[str, Path]:
         """{"shares/0": folder, …} once all are there. The Job fails as a whole when a node cannot do its share."""
-        for waited in itertools.count():
+        for pause in pauses(*PAUSE_SECONDS):
             there = [self._artifacts.exists(self._name(node)) for node in range(self._nodes)]
             reporter.progress(Progress("shares", sum(there), self._nodes, phase="waiting for shares"))
             if all(there):
                 break
-            time.sleep(min(0.5 * 1.2**waited, LONGEST_PAUSE_SECONDS))
+            time.sleep(pause)
         return {f"shares/{node}": self._artifacts.cached(self._name(node)) for node in range(self._nodes)}
 
     def forget(self) -> None:

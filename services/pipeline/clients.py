@@ -27,8 +27,14 @@ from fabrictune.v1 import (
     training_pb2_grpc,
 )
 from services.common.errors import FabrictuneError, InvalidSpec, Violation
+from services.common.pauses import pauses
 
 POLL_SECONDS = 0.5
+"""Between looks at a revision that starts; its server has it in memory."""
+WAIT_SECONDS = 0.5, 2.0
+"""Between looks at a job: at first, at most."""
+AWAY_SECONDS = 0.2, 5.0
+"""Between calls of a server that is away: at first, at most."""
 ENDED = (job_pb2.Execution.SUCCEEDED, job_pb2.Execution.FAILED, job_pb2.Execution.CANCELLED)
 
 RESUMED = ("TrainingJob", "EvaluationJob")
@@ -123,11 +129,12 @@ class JobClient:
 
     async def wait(self, job_id: str) -> Any:
         """The job once it has ended; a server that is away for a while is waited for."""
+        pause = pauses(*WAIT_SECONDS)
         while True:
             job = await self._call("Get", name=self.name(job_id))
             if job.execution.state in ENDED:
                 return job
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(next(pause))
 
     def name(self, job_id: str) -> str:
         """The job's resource name."""
@@ -192,15 +199,14 @@ class InferenceClient:
 
 async def call(method: Any, request: Any) -> Any:
     """Call until the server can be reached; its own errors come as RemoteError."""
-    wait = 0.2
+    pause = pauses(*AWAY_SECONDS, growth=2)
     while True:
         try:
             return await method(request, timeout=60)
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.UNAVAILABLE:
                 raise RemoteError(rpc_status.from_call(error) or _bare(error)) from None
-            await asyncio.sleep(wait)
-            wait = min(wait * 2, 5)
+            await asyncio.sleep(next(pause))
 
 
 def _field(resource: str) -> str:
