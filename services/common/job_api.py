@@ -14,9 +14,10 @@ from services.common.artifacts import Artifacts
 from services.common.clusters import Cluster, Workload
 from services.common.errors import InvalidSpec
 from services.common.job_state import JobView, execution_of, progress_message
-from services.common.jobs import Event, Jobs
+from services.common.jobs import Jobs
 from services.common.server import Service, service
 from services.common.stage import Stage
+from services.common.watching import Event, watch_job
 
 
 class Page(Protocol):
@@ -92,7 +93,7 @@ class JobApi(Generic[R]):
 
     async def watch(self, request: Any) -> AsyncIterator[job_pb2.WatchEvent]:
         """Events of a job."""
-        async for event in self._jobs.watch(request.name, request.resume_token):
+        async for event in watch_job(self._jobs, request.name, request.resume_token):
             yield event_message(event)
 
     def _message(self, view: JobView) -> R:

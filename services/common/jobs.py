@@ -19,8 +19,8 @@ import hashlib
 import re
 import secrets
 import sys
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,30 +29,14 @@ from services.common import metrics
 from services.common.artifacts import Artifacts
 from services.common.clusters import Cluster, Workload, WorkloadStatus
 from services.common.errors import NEVER_RETRY, FabrictuneError, FailedPrecondition, InvalidSpec, NotFound
-from services.common.events import read_events
-from services.common.job_state import ENDED, JobRecord, JobView, execution_of, outcome_of
-from services.common.pauses import pauses
+from services.common.job_state import JobRecord, JobView, execution_of, outcome_of
 from services.common.records import accept_record, plan_record, read_record
 from services.common.resources import ID_PATTERN, Resources
 from services.common.stage import Stage
 from services.common.store import Store
 
-WATCH_SECONDS = 0.5, 2.0
-"""Between looks at a watched job: after news, at most."""
 RETRIES = 2
 """More attempts for a worker that was lost or says "try again" (exit code 75)."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """One event of a watch. Exactly one of the last four is set."""
-
-    token: str
-    time: float
-    state: job_pb2.Execution | None = None
-    progress: Mapping[str, Any] | None = None
-    log: Mapping[str, Any] | None = None
-    artifact: Mapping[str, Any] | None = None
 
 
 class Jobs:
@@ -170,32 +154,6 @@ class Jobs:
         await self.begin(view.record)
         return await self.get(name)
 
-    async def watch(self, name: str, token: str = "") -> AsyncIterator[Event]:
-        """The present state, then events after `token`, until the job has ended and all has been told."""
-        last: bytes | None = None
-        pause = pauses(*WATCH_SECONDS)
-        while True:
-            view = await self.get(name)
-            execution = execution_of(view)
-            bare = job_pb2.Execution()
-            bare.CopyFrom(execution)
-            bare.ClearField("progress")
-            if (seen := bare.SerializeToString(deterministic=True)) != last:
-                first, last = last is None, seen
-                if first or execution.state not in ENDED:
-                    yield Event(token, _now(), state=execution)
-                pause = pauses(*WATCH_SECONDS)
-            new = await asyncio.to_thread(_read_all_events, self._store, name, token)
-            for token, event in new:
-                parts = {k: v for k, v in event.items() if k in ("progress", "log", "artifact")}
-                yield Event(token, float(event["time"]), **parts)
-            if execution.state in ENDED:
-                yield Event(token, _now(), state=execution)
-                return
-            if new:
-                pause = pauses(*WATCH_SECONDS)
-            await asyncio.sleep(next(pause))
-
     async def begin(self, record: JobRecord) -> None:
         """Give a job that was accepted to the cluster. Raises what that refuses it for."""
         await self._cluster.create(render_workload(self._stage, record))
@@ -269,10 +227,6 @@ def workload_name(kind: str, job_id: str) -> str:
 def _make_id(kind: str, request_id: str) -> str:
     tail = hashlib.sha256(request_id.encode()).hexdigest()[:16] if request_id else secrets.token_hex(5)
     return f"{kind[:5].rstrip('-')}-{tail}"
-
-
-def _read_all_events(store: Store, name: str, token: str) -> list[tuple[str, dict[str, Any]]]:
-    return list(read_events(store, name, token))
 
 
 def _now() -> float:

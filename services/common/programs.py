@@ -13,7 +13,7 @@ SHARED_CORES = {"GOMP_SPINCOUNT": "4000"}
 """For cores that others use too: a rollout's old engine, a pod's neighbours.
 
 A thread of GNU OpenMP that waits for the others of its program spins, for milliseconds unless it is told not to, on the
-core that those need: two programs side by side take 4 to 6 times as long as one. After 4000 turns it sleeps. With 1000 a
+core that those need: two programs side by side take 3 to 6 times as long as one. After 4000 turns it sleeps. With 1000 a
 training that has the cores for itself takes a tenth longer, for it is put to sleep and woken too often (docs/training.md).
 """
 

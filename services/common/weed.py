@@ -84,17 +84,17 @@ class EmbeddedStore:
     def stop(self) -> bool:
         """End it; whether there was one. Nothing of it is left when this returns."""
         note = self._read_note()
-        if note is None or not is_alive(note.pid, note.started):
-            return False
-        signal_group(note.pid, signal.SIGTERM)
-        deadline = time.monotonic() + STOP_SECONDS
-        while is_alive(note.pid, note.started):
-            if time.monotonic() > deadline:
-                signal_group(note.pid, signal.SIGKILL)
-            time.sleep(0.05)
+        running = note is not None and is_alive(note.pid, note.started)
+        if note is not None and running:
+            signal_group(note.pid, signal.SIGTERM)
+            deadline = time.monotonic() + STOP_SECONDS
+            while is_alive(note.pid, note.started):
+                if time.monotonic() > deadline:
+                    signal_group(note.pid, signal.SIGKILL)
+                time.sleep(0.05)
         if self._process is not None:
             self._process.wait()
-        return True
+        return running
 
     def _spawn_ready(self, key: str, secret: str, ports: dict[str, int]) -> _Note:
         for last in (False, False, True):
@@ -102,6 +102,7 @@ class EmbeddedStore:
             try:
                 self._wait_ready(note)
             except Unavailable:
+                self.stop()
                 # Somebody else took one of its nine ports between our look and its.
                 if last or "address already in use" not in (self._folder / "weed.log").read_text(errors="replace"):
                     raise

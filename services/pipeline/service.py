@@ -16,6 +16,7 @@ from services.common.job_state import JobView, execution_of
 from services.common.jobs import Jobs
 from services.common.store import Store
 from services.common.validation import violations_of
+from services.common.watching import watch_job
 from services.pipeline.progress import read_stages
 from services.pipeline.reconcile import Reconciler
 from services.pipeline.runs import stage_names
@@ -80,7 +81,7 @@ class PipelineService(pipeline_pb2_grpc.PipelineServiceServicer):
         self, request: pipeline_pb2.WatchPipelineRunRequest, context: Any
     ) -> AsyncIterator[job_pb2.WatchEvent]:
         """Events of a run; those of its jobs are watched at their own services."""
-        async for event in self._jobs.watch(request.name, request.resume_token):
+        async for event in watch_job(self._jobs, request.name, request.resume_token):
             yield event_message(event)
 
     async def _message(self, view: JobView) -> pipeline_pb2.PipelineRun:

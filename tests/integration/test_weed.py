@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from services.common import weed
 from services.common.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from services.common.store import open_store
 from services.common.weed import EmbeddedStore
@@ -23,12 +24,12 @@ def test_it_is_found_again_keeps_its_data_and_listens_on_loopback_only(tmp_path:
         credentials = tmp_path / "credentials.json"
         assert credentials.stat().st_mode & 0o777 == 0o600
         pid = json.loads((tmp_path / "weed.json").read_text())["pid"]
-        weed = psutil.Process(pid)
-        listening = [c.laddr for c in weed.net_connections() if c.status == psutil.CONN_LISTEN]
+        process = psutil.Process(pid)
+        listening = [c.laddr for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
         assert listening
         assert {address.ip for address in listening} == {"127.0.0.1"}
         secret = config.secret_key.get_secret_value()
-        assert secret not in " ".join(weed.cmdline())
+        assert secret not in " ".join(process.cmdline())
         again = EmbeddedStore(tmp_path)  # another process after a kill -9 of the first
         assert again.start() == config
         assert json.loads((tmp_path / "weed.json").read_text())["pid"] == pid
@@ -70,3 +71,16 @@ def test_a_store_that_dies_at_once_says_its_last_words(tmp_path: Path) -> None:
         patch.setattr(sys, "executable", str(tmp_path / "python"))
         with pytest.raises(Unavailable, match="the disk is on fire"):
             store.start()
+
+
+def test_a_store_that_does_not_start_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hangs is ended, and one that died is no zombie."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(weed, "START_SECONDS", 0.5)
+    for name, last in (("hangs", "sleep 60"), ("dies", "sleep 0.2")):
+        (tmp_path / "weed").write_text(f"#!/bin/sh\n{last}\n")
+        (tmp_path / "weed").chmod(0o755)
+        store = EmbeddedStore(tmp_path / name)
+        with pytest.raises(Unavailable):
+            store.start()
+        assert not psutil.pid_exists(json.loads((tmp_path / name / "weed.json").read_text())["pid"])
