@@ -83,11 +83,17 @@ async def test_a_store_that_starts_beside_the_server_is_waited_for_but_not_for_e
     object_store: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = urlsplit(object_store.endpoint)
+    relays = set[asyncio.Task[Any] | None]()
 
     async def hand_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        relays.add(asyncio.current_task())
         theirs = await asyncio.open_connection(there.hostname, there.port)
-        with contextlib.suppress(OSError):
+        try:
             await asyncio.gather(copy(reader, theirs[1]), copy(theirs[0], writer))
+        finally:
+            writer.close()
+            theirs[1].close()
+            await asyncio.gather(writer.wait_closed(), theirs[1].wait_closed(), return_exceptions=True)
 
     async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(2**16):
@@ -105,7 +111,9 @@ async def test_a_store_that_starts_beside_the_server_is_waited_for_but_not_for_e
         assert not waiting.done()
         async with await asyncio.start_server(hand_on, sock=held):
             assert (await asyncio.wait_for(waiting, 20)).bucket == object_store.bucket
-            waiting.result().http.clear()  # or its open connections would keep the relay
+            for relay in filter(None, relays):  # clients keep connections open, and with them the relays
+                relay.cancel()
+            await asyncio.gather(*filter(None, relays), return_exceptions=True)
         monkeypatch.setattr(main, "STORE_PATIENCE_SECONDS", 0)
         absent = at(never)
         with pytest.raises(Unavailable, match=f"{urlsplit(absent.endpoint).netloc} does not answer"):
@@ -231,7 +239,9 @@ async def shown_certificate(host: str, port: int) -> str:
     context.set_alpn_protocols(["h2", "http/1.1"])
     _, writer = await asyncio.open_connection(host, port, ssl=context)
     shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-    writer.close()
+    writer.transport.abort()  # no farewell: the server may still be sending its settings
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
     return ssl.DER_cert_to_PEM_cert(shown)
 
 
