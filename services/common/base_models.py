@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from services.common.errors import FailedPrecondition, InvalidData, NotFound
+from services.common.errors import FailedPrecondition, InvalidData, NotFound, enumerated
 from services.common.hubs import asking
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -68,7 +68,7 @@ def check_model(folder: Path) -> None:
     pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
     if pickles:
         wrong.append(
-            f"pickled weights are never read ({', '.join(pickles[:5])}); remove them, or save the model as safetensors"
+            f"pickled weights are never read ({enumerated(pickles)}); remove them, or save the model as safetensors"
         )
     if not any(
         (folder / name).is_file()

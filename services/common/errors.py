@@ -174,6 +174,12 @@ NEVER_RETRY = frozenset({64, 65, 66, 77, 78})
 """Exit codes after which another attempt would end the same way."""
 
 
+def enumerated(names: Sequence[str], at_most: int = 5) -> str:
+    """The names as a message lists them: "a, b, c"; of many the first at_most: "a, b and 7 more"."""
+    more = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {more} more" if more > 0 else "")
+
+
 def internal_status(request_id: str) -> status_pb2.Status:
     """What a client may know of an unknown exception: a request id to ask the operator about, nothing else."""
     error = FabrictuneError(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import yaml
 
-from services.common.errors import NotFound, ResourceExhausted
+from services.common.errors import NotFound, ResourceExhausted, enumerated
 from services.common.hubs import asking
 
 CARD = "README.md"
@@ -76,7 +76,7 @@ def fetch_rows(
     told = {path: (folder / path).read_text(encoding="utf-8", errors="replace") for path in about}
     paths = select_rows(list(listing.sizes), subset, names_rows, told)
     if not paths:
-        has = ", ".join(sorted(path for path in listing.sizes if names_rows(path))[:20])
+        has = enumerated(sorted(path for path in listing.sizes if names_rows(path)), 20)
         what = f"no subset {subset!r}" if subset else "no rows files"
         raise NotFound(f"{hub}:{name} has {what}; its rows files are: {has or 'none'}")
     size = sum(listing.sizes[path] for path in paths)

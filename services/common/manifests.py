@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from services.common.errors import DataLoss, InvalidData, InvalidSpec
+from services.common.errors import DataLoss, InvalidData, InvalidSpec, enumerated
 from services.common.resources import ID_PATTERN
 
 COLLECTIONS = ("datasets", "models", "adapters", "reports")
@@ -94,6 +94,6 @@ def check_files(name: str, kind: str, paths: Sequence[str]) -> None:
         raise InvalidData(f"{name} may not have a file called {outside[0]!r}")
     pickled = [p for p in paths if p.lower().endswith(PICKLES)]
     if kind in ("model", "adapter") and pickled:
-        raise InvalidData(f"{name} has pickled weights ({', '.join(pickled[:3])}); only safetensors are taken")
+        raise InvalidData(f"{name} has pickled weights ({enumerated(pickled)}); only safetensors are taken")
     if kind == "model" and not any(p.endswith(".safetensors") for p in paths):
         raise InvalidData(f"{name} has no .safetensors weights")

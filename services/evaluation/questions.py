@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from services.common.errors import InvalidData
+from services.common.errors import InvalidData, enumerated
 
 _RESULT = re.compile(r"\nObservation: <result>(?P<observation>(?:(?!</result>).)*)</result>\nAnswer:", re.DOTALL)
 _CALL = re.compile(r"Action: (.+)\nAction Input: (.+)")
@@ -163,10 +163,9 @@ def _repeated(ids: Iterable[str]) -> list[str]:
 
 def _refuse_repeated(ids: Sequence[str], where: str) -> None:
     if ids:
-        named = ", ".join(map(repr, ids[:5])) + (", …" if len(ids) > 5 else "")
         raise InvalidData(
-            f"{where} has ids that several rows share ({len(ids)}): {named}. Give each row an id of its own; "
-            "`fabrictune convert` does"
+            f"{where} has ids that several rows share ({len(ids)}): {enumerated([repr(row_id) for row_id in ids])}. "
+            "Give each row an id of its own; `fabrictune convert` does"
         )
 
 

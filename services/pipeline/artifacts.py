@@ -9,7 +9,7 @@ from google.protobuf import empty_pb2, json_format
 
 from fabrictune.v1 import artifact_pb2, artifact_pb2_grpc
 from services.common.artifacts import Artifacts, new_attempt
-from services.common.errors import AlreadyExists, DataLoss, InvalidSpec, NotFound, Violation
+from services.common.errors import AlreadyExists, DataLoss, InvalidSpec, NotFound, Violation, enumerated
 from services.common.manifests import File, Manifest, check_files, digest_of_files
 from services.common.provenance import versions
 from services.common.store import Store
@@ -95,7 +95,7 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
         files = [File(**f) for f in plan["files"]]
         short = [f.path for f in files if self._size(f"{plan['name']}/{attempt}/{f.path}") != f.size]
         if short:
-            raise DataLoss(f"{plan['name']}: {', '.join(short[:5])} did not arrive whole; send them again, then seal")
+            raise DataLoss(f"{plan['name']}: {enumerated(short)} did not arrive whole; send them again, then seal")
         created_by = {"versions": versions(("fabrictune",))}
         manifest = self._artifacts.seal(plan["name"], plan["kind"], attempt, files, created_by, plan["metadata"])
         self._store.delete(f"uploads/{attempt}.json")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, Violation
+from services.common.errors import FabrictuneError, FailedPrecondition, InvalidData, Violation, enumerated
 from services.common.machine import cpu_flags, free_port, multiplies_bfloat16
 from services.common.model_code import files_naming_code
 from services.common.reporter import Progress, Reporter, Silent
@@ -164,10 +164,10 @@ def check_rows(train: Sequence[Row], model: Path, max_length: int | None, report
     if len(long) == len(train):
         raise all_too_long(train, max_length)
     if long:
-        ids = ", ".join(row.id for row in long[:3])
         most = "most rows will" if 2 * len(long) > len(train) else "they will"
         reporter.log(
-            f"{len(long)} of {len(train)} rows are longer than max_length {max_length} ({ids}, …): {most} be left out; "
+            f"at least {len(long)} of {len(train)} rows are longer than max_length {max_length} "
+            f"({enumerated([row.id for row in long], 3)}): {most} be left out; "
             "set spec.arguments.max_length higher to keep them",
             "WARNING",
         )

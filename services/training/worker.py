@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.common.errors import Cancelled, FabrictuneError, WorkerLost
+from services.common.errors import Cancelled, FabrictuneError, WorkerLost, enumerated
 from services.common.reporter import Progress, Reporter
 from services.common.stage import Stage
 from services.training.admission import admit, all_too_long, check_inputs
@@ -103,7 +103,7 @@ def account_for_rows(rows: Sequence[Row], trained: int, work: Path, split: str, 
             f"{len(rows) - trained - len(refused)} are unaccounted for; the job's log has the end of its output"
         )
     if refused:
-        reporter.log(f"{len(refused)} rows longer than max_length were left out: {', '.join(refused[:5])}", "WARNING")
+        reporter.log(f"{len(refused)} rows longer than max_length were left out: {enumerated(refused)}", "WARNING")
     return refused
 
 

@@ -125,6 +125,8 @@ def test_an_id_that_two_suites_share_is_refused_by_name() -> None:
     same = [Question("a", [], [], []), Question("b", [], [], []), Question("a", [], [], [])]
     with pytest.raises(InvalidData, match=r"what is asked has ids that several rows share \(1\): 'a'"):
         check_ids(same)
+    with pytest.raises(InvalidData, match=r"share \(7\): '0', '1', '2', '3', '4' and 2 more\. Give"):
+        check_ids([Question(str(n % 7), [], [], []) for n in range(14)])
 
 
 def test_the_conversation_goes_on_word_for_word_as_it_was_trained(tmp_path: Path) -> None:
