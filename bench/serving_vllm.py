@@ -1,8 +1,9 @@
 """The gateway beside a real vLLM asked directly: tokens a second, time to the first token. Goal: at least 98 % of its throughput.
 
-SmolLM2-135M with random prompts of 100 words, 64 tokens an answer at most, all streamed, by clients that ask again once they
-are answered. The ways take turns in each round. Engine, gateway and clients share the machine's cores: on few of them the
-gateway's CPU time is taken from the engine, as it is for users of such a machine.
+SmolLM2-135M with random prompts of 100 words, 64 tokens an answer at most, greedy, all streamed, by clients that ask again once
+they are answered. The ways take turns in each round, with the same prompts: no prefix is cached. Engine, gateway and clients
+share the machine's cores: on few of them the gateway's CPU time is taken from the engine, as it is for users of such a machine.
+BENCH_ENGINE_CORES=1 gives the engine so many for itself and the others the rest, as where cores are enough.
 """
 
 from __future__ import annotations
@@ -32,11 +33,17 @@ from fabrictune import local
 from fabrictune.v1 import inference_pb2, inference_pb2_grpc
 
 TOKENS, ROUNDS = 64, int(os.environ.get("BENCH_ROUNDS", "3"))
+ENGINE_CORES = int(os.environ.get("BENCH_ENGINE_CORES", "0"))
+"""0: all share all."""
 CLIENTS = {1: 3, 8: 2, 32: 1}
 """Clients at a time → requests of each in a round."""
 READY_SECONDS = 300
 GOAL = 0.98
 WORDS = "sun river table green seven walk music paper cold bright stone letter window"
+
+
+Prompts = list[list[str]]
+"""What each client asks, one after the other."""
 
 
 class Found(NamedTuple):
@@ -50,7 +57,12 @@ class Found(NamedTuple):
 def run() -> bool:
     """Print the table; True: the goal is met with every number of clients."""
     with local.prepared_model("smollm2-135m-instruct") as (model, _), tempfile.TemporaryFile() as log:
+        cores = sorted(os.sched_getaffinity(0))
+        if not 0 <= ENGINE_CORES < len(cores):
+            raise SystemExit(f"BENCH_ENGINE_CORES must be 0 to {len(cores) - 1}: there are {len(cores)}")
+        os.sched_setaffinity(0, cores[: ENGINE_CORES or None])  # for the engine, which looks how many it has
         address, engine = _start_vllm(model, log)
+        os.sched_setaffinity(0, cores[ENGINE_CORES:])
         try:
             return asyncio.run(_run(address))
         finally:
@@ -62,64 +74,75 @@ async def _run(engine: str) -> bool:
     await _wait(engine)
     addresses, _, end_gateway = start_gateway(engine)
     address, port = addresses.split()
-    ways: dict[str, Callable[[int], Awaitable[Found]]] = {
+    ways: dict[str, Callable[[Prompts], Awaitable[Found]]] = {
         "vLLM directly": partial(_ask_http, engine),
         "gateway, HTTP": partial(_ask_http, address),
         "gateway, gRPC": partial(_ask_grpc, port),
     }
-    table = Table(title=f"{TOKENS} tokens an answer at most, median of {ROUNDS}", title_justify="left")
-    for column in ("clients", "", "tokens/s", "of vLLM's", "first token ms"):
+    where = f"{ENGINE_CORES} cores for vLLM alone" if ENGINE_CORES else "all on the same cores"
+    table = Table(title=f"{TOKENS} tokens an answer at most, median of {ROUNDS}, {where}", title_justify="left")
+    for column in ("clients", "", "tokens/s", "of vLLM's in its round", "least to most", "first token ms"):
         table.add_column(column, justify="left" if not column else "right")
     good = True
     try:
         for way in ways.values():
-            await way(1)  # warm
+            await way(_draw(1, 0))  # warm
         for clients in CLIENTS:
-            rounds = [{name: await way(clients) for name, way in ways.items()} for _ in range(ROUNDS)]
-            direct = _median(rounds, "vLLM directly", 0)
+            rounds = [
+                {name: await ways[name](_draw(clients, turn)) for name in _in_turn(list(ways), turn)}
+                for turn in range(ROUNDS)
+            ]
             for name in ways:
-                part = _median(rounds, name, 0) / direct
-                good &= part >= GOAL
-                cells = (f"{part * direct:.0f}", f"{part:.1%}", f"{_median(rounds, name, 1):.0f}")
+                speeds = [found[name].tokens_per_second for found in rounds]
+                parts = [found[name].tokens_per_second / found["vLLM directly"].tokens_per_second for found in rounds]
+                good &= statistics.median(parts) >= GOAL
+                first = statistics.median(found[name].first_token for found in rounds)
+                cells = (
+                    *(f"{statistics.median(speeds):.0f}", f"{statistics.median(parts):.1%}"),
+                    *(f"{min(parts):.0%} to {max(parts):.0%}", f"{first:.0f}"),
+                )
                 table.add_row(str(clients), name, *cells)
                 print(clients, name, *cells, flush=True)
     finally:
         end_gateway()
-    Console(width=100).print(table)
+    Console(width=120).print(table)
     print(f"goal: at least {GOAL:.0%} of vLLM's throughput; {'met' if good else 'missed'}")
     return good
 
 
-def _median(rounds: list[dict[str, Found]], name: str, place: int) -> float:
-    return statistics.median(found[name][place] for found in rounds)
+def _in_turn(names: list[str], turn: int) -> list[str]:
+    """Each is first as often as the others: the second and third of a round meet a machine that the first has warmed."""
+    start = turn % len(names)
+    return names[start:] + names[:start]
 
 
-def _prompt(number: int) -> str:
-    """Other words each time, so that no prefix is cached."""
-    return " ".join(random.choices(WORDS.split(), k=100)) + f" {number}"
+def _draw(clients: int, seed: int) -> Prompts:
+    """The same for each way, whose answers then have as many tokens."""
+    words = random.Random(seed)
+    return [[" ".join(words.choices(WORDS.split(), k=100)) for _ in range(CLIENTS[clients])] for _ in range(clients)]
 
 
-Ask = Callable[[int], Awaitable[tuple[float, int]]]
-"""(a client's number) → (seconds to the first text, tokens of the answer)."""
+Ask = Callable[[str], Awaitable[tuple[float, int]]]
+"""A prompt → (seconds to the first text, tokens of the answer)."""
 
 
-async def _gather(clients: int, ask: Ask) -> Found:
-    async def client(number: int) -> list[tuple[float, int]]:
-        return [await ask(number) for _ in range(CLIENTS[clients])]
+async def _gather(prompts: Prompts, ask: Ask) -> Found:
+    async def client(own: list[str]) -> list[tuple[float, int]]:
+        return [await ask(prompt) for prompt in own]
 
     begin = time.perf_counter()
-    answers = [answer for each in await asyncio.gather(*map(client, range(clients))) for answer in each]
+    answers = [answer for each in await asyncio.gather(*map(client, prompts)) for answer in each]
     seconds = time.perf_counter() - begin
     first = statistics.median(first for first, _ in answers)
     return Found(sum(tokens for _, tokens in answers) / seconds, first * 1000)
 
 
-async def _ask_http(address: str, clients: int) -> Found:
+async def _ask_http(address: str, prompts: Prompts) -> Found:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
-        async def ask(number: int) -> tuple[float, int]:
-            body: dict[str, Any] = {"model": "x", "stream": True, "max_tokens": TOKENS, "temperature": 0.7}
-            body["messages"] = [{"role": "user", "content": _prompt(number)}]
+        async def ask(prompt: str) -> tuple[float, int]:
+            body: dict[str, Any] = {"model": "x", "stream": True, "max_tokens": TOKENS, "temperature": 0}
+            body["messages"] = [{"role": "user", "content": prompt}]
             body["stream_options"] = {"include_usage": True}
             begin, first, last = time.perf_counter(), 0.0, b""
             async with session.post(f"{address}/v1/chat/completions", json=body) as response:
@@ -129,7 +152,7 @@ async def _ask_http(address: str, clients: int) -> Found:
                         first = first or (time.perf_counter() - begin if _says(last) else 0.0)
             return first, int(json.loads(last)["usage"]["completion_tokens"])
 
-        return await _gather(clients, ask)
+        return await _gather(prompts, ask)
 
 
 def _says(event: bytes) -> bool:
@@ -138,15 +161,15 @@ def _says(event: bytes) -> bool:
     return bool(choices and choices[0]["delta"].get("content"))
 
 
-async def _ask_grpc(port: str, clients: int) -> Found:
+async def _ask_grpc(port: str, prompts: Prompts) -> Found:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
 
-        async def ask(number: int) -> tuple[float, int]:
+        async def ask(prompt: str) -> tuple[float, int]:
             request = inference_pb2.GenerateRequest(
                 deployment="deployments/x",
-                messages=[inference_pb2.Message(role="user", content=_prompt(number))],
-                sampling=inference_pb2.Sampling(max_tokens=TOKENS, temperature=0.7),
+                messages=[inference_pb2.Message(role="user", content=prompt)],
+                sampling=inference_pb2.Sampling(max_tokens=TOKENS, temperature=0),
             )
             begin, first, tokens = time.perf_counter(), 0.0, 0
             async for piece in stub.Generate(request):
@@ -154,11 +177,11 @@ async def _ask_grpc(port: str, clients: int) -> Found:
                 tokens = piece.usage.completion_tokens or tokens
             return first, tokens
 
-        return await _gather(clients, ask)
+        return await _gather(prompts, ask)
 
 
 def _start_vllm(folder: Path, log: Any) -> tuple[str, subprocess.Popen[bytes]]:
-    """The engine that a revision of this model would have."""
+    """The engine that a revision of this model would have, but that each way is to compute every prompt."""
     from services.inference.engine import describe_model, detect_hardware, render_engine
     from services.inference.spec import RevisionSpec
 
@@ -166,7 +189,9 @@ def _start_vllm(folder: Path, log: Any) -> tuple[str, subprocess.Popen[bytes]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     model = describe_model("models/x", "0" * 64, folder)
-    spec = RevisionSpec(model="models/x", max_model_len=1024, max_concurrency=max(CLIENTS))
+    spec = RevisionSpec(
+        model="models/x", max_model_len=1024, max_concurrency=max(CLIENTS), engine_args=["--no-enable-prefix-caching"]
+    )
     work = render_engine("x", "r-1", spec, model, detect_hardware())
     argv = [word.replace("{port}", str(port)) for word in work.argv]
     env = {**os.environ, "PYTHONPATH": str(ROOT), **work.env}
