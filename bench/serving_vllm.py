@@ -40,8 +40,6 @@ CLIENTS = {1: 3, 8: 2, 32: 1}
 READY_SECONDS = 300
 GOAL = 0.98
 WORDS = "sun river table green seven walk music paper cold bright stone letter window"
-
-
 Prompts = list[list[str]]
 """What each client asks, one after the other."""
 
@@ -66,6 +64,7 @@ def run() -> bool:
         try:
             return asyncio.run(_run(address))
         finally:
+            os.sched_setaffinity(0, cores)
             engine.terminate()
             engine.wait()
 
@@ -79,7 +78,7 @@ async def _run(engine: str) -> bool:
         "gateway, HTTP": partial(_ask_http, address),
         "gateway, gRPC": partial(_ask_grpc, port),
     }
-    where = f"{ENGINE_CORES} cores for vLLM alone" if ENGINE_CORES else "all on the same cores"
+    where = f"cores for vLLM alone: {ENGINE_CORES}" if ENGINE_CORES else "all on the same cores"
     table = Table(title=f"{TOKENS} tokens an answer at most, median of {ROUNDS}, {where}", title_justify="left")
     for column in ("clients", "", "tokens/s", "of vLLM's in its round", "least to most", "first token ms"):
         table.add_column(column, justify="left" if not column else "right")

@@ -51,7 +51,8 @@ def run() -> bool:
 
 def _measure(shape: Shape, batch: int, length: int, arguments: dict[str, Any]) -> tuple[dict[str, int], int]:
     from services.common.reporter import Silent
-    from services.training.estimate import DatasetSize, estimate_training
+    from services.training.dataset_size import DatasetSize
+    from services.training.estimate import estimate_training
     from services.training.shapes import read_shape
     from services.training.spec import Spec
     from services.training.worker import run as train

@@ -1,12 +1,11 @@
 """One file from a web address to disk. A download that breaks off goes on where it stopped, in the same run or a later one.
 
-A file that is here already is asked for again only when the server's is another one (ETag, or its date). Addresses are
-https; http is taken on loopback only, and no redirect leads from https to it. Nothing is held in memory.
+A file that is here already is asked for again only when the server's is another one (ETag, or its date). No redirect
+leads from https to http. Nothing is held in memory.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import shutil
 import ssl
@@ -20,6 +19,7 @@ from typing import NamedTuple
 
 import httpx
 
+from fabrictune.addresses import check_address, shown
 from fabrictune.errors import ApiError
 
 OnProgress = Callable[[int, int | None], None]
@@ -102,41 +102,6 @@ def download(
                         f"the download of {shown(address)} broke off ({error}); run it again to go on", "UNAVAILABLE"
                     ) from None
                 time.sleep(PAUSES[max(failures - 1, 0)])
-
-
-def check_address(address: str, plain_host: str = "") -> httpx.URL:
-    """The address, if it may be asked. Raises ApiError."""
-    try:
-        url = httpx.URL(address)
-    except httpx.InvalidURL as error:
-        raise ApiError(f"{address!r} is no address: {error}", "INVALID_ARGUMENT") from None
-    if url.userinfo:
-        raise ApiError(
-            f"{shown(address)} has a user name or password in it; arguments are no place for them", "INVALID_ARGUMENT"
-        )
-    plain = url.scheme == "http" and (is_loopback(url.host) or url.host == plain_host)
-    if not url.host or not (url.scheme == "https" or plain):
-        raise ApiError(
-            f"{shown(address)}: rows come by https; http is taken from this machine only", "INVALID_ARGUMENT"
-        )
-    return url
-
-
-def shown(address: str) -> str:
-    """An address without what may be secret: user, password, query."""
-    try:
-        url = httpx.URL(address)
-    except httpx.InvalidURL:
-        return address.partition("?")[0]
-    return str(url.copy_with(userinfo=b"", query=None, fragment=None))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class _Download:

@@ -88,7 +88,7 @@ def public_uri(uri: str) -> str:
     """A source as it may be written down: a signed address loses its signature."""
     if not uri.startswith(("http://", "https://")):
         return uri
-    from fabrictune.download import shown
+    from fabrictune.addresses import shown
 
     return shown(uri)
 
@@ -112,7 +112,8 @@ def find_rows(uri: str, folder: Path = Path(), on_progress: OnProgress = lambda 
 
 
 def _fetch_web(uri: str, cache: Path, max_bytes: int, on_progress: OnProgress) -> Rows:
-    from fabrictune.download import check_address, download, shown
+    from fabrictune.addresses import check_address, shown
+    from fabrictune.download import download
 
     name = unquote(PurePosixPath(check_address(uri).path).name)
     if not may_hold_rows(name) or "/" in name:

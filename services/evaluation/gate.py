@@ -7,8 +7,9 @@ from typing import Any
 
 from services.common.errors import GateNotMet, Violation
 from services.evaluation.intervals import Estimate
-from services.evaluation.metrics import METRICS, Score, paired_difference
+from services.evaluation.metrics import METRICS, Score
 from services.evaluation.spec import Comparison
+from services.evaluation.summary import paired_difference
 
 
 def check_gate(gate: Mapping[str, float], measured: Mapping[str, Estimate]) -> list[dict[str, Any]]:

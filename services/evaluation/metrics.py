@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from services.common.pictures import find_pictures, find_shown
 from services.evaluation.arguments import allow_only, find_mismatch
-from services.evaluation.intervals import Estimate, Mean, Proportion, difference_interval
 from services.evaluation.questions import Answer, Question
 from services.evaluation.rouge import rouge_l
 from services.evaluation.toolbench import Action, is_hallucinated, read_action, score_arguments
@@ -146,37 +145,6 @@ def pictures_shown(observation: str, answer: str) -> bool | None:
     return set(pictures) <= find_shown(answer) if pictures else None
 
 
-def summarize(scores: Iterable[Score]) -> dict[str, dict[str, Estimate]]:
-    """Group → metric → estimate. Groups are those by listed tools, then categories, if there are any."""
-    scores = list(scores)
-    categories = dict.fromkeys(s.category for s in scores if s.category)
-    return {
-        group: {metric: _estimate(metric, [s for s in scores if _belongs(s, group)]) for metric in METRICS}
-        for group in (*GROUPS, *categories)
-    }
-
-
-def group_of(tools: int) -> str:
-    """The group of a prompt by how many tools it lists."""
-    return GROUPS[min(max(tools, 1), 3)]
-
-
-def paired_difference(before: Sequence[Score], after: Sequence[Score], metric: str) -> tuple[float, float, float, int]:
-    """(difference after - before, low, high, n) on the rows where the metric applies to both, with its 95 % interval."""
-    first = {s.id: s.marks[metric] for s in before}
-    pairs = [(s, first.get(s.id), s.marks[metric]) for s in after]
-    rows = _by_row((s, float(b) - float(a)) for s, a, b in pairs if a is not None and b is not None)
-    return *difference_interval(rows), sum(map(len, rows))
-
-
-def _by_row(found: Iterable[tuple[Score, float]]) -> list[tuple[float, ...]]:
-    """The values of each row's steps."""
-    rows: dict[str, list[float]] = {}
-    for score, value in found:
-        rows.setdefault(score.row, []).append(value)
-    return [tuple(values) for values in rows.values()]
-
-
 def _ends(answer: Answer) -> bool:
     """Whether a model came to an end by itself: not by a limit, and not by "Observation:", which it may go on to invent."""
     return answer.finish_reason in STOPPED and not answer.stop_string
@@ -260,17 +228,6 @@ def plain_arguments(wanted: Mapping[str, Any]) -> Mapping[str, Any]:
     if "possible" not in wanted:
         return dict(wanted["arguments"])
     return {name: allowed[0] for name, allowed in wanted["possible"].items() if allowed and "" not in allowed}
-
-
-def _belongs(score: Score, group: str) -> bool:
-    return group in ("all", score.category, group_of(score.tools))
-
-
-def _estimate(metric: str, scores: Iterable[Score]) -> Estimate:
-    rows = _by_row((s, float(mark)) for s in scores if (mark := s.marks[metric]) is not None)
-    known = [value for row in rows for value in row]
-    several = tuple(rows) if len(known) > len(rows) else ()
-    return Mean(tuple(known), several) if METRICS[metric].graded else Proportion(round(sum(known)), len(known), several)
 
 
 def _refuse(constant: str) -> None:

@@ -30,11 +30,10 @@ from services.evaluation.metrics import (
     KINDS,
     METRICS,
     Score,
-    paired_difference,
     score_answer,
-    summarize,
 )
 from services.evaluation.questions import Answer, Question
+from services.evaluation.summary import paired_difference, summarize
 from services.evaluation.wire import strip_prompt
 
 WORST = 50

@@ -11,11 +11,9 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 import orjson
@@ -26,12 +24,12 @@ from services.common.errors import FailedPrecondition
 from services.common.logs import get_logger
 from services.common.metrics import REGISTRY
 from services.inference.redaction import Redaction, load_rules
+from services.inference.retention import Sweeper
 from services.inference.traffic import (
     Folder,
     Sink,
     Unfinished,
     Unreadable,
-    delete_expired,
     put_records,
     read_answer,
     read_request,
@@ -43,7 +41,6 @@ LARGEST_BYTES = 4 * 1024 * 1024
 BATCH_BYTES = 1024 * 1024
 CHUNK_OVERHEAD = 64
 """About what Python keeps beside the bytes of a chunk."""
-SWEEP_SECONDS = 3600.0
 CLOSE_SECONDS = 5.0
 STREAMED, WHOLE = "stream", "whole"
 
@@ -241,26 +238,3 @@ class Recording:
         self._recorder.release(self._size)
         self._recorder, self._size, self._chunks, self._request = None, 0, [], b""
         recorded.labels(outcome).inc()
-
-
-class Sweeper:
-    """Deletes what is older than the retention, at once and every hour, whether or not anything is recorded now."""
-
-    def __init__(self, sink: Sink, days: int, seconds: float = SWEEP_SECONDS) -> None:
-        self._stopped = threading.Event()
-        sweep = partial(delete_expired, sink, days)
-        threading.Thread(target=self._run, args=(sweep, seconds), name="sweeper", daemon=True).start()
-
-    def close(self) -> None:
-        """Sweep no more."""
-        self._stopped.set()
-
-    def _run(self, sweep: Callable[[], int], seconds: float) -> None:
-        log = get_logger("recorder")
-        while not self._stopped.is_set():
-            try:
-                if deleted := sweep():
-                    log.info("old records deleted", objects=deleted)
-            except Exception as error:  # noqa: BLE001 - the thread's rim: the store may be away for an hour
-                log.warning("old records could not be deleted", error=str(error))
-            self._stopped.wait(seconds)

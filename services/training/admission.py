@@ -15,16 +15,8 @@ from services.common.errors import FabrictuneError, FailedPrecondition, InvalidD
 from services.common.machine import cpu_flags, free_port, multiplies_bfloat16
 from services.common.model_code import files_naming_code
 from services.common.reporter import Progress, Reporter, Silent
-from services.training.estimate import (
-    SAMPLE_BYTES,
-    DatasetSize,
-    advise,
-    certainly_too_large,
-    estimate_training,
-    explain,
-    measure_dataset,
-    to_plain,
-)
+from services.training.dataset_size import SAMPLE_BYTES, DatasetSize, measure_dataset
+from services.training.estimate import advise, certainly_too_large, estimate_training, explain, to_plain
 from services.training.memory import Memory
 from services.training.presets import load_preset, needed_packages
 from services.training.rows import Row, certainly_too_long, longest_length, read_rows

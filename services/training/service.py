@@ -14,7 +14,8 @@ from services.common.artifacts import Artifacts
 from services.common.errors import InvalidSpec, NotFound
 from services.common.job_api import JobApi, Offer, spec_dict
 from services.common.validation import violations_of
-from services.training.estimate import SAMPLE_BYTES, estimate_training, measure_dataset, to_plain
+from services.training.dataset_size import SAMPLE_BYTES, measure_dataset
+from services.training.estimate import estimate_training, to_plain
 from services.training.shapes import HEADER_BYTES, make_shape
 from services.training.spec import Spec
 from services.training.worker import STAGE

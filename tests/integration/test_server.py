@@ -83,10 +83,12 @@ async def test_a_store_that_starts_beside_the_server_is_waited_for_but_not_for_e
     object_store: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = urlsplit(object_store.endpoint)
-    relays = set[asyncio.Task[Any] | None]()
+    relays = list[asyncio.Task[None]]()
+
+    def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        relays.append(asyncio.create_task(hand_on(reader, writer)))
 
     async def hand_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        relays.add(asyncio.current_task())
         theirs = await asyncio.open_connection(there.hostname, there.port)
         try:
             await asyncio.gather(copy(reader, theirs[1]), copy(theirs[0], writer))
@@ -109,11 +111,11 @@ async def test_a_store_that_starts_beside_the_server_is_waited_for_but_not_for_e
         waiting = asyncio.create_task(wait_for_store(at(held)))
         await asyncio.sleep(2)
         assert not waiting.done()
-        async with await asyncio.start_server(hand_on, sock=held):
+        async with await asyncio.start_server(take, sock=held):
             assert (await asyncio.wait_for(waiting, 20)).bucket == object_store.bucket
-            for relay in filter(None, relays):  # clients keep connections open, and with them the relays
+            for relay in relays:  # clients keep connections open, and with them the relays
                 relay.cancel()
-            await asyncio.gather(*filter(None, relays), return_exceptions=True)
+            await asyncio.gather(*relays, return_exceptions=True)
         monkeypatch.setattr(main, "STORE_PATIENCE_SECONDS", 0)
         absent = at(never)
         with pytest.raises(Unavailable, match=f"{urlsplit(absent.endpoint).netloc} does not answer"):

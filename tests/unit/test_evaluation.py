@@ -13,10 +13,11 @@ import pytest
 from services.common.errors import GateNotMet
 from services.evaluation.gate import check_comparisons, check_gate, raise_if_not_met
 from services.evaluation.intervals import Proportion
-from services.evaluation.metrics import Score, paired_difference, parse_arguments, score_answer, summarize
+from services.evaluation.metrics import Score, parse_arguments, score_answer
 from services.evaluation.questions import Answer, Question, Result
 from services.evaluation.report import Column, Section, render_html, render_json
 from services.evaluation.spec import Comparison
+from services.evaluation.summary import paired_difference, summarize
 
 SCHEMA = {
     "type": "object",

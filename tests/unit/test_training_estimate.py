@@ -25,7 +25,8 @@ from services.common.server import Server
 from services.common.store import Store
 from services.training import admission
 from services.training.admission import admit, estimate_folders
-from services.training.estimate import DatasetSize, count_flops, estimate_training, find_device, measure_dataset
+from services.training.dataset_size import DatasetSize, measure_dataset
+from services.training.estimate import count_flops, estimate_training, find_device
 from services.training.memory import MOST_KEPT_WEIGHTS, Load, estimate_memory, trained_parameters
 from services.training.service import OFFER, estimate_artifacts
 from services.training.shapes import ModelShape, parse_header, read_shape

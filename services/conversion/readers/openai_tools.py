@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from services.common.errors import enumerated
 from services.common.fabric import Call, Round, Tool, Turn
 from services.conversion.react import parse_arguments
 from services.conversion.readers.turns import check_turns, list_turns, row_id
@@ -90,9 +91,7 @@ def _split_rounds(messages: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[Ma
     roles = [message["role"] for message in messages]
     unknown = sorted({role for role in roles if role not in ("user", "assistant", "tool")})
     if unknown or not roles or roles[0] != "user" or roles[-1] != "assistant":
-        raise Refused(
-            ROLE_ORDER, f"{', '.join(roles[:8])}{' …' * (len(roles) > 8)}" or "no messages after the system's"
-        )
+        raise Refused(ROLE_ORDER, enumerated(roles, 8) or "no messages after the system's")
     starts = [index for index, role in enumerate(roles) if role == "user"]
     for start, end in zip(starts, [*starts[1:], len(messages)], strict=True):
         yield messages[start:end]

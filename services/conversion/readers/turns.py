@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from services.common.errors import enumerated
 from services.common.fabric import Turn
 from services.conversion.literals import decode_literal
 from services.conversion.refusals import EMPTY_CONVERSATIONS, INCOMPLETE_TURN, NO_SYSTEM_TURN, ROLE_ORDER, Refused
@@ -54,7 +55,7 @@ def split_rounds(turns: Sequence[Any], needs_system: bool = True) -> tuple[str |
         return system, [(told[0][1], told[1][1])]
     roles = [role for role, _ in told]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise Refused(ROLE_ORDER, ", ".join(roles[:8]) or "no turns after the system's")
+        raise Refused(ROLE_ORDER, enumerated(roles, 8) or "no turns after the system's")
     return system, [(told[i][1], told[i + 1][1]) for i in range(0, len(told), 2)]
 
 
